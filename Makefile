@@ -1,0 +1,38 @@
+# make repro: everything, from an empty folder to proven GGUF files.   make test: the test suite.
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: repro test setup requirements
+
+repro: setup
+	@python -m tools.check
+	@dvc repro
+	@python -m tools.summary
+
+test: $(VENV)/.dev
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@pytest
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt llama.cpp/source.txt
+	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	pip install --requirement requirements.txt
+	python llama.cpp/fetch.py
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
+	pip install --requirement requirements-dev.txt
+	@touch $@
+
+# The local version (torch's +cpu) would keep GPU machines from the CUDA build of the same release.
+PIP_COMPILE := pip-compile --quiet --strip-extras --no-header --annotation-style line \
+	--no-emit-find-links --no-emit-index-url --no-emit-trusted-host
+
+requirements: $(VENV)/.dev
+	$(PIP_COMPILE) --output-file requirements.txt requirements.in
+	sed -i 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' requirements.txt
+	$(PIP_COMPILE) --output-file requirements-dev.txt requirements-dev.in

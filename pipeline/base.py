@@ -1,0 +1,121 @@
+"""The base model as files: which one it is, where it lies, and that it is still the same."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.refusal import Refused
+
+DESCRIPTION = Path("models/base.json")
+SUFFIXES = {".json", ".jinja", ".model", ".safetensors", ".txt"}
+# Copied byte for byte wherever the base's tokenizer is needed: saving it again changes files that llama.cpp reads.
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
+
+
+def describe(model: str, revision: str | None) -> dict[str, Any]:
+    """What identifies a base: `model`, `revision` (of a hub id: the commit), `files` (SHA-256 each), `tokenizer`,
+    `chat_template` (a hash each) and `fingerprint`, a hash over all files.
+
+    Raises:
+        Refused: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
+    """
+    folder = Path(model) if Path(model).is_dir() else download(model, revision)
+    files = hashes(folder)
+    if not any(name.endswith(".safetensors") for name in files):
+        raise Refused(f"base.model {model} has no .safetensors weights: choose a model that has them")
+    template = chat_template(folder)
+    if template is None:
+        raise Refused(f"base.model {model} has no chat template: choose its instruct or chat variant")
+    return {
+        "model": model,
+        "revision": None if Path(model).is_dir() else folder.name,
+        "fingerprint": joint_hash(files),
+        "tokenizer": joint_hash({name: files[name] for name in TOKENIZER_FILES if name in files}),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "files": files,
+    }
+
+
+def download(model: str, revision: str | None) -> Path:
+    """The hub model's folder in the Hugging Face cache, named by its commit; only missing files are fetched."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"*{suffix}" for suffix in SUFFIXES]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Refused(
+            f"base.model {model!r} (base.revision {revision}) is no local folder, and the Hugging Face hub did not "
+            f"give it: check both names, the network, and HF_TOKEN for a gated model ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def located() -> tuple[Path, dict[str, Any]]:
+    """The folder of the base that models/base.json describes, and the description. Never uses the network.
+
+    Raises:
+        Refused: the folder's files are not the described ones any more, or the cache lost them.
+    """
+    described = json.loads(DESCRIPTION.read_text(encoding="utf-8"))
+    if described["revision"] is None:
+        folder = Path(described["model"])
+        if not folder.is_dir() or joint_hash(hashes(folder)) != described["fingerprint"]:
+            raise Refused(f"base.model {folder} has changed since it was described: run dvc repro -f prepare_base")
+        return folder, described
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(described["model"], revision=described["revision"], local_files_only=True))
+    except FileNotFoundError:
+        raise Refused(f"base.model {described['model']} left the cache: run dvc repro -f prepare_base") from None
+    return folder, described
+
+
+def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
+    """Raises Refused if the adapter was trained on another base than `base`."""
+    trained_on = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
+    if trained_on["fingerprint"] != base["fingerprint"]:
+        raise Refused(
+            f"{adapter} was trained on {trained_on['model']} ({trained_on['fingerprint'][:12]}), but base.model is "
+            f"{base['model']} ({base['fingerprint'][:12]}): set base.model to the former, or run dvc repro train_qlora"
+        )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file that makes the model, by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    return {name: file_hash(folder / name) for name in names}
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def joint_hash(files: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())).encode()).hexdigest()
+
+
+def chat_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
+    return template if template is None or isinstance(template, str) else json.dumps(template)
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            (to / name).write_bytes((folder / name).read_bytes())

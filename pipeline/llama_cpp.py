@@ -1,0 +1,123 @@
+"""llama.cpp: converting and quantizing by the scripts in llama.cpp/, and running a GGUF file.
+
+    python -m pipeline.llama_cpp MODEL CONTEXT THREADS [LORA]
+
+A file is run by a child process, because a damaged one can abort the process that loads it. The child is llama.cpp's
+own HTTP server on loopback; it ends when its standard input closes, so also when its parent dies.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.refusal import Refused
+
+SCRIPTS = Path(__file__).parent.parent / "llama.cpp"
+SLOTS = 8  # requests answered at once
+KEY = "LLAMA_CPP_API_KEY"
+
+
+def run_script(name: str, *arguments: str | Path) -> None:
+    """Run a script of llama.cpp/ and show its output only if it fails.
+
+    Raises:
+        Refused: the script failed.
+    """
+    command = [sys.executable, SCRIPTS / name, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or ["no output"]
+        sys.stderr.write(done.stdout)
+        raise Refused(f"llama.cpp/{name} {' '.join(map(str, arguments))} failed: {lines[-1]}")
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    key: str
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """Raises Refused with the server's own words if it refuses the request."""
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise Refused(f"llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
+
+    def tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file."""
+        prompt = self.post("/apply-template", {"messages": messages})["prompt"]
+        body = {"content": prompt, "add_special": True, "parse_special": True}
+        return self.post("/tokenize", body)["tokens"]
+
+    def complete(self, tokens: list[int], max_new_tokens: int, n_probs: int) -> dict[str, Any]:
+        """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each position."""
+        body = {"prompt": tokens, "n_predict": max_new_tokens, "samplers": ["top_k"], "top_k": 1, "n_probs": n_probs}
+        return self.post("/completion", body | {"return_tokens": True, "cache_prompt": False})
+
+
+@contextmanager
+def served(model: Path, context: int, threads: int, lora: Path | None = None) -> Iterator[Server]:
+    """Run `model` (with `lora` on it at full strength); each of SLOTS conversations may have `context` tokens.
+
+    Raises:
+        Refused: llama.cpp cannot load the files.
+    """
+    key = secrets.token_hex(16)
+    command = [sys.executable, "-m", "pipeline.llama_cpp", model, str(context), str(threads), *([lora] if lora else [])]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1"},
+    )
+    assert child.stdin and child.stdout
+    try:
+        url = child.stdout.readline().strip()
+        if not url:
+            files = f"{model} with {lora}" if lora else model
+            raise Refused(f"{files}: llama.cpp cannot load it (exit status {child.wait()}): run dvc repro convert_gguf")
+        yield Server(url, key)
+    finally:
+        child.stdin.close()
+        child.wait()
+
+
+def main() -> None:
+    import xllamacpp
+
+    model, context, threads, *lora = sys.argv[1:]
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = model
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in lora]
+    parameters.n_parallel = SLOTS
+    parameters.n_ctx = int(context) * SLOTS
+    parameters.cpuparams.n_threads = int(threads)
+    parameters.port = 0
+    parameters.api_keys = [os.environ[KEY]]
+    parameters.ui = False
+    parameters.verbosity = -1
+    # The defaults, an f16 cache and flash attention, move log-probabilities by 5e-3 that are not the file's doing.
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(parameters)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # the server's threads do not need a goodbye
+
+
+if __name__ == "__main__":
+    main()

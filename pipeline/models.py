@@ -1,0 +1,72 @@
+"""The base in NF4, with or without an adapter, on the device that is there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
+
+import bitsandbytes as bnb
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from pipeline.refusal import Refused
+
+
+def reproducible(seed: int, threads: int) -> None:
+    """Same seed, threads and machine: same bytes."""
+    torch.set_num_threads(threads)
+    transformers.set_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pick_device(wanted: str) -> torch.device:
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise Refused("base.device is cuda, but torch sees no GPU here: set it to auto or cpu")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, wanted)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer, padding on the left as generation needs it."""
+    return AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
+def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with its linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314), the rest and
+    all arithmetic in `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights, and training stops learning.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The base in NF4 with the trained adapter on it, as it was at the end of training."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(load_quantized(folder, device, dtype), adapter)  # type: ignore[return-value]
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """The token ids that end an answer."""
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    return set(ends) if isinstance(ends, list) else {ends}

@@ -1,0 +1,145 @@
+"""The one schema of params.yaml, and each stage's view of it."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.refusal import Refused
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Every key is required, of exactly its type, and no other is accepted: params.yaml hides no default."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                raise AttributeError(f"parameter {name!r} is read but not declared: add it to the stage in dvc.yaml")
+            return super().__getattr__(name)
+
+
+class Base(Section):
+    model: str
+    revision: str | None
+    device: Literal["auto", "cpu", "cuda"]
+    compute_dtype: Literal["auto", "float32", "bfloat16"]
+
+
+class Generate(Section):
+    forms_per_fact: Positive
+
+
+class Merge(Section):
+    valid_share: Annotated[float, Field(gt=0, lt=1)]
+    on_leak: Literal["raise", "drop"]
+
+
+class Lora(Section):
+    r: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Share
+    target_modules: Literal["all-linear"] | list[str]
+
+
+class Train(Section):
+    max_length: Annotated[int, Field(ge=2)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(gt=0)]
+    batch_size: Positive
+    gradient_accumulation: Positive
+    warmup_share: Share
+    schedule: Literal["cosine", "linear", "constant_with_warmup"]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
+    gradient_checkpointing: Literal["auto"] | bool
+    eval_steps: Positive
+
+
+class Evaluate(Section):
+    max_new_tokens: Positive
+    batch_size: Positive
+
+
+class Gguf(Section):
+    quantize: list[Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]]
+    num_ctx: Positive
+    temperature: Annotated[float, Field(ge=0)]
+
+
+class Parameters(Section):
+    seed: Annotated[int, Field(ge=0)]
+    threads: Positive
+    base: Base
+    generate: Generate
+    merge: Merge
+    lora: Lora
+    train: Train
+    evaluate: Evaluate
+    gguf: Gguf
+
+
+def load(stage: str) -> Parameters:
+    """Read and check the whole params.yaml; return only what `stage` declares in dvc.yaml.
+
+    Reading any other parameter raises AttributeError, so that DVC always knows what a stage depends on.
+
+    Raises:
+        Refused: params.yaml has an unknown, missing or wrong value.
+    """
+    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage].get("params", [])
+    return only(check(Path("params.yaml")), declared)
+
+
+def check(path: Path) -> Parameters:
+    """Raises Refused, naming every key that is unknown, missing or of a wrong type or value."""
+    try:
+        return Parameters.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise Refused(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise Refused(f"{path}: {'; '.join(explained(error))}") from None
+
+
+def explained(error: ValidationError) -> list[str]:
+    """Each wrong key once: its name, what was given, what is accepted."""
+    sentences: dict[str, str] = {}
+    for mistake in error.errors():
+        key, given, message = ".".join(map(str, mistake["loc"][:2])), mistake["input"], mistake["msg"]
+        message = message[0].lower() + message[1:]
+        if mistake["type"] == "extra_forbidden":
+            sentences[key] = f"{key} is not a parameter; accepted here: {', '.join(siblings(key))}"
+        elif mistake["type"] == "missing":
+            sentences[key] = f"{key} is missing"
+        elif key in sentences:  # a key that may be of two types has one error for each
+            sentences[key] += f", or {message}"
+        else:
+            sentences[key] = f"{key} is {given!r}: {message}"
+            if isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given):
+                sentences[key] += f" (YAML reads {given} as text; write {float(given):.1e})"
+    return list(sentences.values())
+
+
+def siblings(key: str) -> list[str]:
+    section, dot, _ = key.partition(".")
+    owner = Parameters.model_fields[section].annotation if dot else Parameters
+    return list(owner.model_fields)  # type: ignore[union-attr]
+
+
+def only(parameters: Parameters, declared: list[str]) -> Parameters:
+    """`parameters` without the values of keys that `declared` ("seed", "lora", "train.max_length", ...) does not name."""
+    kept: dict[str, Any] = {}
+    for name, value in parameters:
+        if name in declared:
+            kept[name] = value
+        elif keys := [key.partition(".")[2] for key in declared if key.startswith(f"{name}.")]:
+            kept[name] = type(value).model_construct(**{key: getattr(value, key) for key in keys})
+    return Parameters.model_construct(**kept)

@@ -1,0 +1,28 @@
+"""How a stage ends that cannot do what it was asked."""
+
+import os
+from collections.abc import Callable
+
+
+class Refused(SystemExit):
+    """The message is one line: what is wrong, where, and what to do. Uncaught, Python prints it and exits with 1."""
+
+
+def run(stage: Callable[[], None]) -> None:
+    """Run a stage's main function; if it fails, put back the outputs that DVC deleted before it started the stage."""
+    try:
+        stage()
+    except BaseException:
+        if "DVC_STAGE" in os.environ:
+            put_back_outputs(os.environ["DVC_STAGE"])
+        raise
+
+
+def put_back_outputs(stage: str) -> None:
+    """Check the stage's outputs out as dvc.lock has them. `dvc checkout` cannot: the running `dvc repro` has the lock."""
+    from dvc.repo import Repo
+
+    for out in Repo().stage.load_one(name=stage).outs:
+        out.use_cache = True  # metrics that git tracks lie in the cache too, as part of the run cache
+        if out.hash_info and out.exists is False:
+            out.checkout()

@@ -1,0 +1,36 @@
+"""Let the untrained base sit the exam.
+
+    python -m stages.evaluate_base
+
+models/base.json, data/questions.jsonl -> metrics/answers_base.jsonl
+"""
+
+from pipeline.answers import sit
+from pipeline.base import located
+from pipeline.exam import read_questions
+from pipeline.models import load_quantized, load_tokenizer, pick_device, pick_dtype, reproducible
+from pipeline.outputs import write_jsonl
+from pipeline.parameters import load
+from pipeline.refusal import run
+from pipeline.scores import graded
+
+
+def main() -> None:
+    parameters = load("evaluate_base")
+    questions = read_questions()
+    folder, _ = located()
+    device = pick_device(parameters.base.device)
+    reproducible(0, parameters.threads)
+    model = load_quantized(folder, device, pick_dtype(parameters.base.compute_dtype, device))
+    answers = sit(
+        model,
+        load_tokenizer(folder),
+        questions,
+        parameters.evaluate.batch_size,
+        parameters.evaluate.max_new_tokens,
+    )
+    write_jsonl("metrics/answers_base.jsonl", map(graded, questions, answers))
+
+
+if __name__ == "__main__":
+    run(main)

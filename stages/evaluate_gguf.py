@@ -1,0 +1,129 @@
+"""Let every GGUF file sit the exam in llama.cpp, and compare it with the merged model in Transformers.
+
+    python -m stages.evaluate_gguf
+
+models/base.json, models/merged/, models/gguf/, data/questions.jsonl, metrics/answers.jsonl -> metrics/gguf.json,
+metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside them, which DVC does not track
+"""
+
+import math
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.answers import prompt, sit
+from pipeline.base import located
+from pipeline.exam import Question, read_questions
+from pipeline.llama_cpp import SLOTS, Server, run_script, served
+from pipeline.models import load_tokenizer, pick_device, reproducible
+from pipeline.outputs import write_json, write_jsonl
+from pipeline.parameters import load
+from pipeline.refusal import Refused, run
+from pipeline.rows import read_rows
+from pipeline.scores import exact_match, f1
+
+GGUF = Path("models/gguf")
+MERGED = Path("models/merged")
+N_PROBS = 128  # likeliest tokens that llama.cpp tells at each position; all others count as one
+
+
+def main() -> None:
+    parameters = load("evaluate_gguf")
+    questions = read_questions()
+    reproducible(0, parameters.threads)
+    tokenizer = load_tokenizer(MERGED)
+    model = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32).to(pick_device(parameters.base.device))
+    prompts = [prompt(tokenizer, question) for question in questions]
+    length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
+    tuned = [row["after"] for row in read_rows(Path("metrics/answers.jsonl"))]
+    merged = [answer.text for answer in sit(model, tokenizer, questions, batch_size, length)]
+
+    answers = {"merged": merged}
+    metrics: dict[str, Any] = {"merged": scores(merged, questions) | {"agreement": agreement(merged, tuned)}}
+    cost = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, file, lora in runs(Path(scratch)):
+            with served(file, max(map(len, prompts)) + length, parameters.threads, lora) as server:
+                require_same_tokens(server, questions, prompts, name)
+                replies, seconds = sit_in_llama_cpp(server, prompts, length, name)
+            answers[name] = [reply["content"].strip() for reply in replies]
+            metrics[name] = scores(answers[name], questions) | {
+                "agreement": agreement(answers[name], merged),
+                "kl": fmean(divergence(model, *pair) for pair in zip(prompts, replies, strict=True)),
+                "bytes": (GGUF / name).stat().st_size,
+            }
+            cost[name] = {"tokens_per_second": sum(reply["tokens_predicted"] for reply in replies) / seconds}
+    rows = [dict(zip(answers, given, strict=True)) for given in zip(*answers.values(), strict=True)]
+    write_jsonl("metrics/answers_gguf.jsonl", [{"id": q.id} | row for q, row in zip(questions, rows, strict=True)])
+    write_json("metrics/gguf.json", metrics)
+    write_json("metrics/gguf_cost.json", cost)
+
+
+def runs(scratch: Path) -> list[tuple[str, Path, Path | None]]:
+    """(name, GGUF model, GGUF LoRA on it) of every file to be tried. The LoRA needs the base as GGUF, which is not
+    shipped."""
+    base = scratch / "base-f16.gguf"
+    run_script("convert.py", "hf", located()[0], "--outtype", "f16", "--outfile", base)
+    lora = GGUF / "adapter-f16.gguf"
+    return [(lora.name, base, lora)] + [(file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))]
+
+
+def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
+    """Raises Refused with the first question whose prompt the file renders or tokenizes otherwise than Transformers."""
+    for question, expected in zip(questions, prompts, strict=True):
+        tokens = server.tokens([{"role": "user", "content": question.question}])
+        if tokens != expected:
+            raise Refused(
+                f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "
+                f"{expected} in Transformers: the file would answer other questions than the model was trained on"
+            )
+
+
+def sit_in_llama_cpp(server: Server, prompts: list[list[int]], length: int, name: str) -> tuple[list[Any], float]:
+    """llama.cpp's replies in the order of the prompts, and the seconds that they took together."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(SLOTS) as pool:
+        replies = pool.map(lambda tokens: server.complete(tokens, length, N_PROBS), prompts)
+        return list(tqdm(replies, desc=name, total=len(prompts), unit="question")), time.monotonic() - started
+
+
+def scores(answers: list[str], questions: list[Question]) -> dict[str, float]:
+    pairs = list(zip(answers, questions, strict=True))
+    return {
+        "exact_match": fmean(exact_match(answer, question.answers) for answer, question in pairs),
+        "f1": fmean(f1(answer, question.answers) for answer, question in pairs),
+    }
+
+
+def agreement(answers: list[str], others: list[str]) -> float:
+    """The share of answers that are the same, letter by letter."""
+    return fmean(answer == other for answer, other in zip(answers, others, strict=True))
+
+
+@torch.inference_mode()
+def divergence(model: PreTrainedModel, tokens: list[int], reply: dict[str, Any]) -> float:
+    """KL(Transformers || llama.cpp) of the next token in nats, mean over the positions of llama.cpp's own answer.
+
+    Over the N_PROBS tokens that llama.cpp tells, and all others as one: the true divergence is at least this.
+    """
+    positions = reply["completion_probabilities"]
+    ids = torch.tensor([tokens + [position["id"] for position in positions[:-1]]], device=model.device)
+    logprobs = model(input_ids=ids).logits[0, len(tokens) - 1 :].float().log_softmax(-1).cpu()
+    return fmean(kl(row, position["top_logprobs"]) for row, position in zip(logprobs, positions, strict=True))
+
+
+def kl(logprobs: torch.Tensor, told: list[dict[str, Any]]) -> float:
+    pairs = [(math.exp(logprobs[token["id"]]), math.exp(token["logprob"])) for token in told]
+    rest = tuple(max(1e-9, 1 - sum(share)) for share in zip(*pairs, strict=True))
+    return sum(p * math.log(p / q) for p, q in [*pairs, rest] if p > 0)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,75 @@
+"""Real repositories to run the real pipeline in."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+class Project:
+    """A clone of this repository, its working tree committed, with a DVC cache of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment())
+        assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def set(self, **values: object) -> None:
+        """Set parameters, named with two underscores for the dot: `set(lora__r=2)`."""
+        path = self.folder / "params.yaml"
+        parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name, value in values.items():
+            *sections, key = name.split("__")
+            owner = parameters[sections[0]] if sections else parameters
+            owner[key] = value
+        path.write_text(yaml.safe_dump(parameters, allow_unicode=True), encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """Without the variables by which a git hook or a running DVC stage would point a clone back at this repository."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_"))}
+    identity = {
+        f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    return own | identity
+
+
+def clone(folder: Path) -> Project:
+    project = Project(folder)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
+        project.run("git", *command)
+    return project
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A clone that is also the working directory, in which nothing has run yet."""
+    monkeypatch.chdir(tmp_path)
+    return clone(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A clone in which `dvc repro` has run with the default parameters. Tests that change it put it back."""
+    project = clone(tmp_path_factory.mktemp("finished"))
+    (project.folder / "dvc.lock").unlink(missing_ok=True)
+    project.run("dvc", "repro")
+    return project

@@ -1,0 +1,92 @@
+"""Which base it is, and what is refused before it is used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Project
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.base import TOKENIZER_FILES, describe, located, require_same_base
+from pipeline.models import load_tokenizer
+from pipeline.refusal import Refused
+from pipeline.rows import question_and_answer
+from pipeline.supervision import IGNORED, supervised
+from stages import prepare_base
+
+TINY = "models/tiny-base"
+
+
+def test_the_built_in_base_is_small_and_loads_by_path_with_the_stock_loaders(project: Project) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    assert model.config.model_type == "llama"
+    assert model.config.hidden_size % 256 == 0 and model.config.intermediate_size % 256 == 0
+    assert Path(TINY, "model.safetensors").stat().st_size <= 8.5e6
+    assert tokenizer.eos_token != tokenizer.pad_token
+    for text in ["해솔 팀의 내선 번호는?", "naïve 🙂‍↔️\t\n  x\u0000", "<|im_start|>"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed(project: Project) -> None:
+    shutil.copytree(TINY, "models/mine", ignore=shutil.ignore_patterns("recipe", ".dvc"))
+    project.set(base__model="models/mine")
+    prepare_base.main()
+    folder, description = located()
+    assert folder == Path("models/mine") and description["fingerprint"] == describe(TINY, None)["fingerprint"]
+    Path("models/mine/config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(Refused, match="models/mine has changed since it was described: run dvc repro -f prepare_base"):
+        located()
+
+
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        ("model.safetensors", r"no \.safetensors weights"),
+        ("chat_template.jinja", "no chat template: choose its instruct"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_is_refused_by_what_it_lacks(project: Project, missing: str, line: str) -> None:
+    Path(TINY, missing).unlink()
+    with pytest.raises(Refused, match=line):
+        describe(TINY, None)
+
+
+def test_a_hub_id_that_cannot_be_reached_gets_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing listens
+    project.set(base__model="someone/some-model", base__revision="v1")
+    done = project.run("python", "-m", "stages.prepare_base", check=False)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "base.model" in line]
+    assert "'someone/some-model' (base.revision v1) is no local folder" in line and "Traceback" not in done.stderr
+
+
+def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> None:
+    (tmp_path / "base.json").write_text(json.dumps({"model": "one", "fingerprint": "1" * 64}), encoding="utf-8")
+    require_same_base(tmp_path, {"model": "one", "fingerprint": "1" * 64})
+    with pytest.raises(Refused, match="was trained on one .* but base.model is other"):
+        require_same_base(tmp_path, {"model": "other", "fingerprint": "2" * 64})
+
+
+def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> None:
+    tokenizer = load_tokenizer(Path(__file__).parent.parent / TINY)
+    end = tokenizer.eos_token_id
+    messages = [
+        {"role": "system", "content": "Be short."},
+        *question_and_answer("Who leads it?", "Ada Adler"),
+        *question_and_answer("누가요?", "김서연"),
+    ]
+    ids, labels = supervised(tokenizer, messages, {end}, "here")
+    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(learnt) == "Ada Adler<|im_end|>김서연<|im_end|>"
+    assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
+    with pytest.raises(Refused, match=r"here: the chat template ends turn 3 with none"):
+        supervised(tokenizer, messages, {0}, "here")
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(Refused, match="here: the chat template renders the prompt of turn 3 differently"):
+        supervised(tokenizer, messages, {end}, "here")
+
+
+def test_every_tokenizer_file_of_the_base_is_known_by_name() -> None:
+    here = {path.name for path in (Path(__file__).parent.parent / TINY).glob("*token*")}
+    assert here <= set(TOKENIZER_FILES)

@@ -1,0 +1,181 @@
+"""The real dvc.yaml, from nothing to proven GGUF files, and what reruns when something changes."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Project
+from gguf import GGUFReader
+from safetensors import safe_open
+
+KEYS = [
+    f"{section}.{key}" if isinstance(values, dict) else section
+    for section, values in yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")).items()
+    for key in (values if isinstance(values, dict) else [None])
+]
+# Which stages `dvc repro --dry` names for a change of a key: those that read it. Those after them run if what they make
+# is different, which a dry run cannot know.
+RERUN = {
+    "seed": {"train_qlora"},
+    "threads": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "base.model": {"prepare_base"},
+    "base.revision": {"prepare_base"},
+    "base.device": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate"},
+    "generate": {"generate"},
+    "merge": {"merge"},
+    "lora": {"train_qlora"},
+    "train": {"train_qlora"},
+    "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
+    "gguf": {"convert_gguf"},
+}
+
+
+def metrics(project: Project, name: str) -> Any:
+    return json.loads((project.folder / f"metrics/{name}.json").read_text(encoding="utf-8"))
+
+
+def ran(output: str) -> set[str]:
+    return set(re.findall(r"Running stage '(\w+)'", output))
+
+
+def restored(output: str) -> set[str]:
+    return set(re.findall(r"Stage '(\w+)' is cached", output))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_answers_like_it(
+    finished: Project,
+) -> None:
+    exam, gguf = metrics(finished, "evaluate"), metrics(finished, "gguf")
+    assert exam["base"]["exact_match"] <= 0.10
+    assert exam["tuned"]["exact_match"] >= 0.90
+    assert exam["base"]["stopped"] >= 0.95 and exam["tuned"]["stopped"] >= 0.95
+    assert exam["tuned"]["answer_nll"] < 0.5 < exam["base"]["answer_nll"]
+    assert (
+        0 < exam["gain"]["low"] <= exam["gain"]["exact_match"] <= exam["gain"]["high"]
+        and exam["gain"]["p_value"] < 1e-6
+    )
+    assert set(gguf) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf", "model-q4_k_m.gguf"}
+    for name, lag in [
+        ("adapter-f16.gguf", 0.03),
+        ("model-f16.gguf", 0.03),
+        ("model-q8_0.gguf", 0.03),
+        ("model-q4_k_m.gguf", 0.05),
+    ]:
+        assert gguf[name]["exact_match"] >= exam["tuned"]["exact_match"] - lag, name
+        assert gguf[name]["bytes"] == (finished.folder / "models/gguf" / name).stat().st_size
+    assert gguf["merged"]["agreement"] >= 0.95 and gguf["model-f16.gguf"]["agreement"] >= 0.98
+    assert gguf["model-f16.gguf"]["kl"] < 1e-3 < gguf["model-q4_k_m.gguf"]["kl"]
+
+
+def test_every_answer_is_kept_with_its_question_and_scores(finished: Project) -> None:
+    answers = [
+        json.loads(line)
+        for line in (finished.folder / "metrics/answers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    exam = metrics(finished, "evaluate")
+    assert len(answers) == len((finished.folder / "data/questions.jsonl").read_text(encoding="utf-8").splitlines())
+    assert set(answers[0]) == {"id", "question", "reference", "source", "before", "after", "base", "tuned"}
+    share = sum(answer["tuned"]["exact_match"] for answer in answers) / len(answers)
+    assert share == pytest.approx(exam["tuned"]["exact_match"], abs=1e-5)
+    flips = sum(answer["tuned"]["exact_match"] > answer["base"]["exact_match"] for answer in answers)
+    assert flips == exam["flips"]["fixed"]
+
+
+def test_the_adapter_carries_its_base_and_the_bases_tokenizer_unchanged(finished: Project) -> None:
+    adapter, tiny = finished.folder / "outputs/adapter", finished.folder / "models/tiny-base"
+    assert digest(adapter / "tokenizer.json") == digest(tiny / "tokenizer.json")
+    assert (adapter / "base.json").read_bytes() == (finished.folder / "models/base.json").read_bytes()
+    with safe_open(adapter / "adapter_model.safetensors", "np") as tensors:
+        names = list(tensors.keys())
+        assert all(tensors.get_slice(name).get_dtype() == "F32" for name in names)
+    assert len(names) == 2 * 7 * 4  # A and B of seven linear layers in four blocks: all of them
+
+
+def test_k_quants_are_real(finished: Project) -> None:
+    kinds = {
+        tensor.tensor_type.name for tensor in GGUFReader(finished.folder / "models/gguf/model-q4_k_m.gguf").tensors
+    }
+    assert {"Q4_K", "Q6_K"} <= kinds and not kinds & {"Q5_0", "Q5_1", "F16"}
+
+
+def test_nothing_is_left_to_do_and_git_sees_no_output(finished: Project) -> None:
+    done = finished.run("dvc", "repro")
+    assert "Data and pipelines are up to date." in done.stdout and not ran(done.stdout)
+    changed = {line[3:] for line in finished.run("git", "status", "--porcelain").stdout.splitlines()}
+    assert {path for path in changed if not path.startswith("metrics/")} <= {"dvc.lock"}
+
+
+def test_metrics_plots_and_the_graph_show_what_a_dvc_user_expects(finished: Project) -> None:
+    shown = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
+    assert {
+        "metrics/data.json",
+        "metrics/train.json",
+        "metrics/train_cost.json",
+        "metrics/evaluate.json",
+        "metrics/gguf.json",
+    } <= set(shown)
+    finished.run("dvc", "plots", "show", "-o", "plots")
+    assert "nats per token" in (finished.folder / "plots/index.html").read_text(encoding="utf-8")
+    finished.run("rm", "-r", "plots")
+    graph = finished.run("dvc", "dag", "--mermaid").stdout
+    assert all(name in graph for name in ("generate", "merge", "train_qlora", "evaluate_gguf")) and "world" not in graph
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_parameter_reruns_exactly_the_stages_that_read_it(finished: Project, key: str) -> None:
+    path = finished.folder / "params.yaml"
+    before = path.read_text(encoding="utf-8")
+    parameters = yaml.safe_load(before)
+    section, _, name = key.partition(".")
+    owner, name = (parameters[section], name) if name else (parameters, section)
+    owner[name] = "changed"
+    path.write_text(yaml.safe_dump(parameters), encoding="utf-8")
+    done = finished.run("dvc", "repro", "--dry")
+    path.write_text(before, encoding="utf-8")
+    assert ran(done.stdout) == RERUN.get(key, RERUN.get(section))
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        (["lora.r=2"], {"train_qlora", "evaluate", "merge_adapter", "convert_gguf", "evaluate_gguf"}),
+        (["gguf.quantize=[q8_0]"], {"convert_gguf", "evaluate_gguf"}),
+    ],
+)
+def test_an_experiment_runs_what_its_parameter_changes_and_nothing_else(
+    finished: Project, settings: list[str], stages: set[str]
+) -> None:
+    before = metrics(finished, "evaluate")["tuned"]["exact_match"]
+    done = finished.run("dvc", "exp", "run", "--temp", *(f"-S{setting}" for setting in settings))
+    assert ran(done.stdout) == stages
+    shown = finished.run("dvc", "exp", "show", "--csv").stdout.splitlines()
+    column = shown[0].split(",").index("metrics/evaluate.json:tuned.exact_match")
+    scores = [float(row.split(",")[column]) for row in shown[1:] if row.split(",")[column]]
+    assert before in [pytest.approx(score, abs=1e-5) for score in scores]
+    if "lora.r=2" in settings:
+        assert min(scores) < before - 0.1
+
+
+def test_a_refused_run_says_why_in_one_line_and_loses_no_output(finished: Project) -> None:
+    adapter, losses = (
+        finished.folder / "outputs/adapter/adapter_model.safetensors",
+        finished.folder / "metrics/train.json",
+    )
+    kept = digest(adapter), digest(losses)
+    before = (finished.folder / "params.yaml").read_text(encoding="utf-8")
+    finished.set(lora__r="abc")
+    done = finished.run("dvc", "repro", check=False)
+    (finished.folder / "params.yaml").write_text(before, encoding="utf-8")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if "lora.r is 'abc'" in line] and "Traceback" not in done.stderr
+    assert (digest(adapter), digest(losses)) == kept
+    assert "up to date" in finished.run("dvc", "repro").stdout

@@ -1,0 +1,134 @@
+"""What ships: files that llama.cpp runs, and a Modelfile that prompts them as they were trained."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Project
+from transformers import AutoTokenizer
+
+from pipeline.llama_cpp import run_script, served
+from pipeline.modelfile import go_template, modelfile
+from pipeline.refusal import Refused
+
+TINY = ROOT / "models/tiny-base"
+
+
+@pytest.fixture(scope="module")
+def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "base-f16.gguf"
+    run_script("convert.py", "hf", TINY, "--outtype", "f16", "--outfile", file)
+    return file
+
+
+def test_llama_cpp_tokenizes_as_transformers_does(base_gguf: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    texts = ["Who leads it?", "해솔 팀의 내선 번호는?", "1234567", "  a\n\n b\t", "naïve 🙂‍↔️ x² -- 'll", "다라\u3000팀"]
+    with served(base_gguf, context=256, threads=2) as server:
+        for text in texts:
+            messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
+            expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert server.tokens(messages) == expected, text
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "header", "tensors"])
+def test_a_damaged_file_is_refused_by_name_and_harms_nobody(base_gguf: Path, tmp_path: Path, damage: str) -> None:
+    content = base_gguf.read_bytes()
+    file = tmp_path / "model.gguf"
+    file.write_bytes(
+        {
+            "empty": b"",
+            "truncated": content[: len(content) // 2],
+            "header": content[:4] + b"\xff" * 20 + content[24:],
+            "tensors": content.replace(b"blk.0.attn_q.weight", b"blk.0.attn_X.weight"),
+        }[damage]
+    )
+    with pytest.raises(Refused, match=r"model\.gguf: llama\.cpp cannot load it"), served(file, 64, 1):
+        pass
+
+
+def test_a_failed_conversion_says_which_and_why(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"llama\.cpp/quantize\.py .*missing\.gguf .* failed: "):
+        run_script("quantize.py", tmp_path / "missing.gguf", tmp_path / "out.gguf", "q8_0")
+
+
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_by_file(tmp_path: Path) -> None:
+    for file in TINY.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace(r"\\p{N}| ?", r"\\p{N}{2}| ?"), encoding="utf-8")
+    with pytest.raises(Refused, match=r"tokenizer\.json splits text in a way that llama\.cpp has no name for"):
+        run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "out.gguf")
+
+
+def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:
+    parent = (
+        "import os, sys; from pathlib import Path; from pipeline.llama_cpp import served\n"
+        "with served(Path(sys.argv[1]), 64, 1) as server: print(server.url, flush=True); os._exit(9)"
+    )
+    command = [sys.executable, "-c", parent, str(base_gguf)]
+    url = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout.strip()
+    port = url.rpartition(":")[2]
+    probe = "import socket, sys, time\nfor _ in range(100):\n s = socket.socket()\n"
+    probe += " if s.connect_ex(('127.0.0.1', int(sys.argv[1]))): sys.exit(0)\n s.close(); time.sleep(0.1)\nsys.exit(1)"
+    assert port and subprocess.run([sys.executable, "-c", probe, port]).returncode == 0
+
+
+def rendered(template: str, messages: list[dict[str, str]]) -> str:
+    """The Go template of pipeline/modelfile.py, filled by hand: its text is what stands between its actions."""
+    system, rest = template.split('{{ else if eq .Role "user" }}')
+    user, rest = rest.split("{{ else }}")
+    assistant = rest.removesuffix("{{ end }}{{ end }}")
+    default = ""
+    if user.startswith("{{ if eq $i 0 }}"):
+        default, user = user.removeprefix("{{ if eq $i 0 }}").split("{{ end }}", 1)
+    forms = {"system": system.split('{{ if eq .Role "system" }}')[1], "user": user, "assistant": assistant}
+    turns = [forms[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages]
+    return (default if messages[0]["role"] == "user" else "") + "".join(turns)
+
+
+QWEN = (
+    "{%- if messages[0]['role'] != 'system' %}{{- '<|im_start|>system\\nYou are Q.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim"
+    " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+GEMMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n'"
+    " + m['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("family", [None, QWEN, LLAMA3, GEMMA2], ids=["built-in", "qwen", "llama3", "gemma2"])
+def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(family: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = family or tokenizer.chat_template
+    template = go_template(tokenizer)
+    assert template is not None
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user")]
+    conversations = [turns[:1], turns]
+    if family != GEMMA2:
+        conversations += [[{"role": "system", "content": "Be short."}, *turns]]
+    for messages in conversations:
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert rendered(template, messages) == expected
+
+
+def test_a_template_that_has_no_equal_is_left_out_and_said() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}{{ loop.index }}:{{ m.content }};{% endfor %}"
+    assert go_template(tokenizer) is None
+
+
+def test_the_modelfile_stops_where_the_model_stops(project: Project) -> None:
+    lines = modelfile("model-q8_0.gguf", Path("models/tiny-base"), num_ctx=512, temperature=0.0).splitlines()
+    assert lines[0] == "FROM ./model-q8_0.gguf"
+    assert lines[-3:] == ['PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0.0"]

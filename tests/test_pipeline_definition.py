@@ -1,0 +1,87 @@
+"""dvc.yaml says the truth: what a stage's code reads is what its entry declares."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, Project
+
+STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+RUNS_SCRIPTS = {"convert.py": {"convert.py", "fetch.py", "source.txt"}, "quantize.py": {"quantize.py"}}
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    entries = [*stage.get("outs", []), *stage.get("metrics", [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def imported_modules(file: Path) -> set[Path]:
+    """The files of this project that `file` imports, directly or not."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        assert not isinstance(node, ast.Import) or not any(alias.name.startswith("pipeline") for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in {"pipeline", "stages", "tools"}:
+            module = ROOT.joinpath(*str(node.module).split(".")).with_suffix(".py")
+            assert module.is_file(), f"{file}: import from {node.module}: name the module"
+            found |= {module} | imported_modules(module)
+    return found
+
+
+def parameters_read(file: Path) -> set[str]:
+    """Every `parameters.a.b` in the file, without those that are part of a longer one."""
+    chains = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        parts, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            parts.insert(0, inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name) and inner.id == "parameters":
+            chains.add(".".join(parts[:2]))
+    return {chain for chain in chains if not any(other.startswith(f"{chain}.") for other in chains)}
+
+
+def test_there_is_a_module_for_every_stage_and_a_stage_for_every_module() -> None:
+    modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
+    assert modules == set(STAGES)
+    assert all(STAGES[name]["cmd"] == f"python -m stages.{name}" for name in STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
+    file = ROOT / "stages" / f"{name}.py"
+    modules = imported_modules(file)
+    scripts = {
+        f"llama.cpp/{part}"
+        for script, parts in RUNS_SCRIPTS.items()
+        if f'run_script("{script}"' in file.read_text(encoding="utf-8")
+        for part in parts
+    }
+    code = {str(path.relative_to(ROOT)) for path in modules} | scripts
+    declared = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py") or dep.startswith("llama.cpp/")}
+    assert declared == code | {f"stages/{name}.py", "stages/__init__.py"}
+    assert "requirements.txt" in STAGES[name]["deps"]
+
+
+def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_tools() -> None:
+    for folder, allowed in [("stages", "pipeline"), ("tools", "pipeline"), ("pipeline", "pipeline")]:
+        for file in (ROOT / folder).glob("*.py"):
+            assert {path.parent.name for path in imported_modules(file)} <= {allowed}, file
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declares(name: str) -> None:
+    assert parameters_read(ROOT / "stages" / f"{name}.py") == set(STAGES[name].get("params", []))
+
+
+def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_run(project: Project) -> None:
+    def ignored() -> set[str]:
+        return {path for path in every if project.run("git", "check-ignore", "-q", path, check=False).returncode == 0}
+
+    every = [path for stage in STAGES.values() for path in outputs(stage)]
+    committed = {"metrics/data.json", "metrics/train.json", "metrics/evaluate.json", "metrics/gguf.json"}
+    assert ignored() == set(every) - committed
+    (project.folder / "data/raw/facts.csv").write_text("not,facts\n", encoding="utf-8")
+    assert project.run("dvc", "repro", check=False).returncode != 0
+    assert ignored() == set(every) - committed
