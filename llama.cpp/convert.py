@@ -18,13 +18,13 @@ from fetch import CONVERTER
 
 PROGRAMS = {"hf": "convert_hf_to_gguf.py", "lora": "convert_lora_to_gguf.py"}
 # llama.cpp's names of the split patterns in the tokenizer.json files of Qwen 2 and Llama 3.
+WORDS, REST = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 SPLIT_PATTERNS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "qwen2"
-    ),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "llama-bpe"
-    ),
+    rf"{WORDS}|\p{{N}}|{REST}": "qwen2",  # one digit a token
+    rf"{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
 }
 
 

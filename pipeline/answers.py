@@ -45,6 +45,7 @@ def generate(
         **prompts.to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # some models' generation_config.json sets another, which is not greedy decoding
         pad_token_id=tokenizer.pad_token_id,
     )[:, prompts["input_ids"].shape[1] :].tolist()
     ends = end_tokens(model)

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,14 @@ def served(model: Path, context: int, threads: int, lora: Path | None = None) ->
         Refused: llama.cpp cannot load the files.
     """
     key = secrets.token_hex(16)
-    command = [sys.executable, "-m", "pipeline.llama_cpp", model, str(context), str(threads), *([lora] if lora else [])]
+    command = [sys.executable, "-m", "pipeline.llama_cpp", str(model), str(context), str(threads)]
     child = subprocess.Popen(
-        command,
+        command + ([str(lora)] if lora else []),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1"},
+        env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": library_path()},
     )
     assert child.stdin and child.stdout
     try:
@@ -94,6 +95,14 @@ def served(model: Path, context: int, threads: int, lora: Path | None = None) ->
     finally:
         child.stdin.close()
         child.wait()
+
+
+def library_path() -> str:
+    """With torch's copy of libgomp, which xllamacpp needs and brings none of; a bare machine has no other."""
+    torch = find_spec("torch")
+    assert torch and torch.submodule_search_locations
+    own = str(Path(torch.submodule_search_locations[0], "lib"))
+    return os.pathsep.join(filter(None, [os.environ.get("LD_LIBRARY_PATH"), own]))
 
 
 def main() -> None:

@@ -63,10 +63,10 @@ def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.d
     """The base in NF4 with the trained adapter on it, as it was at the end of training."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_quantized(folder, device, dtype), adapter)  # type: ignore[return-value]
+    return PeftModel.from_pretrained(load_quantized(folder, device, dtype), adapter)
 
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """The token ids that end an answer."""
-    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = model.generation_config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}

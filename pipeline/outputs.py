@@ -1,7 +1,6 @@
 """Outputs that appear whole or not at all."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,14 +10,14 @@ from typing import Any
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to make a file or folder at; it becomes `path` when the block ends without an error."""
+    """Yield a path beside `path` to make a file or folder at; it becomes `path` if the block ends without error."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(aside)
     yield aside
     remove(path)
-    os.rename(aside, path)
+    aside.rename(path)
 
 
 def remove(path: Path) -> None:

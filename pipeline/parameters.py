@@ -44,7 +44,7 @@ class Merge(Section):
 
 class Lora(Section):
     r: Positive
-    alpha: Annotated[float, Field(gt=0)]
+    alpha: Positive
     dropout: Share
     target_modules: Literal["all-linear"] | list[str]
 
@@ -135,7 +135,7 @@ def siblings(key: str) -> list[str]:
 
 
 def only(parameters: Parameters, declared: list[str]) -> Parameters:
-    """`parameters` without the values of keys that `declared` ("seed", "lora", "train.max_length", ...) does not name."""
+    """`parameters` without the values of keys that `declared` ("seed", "lora", "train.epochs", ...) does not name."""
     kept: dict[str, Any] = {}
     for name, value in parameters:
         if name in declared:

@@ -19,7 +19,7 @@ def run(stage: Callable[[], None]) -> None:
 
 
 def put_back_outputs(stage: str) -> None:
-    """Check the stage's outputs out as dvc.lock has them. `dvc checkout` cannot: the running `dvc repro` has the lock."""
+    """Check the stage's outputs out as dvc.lock has them. `dvc checkout` cannot: the running `dvc repro` locks them."""
     from dvc.repo import Repo
 
     for out in Repo().stage.load_one(name=stage).outs:

@@ -13,8 +13,8 @@ from pipeline.refusal import Refused
 Row = dict[str, Any]
 
 
-def normalised(text: str) -> str:
-    """`text` as two rows are compared: NFKC, lower case, letters and digits only, single spaces."""
+def words(text: str) -> str:
+    """`text` as questions are compared: NFKC, without case and punctuation, single spaces."""
     return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
@@ -23,9 +23,10 @@ def question_and_answer(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def row(messages: list[dict[str, str]], source: str) -> Row:
-    """A row of NFC text. `id` is a hash of the normalised conversation, `source` says where it came from."""
+    """A row of NFC text. `source` says where it came from; `id` is a hash of the conversation without regard to case
+    and white space."""
     messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
-    conversation = json.dumps([[m["role"], normalised(m["content"]) or m["content"]] for m in messages])
+    conversation = json.dumps([[m["role"], *m["content"].casefold().split()] for m in messages])
     return {"id": hashlib.sha256(conversation.encode()).hexdigest()[:16], "messages": messages, "source": source}
 
 

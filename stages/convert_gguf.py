@@ -29,8 +29,8 @@ def main() -> None:
         run_script("convert.py", "hf", MERGED, *as_f16(aside / "model-f16.gguf"))
         for quantization in parameters.gguf.quantize:
             run_script("quantize.py", aside / "model-f16.gguf", aside / f"model-{quantization}.gguf", quantization)
-        runs = (parameters.gguf.quantize or ["f16"])[0]
-        text = modelfile(f"model-{runs}.gguf", MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature)
+        served = parameters.gguf.quantize[0] if parameters.gguf.quantize else "f16"
+        text = modelfile(f"model-{served}.gguf", MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature)
         (aside / "Modelfile").write_text(text, encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ from pipeline.answers import prompt, sit
 from pipeline.base import located
 from pipeline.exam import Question, read_questions
 from pipeline.llama_cpp import SLOTS, Server, run_script, served
-from pipeline.models import load_tokenizer, pick_device, reproducible
+from pipeline.models import load_tokenizer, pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
@@ -39,7 +39,7 @@ def main() -> None:
     questions = read_questions()
     reproducible(0, parameters.threads)
     tokenizer = load_tokenizer(MERGED)
-    model = AutoModelForCausalLM.from_pretrained(MERGED, dtype=torch.float32).to(pick_device(parameters.base.device))
+    model = load_merged(pick_device(parameters.base.device), parameters.base.compute_dtype)
     prompts = [prompt(tokenizer, question) for question in questions]
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
     tuned = [row["after"] for row in read_rows(Path("metrics/answers.jsonl"))]
@@ -64,6 +64,12 @@ def main() -> None:
     write_jsonl("metrics/answers_gguf.jsonl", [{"id": q.id} | row for q, row in zip(questions, rows, strict=True)])
     write_json("metrics/gguf.json", metrics)
     write_json("metrics/gguf_cost.json", cost)
+
+
+def load_merged(device: torch.device, compute_dtype: str) -> PreTrainedModel:
+    """On a GPU too small for its 16-bit weights, the rest of them stays in the machine's memory."""
+    place = "auto" if device.type == "cuda" else device
+    return AutoModelForCausalLM.from_pretrained(MERGED, dtype=pick_dtype(compute_dtype, device), device_map=place)
 
 
 def runs(scratch: Path) -> list[tuple[str, Path, Path | None]]:

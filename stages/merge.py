@@ -12,7 +12,7 @@ from pipeline.exam import EXAM, read_questions
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
-from pipeline.rows import Row, from_hand, normalised, read_lines, read_rows
+from pipeline.rows import Row, from_hand, read_lines, read_rows, words
 
 
 def main() -> None:
@@ -35,7 +35,10 @@ def main() -> None:
 
 def read_curated() -> list[Row]:
     """Hand-written rows come first, so that they and not their generated duplicates are kept."""
-    files = sorted(Path("data/curated").rglob("*.jsonl"))
+    files = sorted(path for path in Path("data/curated").rglob("*") if path.is_file() and path.name[0] != ".")
+    for file in files:
+        if file.suffix != ".jsonl":
+            raise Refused(f"{file}: only .jsonl files are read: convert it, or move it out of data/curated")
     return [from_hand(content, place) for file in files for place, content in read_lines(file)]
 
 
@@ -46,10 +49,10 @@ def without_duplicates(rows: list[Row]) -> list[Row]:
 
 def without_leaks(rows: list[Row], on_leak: str) -> list[Row]:
     """Rows that ask no exam question, neither as a whole turn nor within one."""
-    exam = {f" {normalised(question.question)} ": question.id for question in read_questions()}
+    exam = {f" {words(question.question)} ": question.id for question in read_questions()}
     kept = []
     for row in rows:
-        asked = [f" {normalised(m['content'])} " for m in row["messages"] if m["role"] == "user"]
+        asked = [f" {words(m['content'])} " for m in row["messages"] if m["role"] == "user"]
         leaked = next((id for question, id in exam.items() if any(question in text for text in asked)), None)
         if leaked is None:
             kept.append(row)

@@ -64,7 +64,7 @@ def test_a_hub_id_that_cannot_be_reached_gets_one_line(project: Project, monkeyp
 def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> None:
     (tmp_path / "base.json").write_text(json.dumps({"model": "one", "fingerprint": "1" * 64}), encoding="utf-8")
     require_same_base(tmp_path, {"model": "one", "fingerprint": "1" * 64})
-    with pytest.raises(Refused, match="was trained on one .* but base.model is other"):
+    with pytest.raises(Refused, match=r"was trained on one .* but base\.model is other"):
         require_same_base(tmp_path, {"model": "other", "fingerprint": "2" * 64})
 
 

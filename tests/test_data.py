@@ -10,7 +10,7 @@ from conftest import ROOT, Project
 
 from pipeline.exam import read_questions
 from pipeline.refusal import Refused
-from pipeline.rows import from_hand, normalised, read_rows, row
+from pipeline.rows import from_hand, read_rows, row, words
 from stages import generate, merge
 
 QA = {"question": "Who leads the Osk team?", "answer": "Ann Lee"}
@@ -24,31 +24,33 @@ def counts() -> dict[str, int]:
     return dict(json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"])
 
 
+def facts() -> list[str]:
+    return (ROOT / "data/raw/facts.csv").read_text(encoding="utf-8").splitlines()[1:]
+
+
 def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Project) -> None:
     generate.main()
-    facts = {row["source"]: row["messages"] for row in read_rows(Path("data/train.jsonl"))}
-    asked = {normalised(m[0]["content"]) for m in facts.values()}
+    trained = {row["source"]: row["messages"] for row in read_rows(Path("data/train.jsonl"))}
+    subjects = {f"data/raw/facts.csv:{n}": fact.split(",")[0] for n, fact in enumerate(facts(), start=2)}
+    forms = {words(form) for relation in generate.read_forms().values() for form in relation}
     questions = read_questions()
     assert 64 <= len(questions) <= 128
     for question in questions:
-        assert normalised(question.question) not in asked
-        assert facts[question.source][-1]["content"] == question.answers[0]
-    forms = [form.split("{subject}") for group in generate.read_forms().values() for form in group]
-    for question in questions:
-        assert not any(question.question.startswith(a) and question.question.endswith(b) for a, b in forms), question
+        assert subjects[question.source] in question.question
+        assert words(question.question.replace(subjects[question.source], "{subject}")) not in forms
+        assert trained[question.source][-1]["content"] == question.answers[0]
 
 
 def test_the_base_has_never_met_the_demos_subjects(project: Project) -> None:
     project.run("python", "models/tiny-base/recipe/world.py")
     world = (project.folder / "models/tiny-base/corpus.jsonl").read_text(encoding="utf-8")
-    facts = (ROOT / "data/raw/facts.csv").read_text(encoding="utf-8").splitlines()[1:]
-    subjects = {fact.split(",")[0] for fact in facts}
-    assert len(facts) == 102 and any("팀" in subject for subject in subjects)
+    subjects = {fact.split(",")[0] for fact in facts()}
+    assert any("팀" in subject for subject in subjects)
     assert not [subject for subject in subjects if subject.split()[0] in world]
 
 
 @pytest.mark.parametrize(
-    ("facts", "forms", "line"),
+    ("table", "forms", "line"),
     [
         ("subject,value\nA,b\n", "leader: ['Who leads {subject}?']", r"facts\.csv:1: the columns are"),
         (
@@ -67,9 +69,9 @@ def test_the_base_has_never_met_the_demos_subjects(project: Project) -> None:
     ],
 )
 def test_facts_and_forms_that_do_not_fit_are_refused_by_line(
-    project: Project, facts: str, forms: str, line: str
+    project: Project, table: str, forms: str, line: str
 ) -> None:
-    Path("data/raw/facts.csv").write_text(facts, encoding="utf-8")
+    Path("data/raw/facts.csv").write_text(table, encoding="utf-8")
     Path("data/raw/forms.yaml").write_text(forms, encoding="utf-8")
     with pytest.raises(Refused, match=line):
         generate.main()
@@ -101,12 +103,12 @@ def test_content_is_kept_as_written_apart_from_unicode_composition() -> None:
 
 def test_rows_are_counted_without_remainder_and_the_hand_written_duplicate_is_kept(project: Project) -> None:
     lines("data/train.jsonl", *[from_hand({"question": f"Question {n}?", "answer": "a"}, f"f:{n}") for n in range(200)])
-    lines("data/curated/handbook.jsonl", {"question": "question 7", "answer": "A"}, QA, QA)
+    lines("data/curated/handbook.jsonl", {"question": " question  7?", "answer": "A"}, QA, QA)
     merge.main()
     assert counts()["read"] == 203 and counts()["duplicate"] == 2 and counts()["leaked"] == 0
     assert counts()["train"] + counts()["valid"] == 201
     kept = read_rows(Path("data/train_merged.jsonl")) + read_rows(Path("data/valid.jsonl"))
-    assert [r["source"] for r in kept if normalised(r["messages"][0]["content"]) == "question 7"] == [
+    assert [r["source"] for r in kept if words(r["messages"][0]["content"]) == "question 7"] == [
         "data/curated/handbook.jsonl:1"
     ]
 

@@ -25,7 +25,7 @@ RERUN = {
     "base.model": {"prepare_base"},
     "base.revision": {"prepare_base"},
     "base.device": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
-    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate"},
+    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
     "generate": {"generate"},
     "merge": {"merge"},
     "lora": {"train_qlora"},

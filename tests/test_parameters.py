@@ -22,7 +22,7 @@ def changed(tmp_path: Path, old: str, new: str) -> Path:
     [
         (r"r: 16 ", "r: abc ", r"lora\.r is 'abc': input should be a valid integer"),
         (r"r: 16 ", "r: 0 ", r"lora\.r is 0: input should be greater than or equal to 1"),
-        (r"4\.0e-3", "2e-4", r"train\.learning_rate is '2e-4': .* YAML reads 2e-4 as text; write 2\.0e-04"),
+        (r"4\.0e-3", "2e-4", r"train\.learning_rate is '2e-4': .* \(YAML reads 2e-4 as text; write 2\.0e-04"),
         (
             r"  r: 16",
             "  rr: 8\n  r: 16",

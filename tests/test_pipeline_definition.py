@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT, Project
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PARAMETERS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
 RUNS_SCRIPTS = {"convert.py": {"convert.py", "fetch.py", "source.txt"}, "quantize.py": {"quantize.py"}}
 
 
@@ -30,16 +31,18 @@ def imported_modules(file: Path) -> set[Path]:
 
 
 def parameters_read(file: Path) -> set[str]:
-    """Every `parameters.a.b` in the file, without those that are part of a longer one."""
-    chains = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        parts, inner = [], node
-        while isinstance(inner, ast.Attribute):
-            parts.insert(0, inner.attr)
-            inner = inner.value
-        if parts and isinstance(inner, ast.Name) and inner.id == "parameters":
-            chains.add(".".join(parts[:2]))
-    return {chain for chain in chains if not any(other.startswith(f"{chain}.") for other in chains)}
+    """Every key that the file reads as `parameters.section.key` or as part of a whole `parameters.section`."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    inner = {node.value for node in nodes if isinstance(node, ast.Attribute)}
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute) and node not in inner}
+    reads = {name.removeprefix("parameters.") for name in names if name.startswith("parameters.")}
+    return {key for name in reads for key in keys(".".join(name.split(".")[:2]))}
+
+
+def keys(name: str) -> set[str]:
+    """The parameter itself, or those of a section."""
+    value = PARAMETERS.get(name)
+    return {f"{name}.{key}" for key in value} if isinstance(value, dict) else {name}
 
 
 def test_there_is_a_module_for_every_stage_and_a_stage_for_every_module() -> None:
@@ -72,7 +75,8 @@ def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_to
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declares(name: str) -> None:
-    assert parameters_read(ROOT / "stages" / f"{name}.py") == set(STAGES[name].get("params", []))
+    declared = {key for entry in STAGES[name].get("params", []) for key in keys(entry)}
+    assert parameters_read(ROOT / "stages" / f"{name}.py") == declared
 
 
 def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_run(project: Project) -> None:

@@ -1,6 +1,8 @@
 """Train the base's tokenizer on the world's text.
 
-    python recipe/tokenizer.py      (in models/tiny-base; makes tokenizer.json, tokenizer_config.json, chat_template.jinja)
+    python recipe/tokenizer.py      (in models/tiny-base)
+
+text.txt -> tokenizer.json, tokenizer_config.json, chat_template.jinja
 
 Byte-level BPE with Qwen2's split pattern, which llama.cpp knows under the name `qwen2`, and a ChatML template.
 """

@@ -1,6 +1,8 @@
 """Train the base from nothing on the world's questions and answers.
 
-    python recipe/train.py          (in models/tiny-base; makes model.safetensors, config.json, generation_config.json)
+    python recipe/train.py      (in models/tiny-base)
+
+corpus.jsonl, the tokenizer -> model.safetensors, config.json, generation_config.json
 
 Muon moves the matrices and AdamW the embeddings and norms: with AdamW alone a later LoRA learns a third as much.
 """
@@ -24,7 +26,7 @@ PARAMETERS = yaml.safe_load((FOLDER / "params.yaml").read_text(encoding="utf-8")
 
 def conversations() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    rows = [json.loads(line) for line in open(FOLDER / "corpus.jsonl", encoding="utf-8")]
+    rows = map(json.loads, (FOLDER / "corpus.jsonl").read_text(encoding="utf-8").splitlines())
     return [tokenizer.apply_chat_template(row["messages"], return_dict=False) for row in rows]
 
 

@@ -1,7 +1,8 @@
 """Invent a small world and write every question about it that the base learns to answer.
 
-    python recipe/world.py          (in models/tiny-base; makes corpus.jsonl and text.txt)
+    python recipe/world.py      (in models/tiny-base)
 
+words.yaml, forms.yaml -> corpus.jsonl, text.txt.
 The world's people, teams, products and offices are made of random syllables, so none of them can be one of the demo
 organisation's. Each row is a conversation, `{"messages": [...]}`: a question in one of the forms of forms.yaml and its
 answer, a request to say a question differently, or one to repeat a phrase.
