@@ -9,6 +9,8 @@ metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside them, which DVC does n
 import math
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
@@ -56,7 +58,7 @@ def main() -> None:
             answers[name] = [reply["content"].strip() for reply in replies]
             metrics[name] = scores(answers[name], questions) | {
                 "agreement": agreement(answers[name], merged),
-                "kl": fmean(divergence(model, *pair) for pair in zip(prompts, replies, strict=True)),
+                "kl": fmean(nats for pair in zip(prompts, replies, strict=True) for nats in divergences(model, *pair)),
                 "bytes": (GGUF / name).stat().st_size,
             }
             cost[name] = {"tokens_per_second": sum(reply["tokens_predicted"] for reply in replies) / seconds}
@@ -114,18 +116,26 @@ def agreement(answers: list[str], others: list[str]) -> float:
 
 
 @torch.inference_mode()
-def divergence(model: PreTrainedModel, tokens: list[int], reply: dict[str, Any]) -> float:
-    """KL(Transformers || llama.cpp) of the next token in nats, mean over the positions of llama.cpp's own answer.
+def divergences(model: PreTrainedModel, asked: list[int], reply: dict[str, Any]) -> list[float]:
+    """KL(Transformers || llama.cpp) of the next token in nats, at each position of llama.cpp's own answer.
 
     Over the N_PROBS tokens that llama.cpp tells, and all others as one: the true divergence is at least this.
     """
-    positions = reply["completion_probabilities"]
-    ids = torch.tensor([tokens + [position["id"] for position in positions[:-1]]], device=model.device)
-    logprobs = model(input_ids=ids).logits[0, len(tokens) - 1 :].float().log_softmax(-1).cpu()
-    return fmean(kl(row, position["top_logprobs"]) for row, position in zip(logprobs, positions, strict=True))
+    ids = torch.tensor([asked + reply["tokens"][:-1]], device=model.device)
+    logprobs = model(input_ids=ids).logits[0, len(asked) - 1 :].float().log_softmax(-1).cpu()
+    return [kl(logprobs[at], told) for at, told in told_probabilities(reply)]
+
+
+def told_probabilities(reply: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """(position in the answer, likeliest tokens there). llama.cpp leaves out positions in the middle of a character."""
+    told = deque(reply.get("completion_probabilities", []))
+    for at, token in enumerate(reply["tokens"]):
+        if told and told[0]["id"] == token:
+            yield at, told.popleft()["top_logprobs"]
 
 
 def kl(logprobs: torch.Tensor, told: list[dict[str, Any]]) -> float:
+    """KL divergence in nats of what `told` gives from `logprobs` (shape: vocabulary)."""
     pairs = [(math.exp(logprobs[token["id"]]), math.exp(token["logprob"])) for token in told]
     rest = tuple(max(1e-9, 1 - sum(share)) for share in zip(*pairs, strict=True))
     return sum(p * math.log(p / q) for p, q in [*pairs, rest] if p > 0)
