@@ -3,10 +3,9 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test setup requirements
+.PHONY: repro test check setup requirements
 
 repro: setup
-	@python -m tools.check
 	@dvc repro
 	@python -m tools.summary
 
@@ -16,10 +15,16 @@ test: $(VENV)/.dev
 	@mypy
 	@pytest
 
+check: setup
+	@python -m tools.check
+
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt llama.cpp/source.txt
-	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+$(VENV)/bin/python:
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed, python3 is " + sys.version)'
+	python3 -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt llama.cpp/source.txt | $(VENV)/bin/python
 	pip install --requirement requirements.txt
 	python llama.cpp/fetch.py
 	@touch $@

@@ -8,7 +8,6 @@ from typing import Any
 from pipeline.refusal import Refused
 
 DESCRIPTION = Path("models/base.json")
-SUFFIXES = {".json", ".jinja", ".model", ".safetensors", ".txt"}
 # Copied byte for byte wherever the base's tokenizer is needed: saving it again changes files that llama.cpp reads.
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -20,6 +19,7 @@ TOKENIZER_FILES = [
     "merges.txt",
     "chat_template.jinja",
 ]
+MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
@@ -48,11 +48,8 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
 
 def download(model: str, revision: str | None) -> Path:
     """The hub model's folder in the Hugging Face cache, named by its commit; only missing files are fetched."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"*{suffix}" for suffix in SUFFIXES]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return snapshot(model, revision)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise Refused(
@@ -73,13 +70,17 @@ def located() -> tuple[Path, dict[str, Any]]:
         if not folder.is_dir() or joint_hash(hashes(folder)) != described["fingerprint"]:
             raise Refused(f"base.model {folder} has changed since it was described: run dvc repro -f prepare_base")
         return folder, described
-    from huggingface_hub import snapshot_download
-
     try:
-        folder = Path(snapshot_download(described["model"], revision=described["revision"], local_files_only=True))
+        return snapshot(described["model"], described["revision"], local_files_only=True), described
     except FileNotFoundError:
         raise Refused(f"base.model {described['model']} left the cache: run dvc repro -f prepare_base") from None
-    return folder, described
+
+
+def snapshot(model: str, revision: str | None, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": "*/*"}
+    return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
 
 
 def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
@@ -94,8 +95,7 @@ def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
 
 def hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file that makes the model, by name."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
-    return {name: file_hash(folder / name) for name in names}
+    return {path.name: file_hash(path) for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))}
 
 
 def file_hash(path: Path) -> str:

@@ -23,7 +23,6 @@ from typing import Any
 from pipeline.refusal import Refused
 
 SCRIPTS = Path(__file__).parent.parent / "llama.cpp"
-SLOTS = 8  # requests answered at once
 KEY = "LLAMA_CPP_API_KEY"
 
 
@@ -70,7 +69,7 @@ class Server:
 
 @contextmanager
 def served(model: Path, context: int, threads: int, lora: Path | None = None) -> Iterator[Server]:
-    """Run `model` (with `lora` on it at full strength); each of SLOTS conversations may have `context` tokens.
+    """Run `model` (with `lora` on it at full strength); a conversation may have `context` tokens.
 
     Raises:
         Refused: llama.cpp cannot load the files.
@@ -112,8 +111,8 @@ def main() -> None:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = model
     parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in lora]
-    parameters.n_parallel = SLOTS
-    parameters.n_ctx = int(context) * SLOTS
+    parameters.n_parallel = 1
+    parameters.n_ctx = int(context)
     parameters.cpuparams.n_threads = int(threads)
     parameters.port = 0
     parameters.api_keys = [os.environ[KEY]]

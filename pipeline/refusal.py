@@ -19,10 +19,13 @@ def run(stage: Callable[[], None]) -> None:
 
 
 def put_back_outputs(stage: str) -> None:
-    """Check the stage's outputs out as dvc.lock has them. `dvc checkout` cannot: the running `dvc repro` locks them."""
+    """Check the stage's outputs out as dvc.lock has them, those that were ever made or pulled here.
+
+    `dvc checkout` cannot: the running `dvc repro` locks them.
+    """
     from dvc.repo import Repo
 
     for out in Repo().stage.load_one(name=stage).outs:
         out.use_cache = True  # metrics that git tracks lie in the cache too, as part of the run cache
-        if out.hash_info and out.exists is False:
-            out.checkout()
+        if out.hash_info and not out.changed_cache():
+            out.checkout(force=True)

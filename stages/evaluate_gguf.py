@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.answers import prompt, sit
 from pipeline.base import located
 from pipeline.exam import Question, read_questions
-from pipeline.llama_cpp import SLOTS, Server, run_script, served
+from pipeline.llama_cpp import Server, run_script, served
 from pipeline.models import load_tokenizer, pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
@@ -95,11 +94,13 @@ def require_same_tokens(server: Server, questions: list[Question], prompts: list
 
 
 def sit_in_llama_cpp(server: Server, prompts: list[list[int]], length: int, name: str) -> tuple[list[Any], float]:
-    """llama.cpp's replies in the order of the prompts, and the seconds that they took together."""
+    """llama.cpp's replies, and the seconds that they took together.
+
+    One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
+    """
     started = time.monotonic()
-    with ThreadPoolExecutor(SLOTS) as pool:
-        replies = pool.map(lambda tokens: server.complete(tokens, length, N_PROBS), prompts)
-        return list(tqdm(replies, desc=name, total=len(prompts), unit="question")), time.monotonic() - started
+    replies = [server.complete(tokens, length, N_PROBS) for tokens in tqdm(prompts, desc=name, unit="question")]
+    return replies, time.monotonic() - started
 
 
 def scores(answers: list[str], questions: list[Question]) -> dict[str, float]:

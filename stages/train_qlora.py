@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.base import copy_tokenizer, located
@@ -57,6 +57,7 @@ def main() -> None:
             eval_dataset=valid,
             processing_class=tokenizer,
             peft_config=lora(parameters.lora),
+            callbacks=[LossAtTheEnd()],
         )
         for weight in trainer.model.parameters():
             if weight.requires_grad:
@@ -64,12 +65,12 @@ def main() -> None:
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started
-        valid_loss = trainer.evaluate()["eval_loss"]
 
-    save_adapter(trainer.model, folder, base)
-    write_curves(trainer.state.log_history)
+    curves = loss_curves(trainer.state.log_history)
     tokens = int(sum(map(len, train["input_ids"])) * parameters.train.epochs)
-    write_json("metrics/train.json", metrics(trainer, train, valid_loss, tokens))
+    save_adapter(trainer.model, folder, base)
+    write_curves(curves)
+    write_json("metrics/train.json", metrics(trainer, train, curves[-1], tokens))
     write_json("metrics/train_cost.json", cost(seconds, tokens, device))
 
 
@@ -137,23 +138,33 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         write_json(aside / "base.json", base)
 
 
-def write_curves(history: list[dict[str, float]]) -> None:
-    train = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
-    valid = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+class LossAtTheEnd(TrainerCallback):
+    """Both losses are measured after the last step too, wherever eval_steps falls."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = True
+
+
+def loss_curves(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
+    """(step, mean training loss since the point before, validation loss), in nats per token."""
+    train = {int(entry["step"]): float(entry["loss"]) for entry in history if "loss" in entry}
+    valid = {int(entry["step"]): float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}
+    return [(step, train[step], valid[step]) for step in sorted(train)]
+
+
+def write_curves(curves: list[tuple[int, float, float]]) -> None:
     with whole("metrics/loss.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "train", "valid"])
-        writer.writerows([step, f"{train[step]:.4f}", f"{valid[step]:.4f}"] for step in sorted(train) if step in valid)
+        writer.writerows([step, f"{train:.4f}", f"{valid:.4f}"] for step, train, valid in curves)
 
 
-def metrics(trainer: SFTTrainer, train: Dataset, valid_loss: float, tokens: int) -> dict[str, Any]:
+def metrics(trainer: SFTTrainer, train: Dataset, last: tuple[int, float, float], tokens: int) -> dict[str, Any]:
     lengths = np.array([len(ids) for ids in train["input_ids"]])
     return {
-        "loss": {
-            "train": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1],
-            "valid": valid_loss,
-        },
-        "steps": trainer.state.global_step,
+        "loss": {"train": last[1], "valid": last[2]},
+        "steps": last[0],
         "tokens": {
             "trained": tokens,
             "p50": int(np.quantile(lengths, 0.5)),

@@ -16,9 +16,10 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.env: dict[str, str] = {}
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment())
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment() | self.env)
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
 

@@ -1,11 +1,14 @@
 """Which base it is, and what is refused before it is used."""
 
+import hashlib
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import ROOT, Project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.base import TOKENIZER_FILES, describe, located, require_same_base
@@ -52,8 +55,59 @@ def test_a_folder_that_cannot_be_trained_is_refused_by_what_it_lacks(project: Pr
         describe(TINY, None)
 
 
-def test_a_hub_id_that_cannot_be_reached_gets_one_line(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nothing listens
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download needs: one model, `someone/tiny`, at one commit."""
+
+    COMMIT = "c0ffee" * 6 + "c0ff"
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/someone/tiny/revision/"):
+            siblings = [{"rfilename": path.name} for path in (ROOT / TINY).iterdir() if path.is_file()]
+            self.reply(json.dumps({"id": "someone/tiny", "sha": self.COMMIT, "siblings": siblings}).encode(), {})
+        elif self.path.startswith(f"/api/models/someone/tiny/tree/{self.COMMIT}"):
+            files = [path for path in (ROOT / TINY).iterdir() if path.is_file()]
+            entries = [{"type": "file", "path": p.name, "oid": "0" * 40, "size": p.stat().st_size} for p in files]
+            self.reply(json.dumps(entries).encode(), {"Content-Type": "application/json"})
+        elif self.path.startswith(f"/someone/tiny/resolve/{self.COMMIT}/"):
+            content = (ROOT / TINY / self.path.rpartition("/")[2]).read_bytes()
+            etag = hashlib.sha256(content).hexdigest()
+            self.reply(content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.COMMIT})
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def reply(self, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_hub_id_is_resolved_to_its_commit_and_afterwards_needs_no_network(
+    project: Project, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    project.env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+    project.set(base__model="someone/tiny", base__revision="main")
+    project.run("python", "-m", "stages.prepare_base")
+    hub.shutdown()
+    description = json.loads(Path("models/base.json").read_text(encoding="utf-8"))
+    assert description["revision"] == Hub.COMMIT and description["model"] == "someone/tiny"
+    assert description["fingerprint"] == describe(TINY, None)["fingerprint"]
+    located_later = "from pipeline.base import located; print(located()[0])"
+    folder = Path(project.run("python", "-c", located_later).stdout.strip())
+    assert (folder / "model.safetensors").exists() and not (folder / "params.yaml").exists()
+
+
+def test_a_hub_id_that_cannot_be_reached_gets_one_line(project: Project) -> None:
+    project.env = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port: nothing listens
     project.set(base__model="someone/some-model", base__revision="v1")
     done = project.run("python", "-m", "stages.prepare_base", check=False)
     assert done.returncode == 1
@@ -69,7 +123,7 @@ def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> 
 
 
 def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> None:
-    tokenizer = load_tokenizer(Path(__file__).parent.parent / TINY)
+    tokenizer = load_tokenizer(ROOT / TINY)
     end = tokenizer.eos_token_id
     messages = [
         {"role": "system", "content": "Be short."},
@@ -88,5 +142,5 @@ def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> Non
 
 
 def test_every_tokenizer_file_of_the_base_is_known_by_name() -> None:
-    here = {path.name for path in (Path(__file__).parent.parent / TINY).glob("*token*")}
+    here = {path.name for path in (ROOT / TINY).glob("*token*")}
     assert here <= set(TOKENIZER_FILES)

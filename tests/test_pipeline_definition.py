@@ -87,5 +87,6 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
     committed = {"metrics/data.json", "metrics/train.json", "metrics/evaluate.json", "metrics/gguf.json"}
     assert ignored() == set(every) - committed
     (project.folder / "data/raw/facts.csv").write_text("not,facts\n", encoding="utf-8")
-    assert project.run("dvc", "repro", check=False).returncode != 0
+    failed = project.run("dvc", "repro", check=False)
+    assert failed.returncode != 0 and "facts.csv:1" in failed.stderr and "Traceback" not in failed.stderr
     assert ignored() == set(every) - committed
