@@ -38,6 +38,6 @@ PIP_COMPILE := pip-compile --quiet --strip-extras --no-header --annotation-style
 	--no-emit-find-links --no-emit-index-url --no-emit-trusted-host
 
 requirements: $(VENV)/.dev
-	$(PIP_COMPILE) --output-file requirements.txt requirements.in
+	$(PIP_COMPILE) --allow-unsafe --output-file requirements.txt requirements.in
 	sed -i 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' requirements.txt
 	$(PIP_COMPILE) --output-file requirements-dev.txt requirements-dev.in

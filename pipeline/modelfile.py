@@ -1,9 +1,11 @@
 """Ollama's Modelfile (https://docs.ollama.com/modelfile) for a merged model."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
 
@@ -13,15 +15,16 @@ def modelfile(gguf: str, merged: Path, num_ctx: int, temperature: float) -> str:
     Without TEMPLATE, Ollama prompts with bare text; without num_ctx and temperature, it uses 0.8 and a short context.
     """
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    template = go_template(tokenizer)
+    try:
+        template = f'TEMPLATE """{go_template(tokenizer)}"""'
+    except ValueError as error:
+        template = f"# TEMPLATE is left out, because {error}: write it by hand."
     ends = GenerationConfig.from_pretrained(merged).eos_token_id
     stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
     return "\n".join(
         [
             f"FROM ./{gguf}",
-            f'TEMPLATE """{template}"""'
-            if template
-            else "# No TEMPLATE: this chat template has no equal in Go; write one.",
+            template,
             *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
             f"PARAMETER num_ctx {num_ctx}",
             f"PARAMETER temperature {temperature}",
@@ -30,32 +33,35 @@ def modelfile(gguf: str, merged: Path, num_ctx: int, temperature: float) -> str:
     )
 
 
-def go_template(tokenizer: Any) -> str | None:
-    """The chat template as a Go template over .Messages, or None if its parts cannot be told apart.
+def go_template(tokenizer: Any) -> str:
+    """The chat template as a Go template over .Messages.
 
-    The parts are read off what the chat template makes of short conversations, so that a default system prompt, say, is
+    Its parts are read off what the chat template makes of short conversations, so that a default system prompt, say, is
     carried over. The text that follows a user's turn opens the assistant's.
+
+    Raises:
+        ValueError: the parts cannot be told apart.
     """
 
-    def render(*turns: str) -> str:
+    def render(*turns: str) -> list[str]:
+        """The text before, between and after the contents of the turns (S, U and A: system, user, assistant)."""
         names = {"S": "system", "U": "user", "A": "assistant"}
-        messages = [{"role": names[turn[0]], "content": f"<{turn}>"} for turn in turns]
+        messages = [{"role": names[turn], "content": f"<<{i}>>"} for i, turn in enumerate(turns)]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=turns[-1] == "U", tokenize=False)
-        return text.removeprefix(tokenizer.bos_token or "")  # llama.cpp adds it
+        parts = re.split(r"<<\d>>", text.removeprefix(tokenizer.bos_token or ""))  # llama.cpp adds the BOS
+        if len(parts) != len(turns) + 1:
+            raise ValueError("the chat template does not give each message's content once")
+        return parts
 
-    first, before_answer = render("U").split("<U>")
-    _, after_answer = render("U", "A").split("<A>")
-    between = render("U", "A", "U").split("<A>")[1].split("<U>")[0]
-    if not between.startswith(after_answer):
-        return None
-    before_user = between.removeprefix(after_answer)
+    first, before_answer = render("U")
+    after_answer = render("U", "A")[-1]
+    before_user = render("U", "A", "U")[2].removeprefix(after_answer)
     try:
-        before_system, rest = render("S", "U").split("<S>")
-        after_system = rest.split("<U>")[0]
-    except Exception:  # a template may refuse the system role, each with an error of its own
+        before_system, after_system, _ = render("S", "U")
+    except TemplateError:  # the template's own refusal of a system message
         before_system, after_system = "", before_user
     if not (first.endswith(before_user) and after_system.endswith(before_user)):
-        return None
+        raise ValueError("the chat template opens a user's turn in different ways")
     default_system = first.removesuffix(before_user)
     after_system = after_system.removesuffix(before_user)
     # No {{- or -}}: they would eat the line breaks that belong to the turns.

@@ -130,6 +130,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
     """The adapter, the base's tokenizer files unchanged, and base.json: which base it belongs to."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base["model"], base["revision"]
+    config.target_modules = sorted(config.target_modules)  # a set: its order differs from process to process
     with whole(ADAPTER) as aside:
         # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
         model.save_pretrained(aside, save_embedding_layers=False)

@@ -95,6 +95,8 @@ def test_the_adapter_carries_its_base_and_the_bases_tokenizer_unchanged(finished
     adapter, tiny = finished.folder / "outputs/adapter", finished.folder / "models/tiny-base"
     assert digest(adapter / "tokenizer.json") == digest(tiny / "tokenizer.json")
     assert (adapter / "base.json").read_bytes() == (finished.folder / "models/base.json").read_bytes()
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same bytes in every process
     with safe_open(adapter / "adapter_model.safetensors", "np") as tensors:
         names = list(tensors.keys())
         assert all(tensors.get_slice(name).get_dtype() == "F32" for name in names)

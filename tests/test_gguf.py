@@ -112,7 +112,6 @@ def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(f
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = family or tokenizer.chat_template
     template = go_template(tokenizer)
-    assert template is not None
     turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user")]
     conversations = [turns[:1], turns]
     if family != GEMMA2:
@@ -122,10 +121,23 @@ def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(f
         assert rendered(template, messages) == expected
 
 
-def test_a_template_that_has_no_equal_is_left_out_and_said() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = "{% for m in messages %}{{ loop.index }}:{{ m.content }};{% endfor %}"
-    assert go_template(tokenizer) is None
+@pytest.mark.parametrize(
+    ("jinja", "why"),
+    [
+        (
+            "{% for m in messages %}{{ loop.index }}:{{ m.content }};{% endfor %}",
+            "opens a user's turn in different",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            "does not give each message",
+        ),
+    ],
+)
+def test_a_template_that_has_no_equal_is_left_out_and_said(project: Project, jinja: str, why: str) -> None:
+    Path("models/tiny-base/chat_template.jinja").write_text(jinja, encoding="utf-8")
+    text = modelfile("model-q8_0.gguf", Path("models/tiny-base"), num_ctx=512, temperature=0.0)
+    assert why in text and 'TEMPLATE "' not in text
 
 
 def test_the_modelfile_stops_where_the_model_stops(project: Project) -> None:
