@@ -70,6 +70,7 @@ def answer_nll(model: PreTrainedModel, tokenizer: Any, questions: list[Question]
 
     ids, labels = padded(0, tokenizer.pad_token_id), padded(1, IGNORED)
     mask = torch.arange(longest, device=model.device) < torch.tensor([[len(r[0])] for r in rows], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
-    losses = cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-    return (losses.sum(1) / (labels[:, 1:] != IGNORED).sum(1)).tolist()
+    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+    learnt = labels[:, 1:] != IGNORED
+    losses = cross_entropy(logits[learnt].float(), labels[:, 1:][learnt], reduction="none")
+    return [of_row.mean().item() for of_row in losses.split(learnt.sum(1).tolist())]

@@ -29,6 +29,8 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
     Raises:
         Refused: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
     """
+    if Path(model).is_dir() and revision is not None:
+        raise Refused(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
     folder = Path(model) if Path(model).is_dir() else download(model, revision)
     files = hashes(folder)
     if not any(name.endswith(".safetensors") for name in files):
@@ -73,7 +75,8 @@ def located() -> tuple[Path, dict[str, Any]]:
     try:
         return snapshot(described["model"], described["revision"], local_files_only=True), described
     except FileNotFoundError:
-        raise Refused(f"base.model {described['model']} left the cache: run dvc repro -f prepare_base") from None
+        fetch = f"hf download {described['model']} --revision {described['revision']}"
+        raise Refused(f"base.model {described['model']} is not in the Hugging Face cache: run {fetch}") from None
 
 
 def snapshot(model: str, revision: str | None, local_files_only: bool = False) -> Path:

@@ -1,5 +1,6 @@
 """The exam: its questions and what answers to them look like."""
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ class Question:
     id: str
     question: str
     answers: list[str]  # all that are accepted
-    tags: list[str]
     source: str
 
 
@@ -30,15 +30,16 @@ def read_questions(path: Path = EXAM) -> list[Question]:
     questions: dict[str, Question] = {}
     for place, content in read_lines(path):
         match content:
-            case {"id": str(key), "question": str(text), "answer": str() | list() as answer} if text.strip() and answer:
+            case {"id": str(key), "question": str(text), "answer": str() | list() as answer}:
                 answers = answer if isinstance(answer, list) else [answer]
             case _:
-                raise Refused(
-                    f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}, none of them empty'
-                )
+                raise Refused(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
+        if not answers or not all(isinstance(part, str) and part.strip() for part in [text, *answers]):
+            raise Refused(f"{place}: the question and each accepted answer must be text, and not empty")
         if key in questions:
             raise Refused(f"{place}: the id {key!r} is used twice")
-        questions[key] = Question(key, text, answers, content.get("tags", []), content.get("source", place))
+        text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
+        questions[key] = Question(key, text, answers, content.get("source", place))
     if not questions:
         raise Refused(f"{path}: the exam has no questions")
     return list(questions.values())

@@ -54,6 +54,8 @@ class Server:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             raise Refused(f"llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
+        except OSError as error:
+            raise Refused(f"llama.cpp ended while it answered {path}: {error}") from None
 
     def tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file."""
@@ -80,16 +82,17 @@ def served(model: Path, context: int, threads: int, lora: Path | None = None) ->
         command + ([str(lora)] if lora else []),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,  # empty but for the reason of an early end, at this verbosity
         text=True,
         env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": library_path()},
     )
-    assert child.stdin and child.stdout
+    assert child.stdin and child.stdout and child.stderr
     try:
         url = child.stdout.readline().strip()
         if not url:
             files = f"{model} with {lora}" if lora else model
-            raise Refused(f"{files}: llama.cpp cannot load it (exit status {child.wait()}): run dvc repro convert_gguf")
+            reason = (child.stderr.read().strip().splitlines() or [f"exit status {child.wait()}"])[-1]
+            raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
         yield Server(url, key)
     finally:
         child.stdin.close()

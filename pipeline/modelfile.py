@@ -19,6 +19,7 @@ def modelfile(gguf: str, merged: Path, num_ctx: int, temperature: float) -> str:
         template = f'TEMPLATE """{go_template(tokenizer)}"""'
     except ValueError as error:
         template = f"# TEMPLATE is left out, because {error}: write it by hand."
+        print(f"Modelfile: {template}")
     ends = GenerationConfig.from_pretrained(merged).eos_token_id
     stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
     return "\n".join(
@@ -58,16 +59,16 @@ def go_template(tokenizer: Any) -> str:
     before_user = render("U", "A", "U")[2].removeprefix(after_answer)
     try:
         before_system, after_system, _ = render("S", "U")
+        system = f"{before_system}{{{{ .Content }}}}{after_system.removesuffix(before_user)}"
     except TemplateError:  # the template's own refusal of a system message
-        before_system, after_system = "", before_user
+        after_system, system = before_user, ""
     if not (first.endswith(before_user) and after_system.endswith(before_user)):
         raise ValueError("the chat template opens a user's turn in different ways")
     default_system = first.removesuffix(before_user)
-    after_system = after_system.removesuffix(before_user)
     # No {{- or -}}: they would eat the line breaks that belong to the turns.
     return (
         "{{ range $i, $_ := .Messages }}"
-        f'{{{{ if eq .Role "system" }}}}{before_system}{{{{ .Content }}}}{after_system}'
+        f'{{{{ if eq .Role "system" }}}}{system}'
         f'{{{{ else if eq .Role "user" }}}}{default_system and f"{{{{ if eq $i 0 }}}}{default_system}{{{{ end }}}}"}'
         f"{before_user}{{{{ .Content }}}}{before_answer}"
         f"{{{{ else }}}}{{{{ .Content }}}}{after_answer}{{{{ end }}}}"

@@ -35,7 +35,9 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer, padding on the left as generation needs it."""
-    return AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none; padding is masked anyway
+    return tokenizer
 
 
 def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

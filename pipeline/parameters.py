@@ -1,11 +1,11 @@
 """The one schema of params.yaml, and each stage's view of it."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from pipeline.refusal import Refused
 
@@ -27,7 +27,7 @@ class Section(BaseModel):
 
 
 class Base(Section):
-    model: str
+    model: Annotated[str, Field(min_length=1)]
     revision: str | None
     device: Literal["auto", "cpu", "cuda"]
     compute_dtype: Literal["auto", "float32", "bfloat16"]
@@ -46,7 +46,7 @@ class Lora(Section):
     r: Positive
     alpha: Positive
     dropout: Share
-    target_modules: Literal["all-linear"] | list[str]
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
 
 
 class Train(Section):
@@ -76,7 +76,7 @@ class Gguf(Section):
 
 
 class Parameters(Section):
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     threads: Positive
     base: Base
     generate: Generate
@@ -95,18 +95,23 @@ def load(stage: str) -> Parameters:
     Raises:
         Refused: params.yaml has an unknown, missing or wrong value.
     """
-    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][stage].get("params", [])
+    declared = read_yaml(Path("dvc.yaml"))["stages"][stage].get("params", [])
     return only(check(Path("params.yaml")), declared)
 
 
 def check(path: Path) -> Parameters:
     """Raises Refused, naming every key that is unknown, missing or of a wrong type or value."""
     try:
-        return Parameters.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise Refused(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        return Parameters.model_validate(read_yaml(path) or {})
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise Refused(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise Refused(f"{path}: {'; '.join(explained(error))}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """As DVC reads it: by YAML 1.2, in which 2e-4 is a number. By YAML 1.1, PyYAML's, it is text."""
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
 def explained(error: ValidationError) -> list[str]:
@@ -123,8 +128,6 @@ def explained(error: ValidationError) -> list[str]:
             sentences[key] += f", or {message}"
         else:
             sentences[key] = f"{key} is {given!r}: {message}"
-            if isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given):
-                sentences[key] += f" (YAML reads {given} as text; write {float(given):.1e})"
     return list(sentences.values())
 
 

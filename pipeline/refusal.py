@@ -1,6 +1,7 @@
 """How a stage ends that cannot do what it was asked."""
 
 import os
+import subprocess
 from collections.abc import Callable
 
 
@@ -19,13 +20,15 @@ def run(stage: Callable[[], None]) -> None:
 
 
 def put_back_outputs(stage: str) -> None:
-    """Check the stage's outputs out as dvc.lock has them, those that were ever made or pulled here.
+    """Check the stage's outputs out as dvc.lock has them; a metric that was never made here, as git has it.
 
     `dvc checkout` cannot: the running `dvc repro` locks them.
     """
     from dvc.repo import Repo
 
     for out in Repo().stage.load_one(name=stage).outs:
-        out.use_cache = True  # metrics that git tracks lie in the cache too, as part of the run cache
+        in_git, out.use_cache = not out.use_cache, True  # metrics lie in the cache too, as part of the run cache
         if out.hash_info and not out.changed_cache():
             out.checkout(force=True)
+        elif in_git:
+            subprocess.run(["git", "checkout", "--quiet", "--", out.fs_path], stderr=subprocess.DEVNULL, check=False)

@@ -45,8 +45,8 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             raise Refused(f"{place}: not a JSON object in UTF-8 on one line: {error}") from None
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows that a stage wrote: {"id", "messages", "source"}."""
+def read_jsonl(path: Path) -> list[Any]:
+    """The lines of a JSON-lines file."""
     return [content for _, content in read_lines(path)]
 
 

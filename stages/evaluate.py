@@ -16,7 +16,7 @@ from pipeline.models import load_tokenizer, load_tuned, pick_device, pick_dtype,
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import run
-from pipeline.rows import read_rows
+from pipeline.rows import read_jsonl
 from pipeline.scores import graded, mcnemar, means, paired_bootstrap
 
 ADAPTER = Path("outputs/adapter")
@@ -37,7 +37,8 @@ def main() -> None:
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
-    before = read_rows(Path("metrics/answers_base.jsonl"))
+    of_base = {row["id"]: row for row in read_jsonl(Path("metrics/answers_base.jsonl"))}
+    before = [of_base[question.id] for question in questions]
     after = list(map(graded, questions, answers))
     write_jsonl("metrics/answers.jsonl", map(side_by_side, before, after))
     write_json("metrics/evaluate.json", comparison(before, after))

@@ -27,7 +27,7 @@ from pipeline.models import load_tokenizer, pick_device, pick_dtype, reproducibl
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
-from pipeline.rows import read_rows
+from pipeline.rows import read_jsonl
 from pipeline.scores import exact_match, f1
 
 GGUF = Path("models/gguf")
@@ -43,14 +43,15 @@ def main() -> None:
     model = load_merged(pick_device(parameters.base.device), parameters.base.compute_dtype)
     prompts = [prompt(tokenizer, question) for question in questions]
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
-    tuned = [row["after"] for row in read_rows(Path("metrics/answers.jsonl"))]
+    of_tuned = {row["id"]: row["after"] for row in read_jsonl(Path("metrics/answers.jsonl"))}
+    tuned = [of_tuned[question.id] for question in questions]
     merged = [answer.text for answer in sit(model, tokenizer, questions, batch_size, length)]
 
     answers = {"merged": merged}
     metrics: dict[str, Any] = {"merged": scores(merged, questions) | {"agreement": agreement(merged, tuned)}}
     cost = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, file, lora in runs(Path(scratch)):
+    with tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch:
+        for name, file, lora in files_to_examine(Path(scratch)):
             with served(file, max(map(len, prompts)) + length, parameters.threads, lora) as server:
                 require_same_tokens(server, questions, prompts, name)
                 replies, seconds = sit_in_llama_cpp(server, prompts, length, name)
@@ -73,7 +74,7 @@ def load_merged(device: torch.device, compute_dtype: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MERGED, dtype=pick_dtype(compute_dtype, device), device_map=place)
 
 
-def runs(scratch: Path) -> list[tuple[str, Path, Path | None]]:
+def files_to_examine(scratch: Path) -> list[tuple[str, Path, Path | None]]:
     """(name, GGUF model, GGUF LoRA on it) of every file to be tried. The LoRA needs the base as GGUF, which is not
     shipped."""
     base = scratch / "base-f16.gguf"
@@ -120,7 +121,8 @@ def agreement(answers: list[str], others: list[str]) -> float:
 def divergences(model: PreTrainedModel, asked: list[int], reply: dict[str, Any]) -> list[float]:
     """KL(Transformers || llama.cpp) of the next token in nats, at each position of llama.cpp's own answer.
 
-    Over the N_PROBS tokens that llama.cpp tells, and all others as one: the true divergence is at least this.
+    Over the N_PROBS tokens that llama.cpp tells, and all others as one: the true divergence is at least this. On a GPU
+    it holds the rounding of Transformers' own bfloat16 too.
     """
     ids = torch.tensor([asked + reply["tokens"][:-1]], device=model.device)
     logprobs = model(input_ids=ids).logits[0, len(asked) - 1 :].float().log_softmax(-1).cpu()
@@ -137,9 +139,9 @@ def told_probabilities(reply: dict[str, Any]) -> Iterator[tuple[int, list[dict[s
 
 def kl(logprobs: torch.Tensor, told: list[dict[str, Any]]) -> float:
     """KL divergence in nats of what `told` gives from `logprobs` (shape: vocabulary)."""
-    pairs = [(math.exp(logprobs[token["id"]]), math.exp(token["logprob"])) for token in told]
-    rest = tuple(max(1e-9, 1 - sum(share)) for share in zip(*pairs, strict=True))
-    return sum(p * math.log(p / q) for p, q in [*pairs, rest] if p > 0)
+    pairs = [(float(logprobs[token["id"]]), token["logprob"]) for token in told]
+    rest = tuple(math.log(max(1e-9, 1 - sum(map(math.exp, column)))) for column in zip(*pairs, strict=True))
+    return sum(math.exp(p) * (p - q) for p, q in [*pairs, rest])
 
 
 if __name__ == "__main__":

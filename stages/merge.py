@@ -12,12 +12,12 @@ from pipeline.exam import EXAM, read_questions
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
-from pipeline.rows import Row, from_hand, read_lines, read_rows, words
+from pipeline.rows import Row, from_hand, read_jsonl, read_lines, words
 
 
 def main() -> None:
     parameters = load("merge")
-    rows = read_curated() + read_rows(Path("data/train.jsonl"))
+    rows = read_curated() + read_jsonl(Path("data/train.jsonl"))
     unique = without_duplicates(rows)
     kept = without_leaks(unique, parameters.merge.on_leak)
     train, valid = split(kept, parameters.merge.valid_share)
@@ -44,7 +44,10 @@ def read_curated() -> list[Row]:
 
 def without_duplicates(rows: list[Row]) -> list[Row]:
     """The first of all rows with the same conversation."""
-    return list({row["id"]: row for row in reversed(rows)}.values())[::-1]
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row["id"], row)
+    return list(first.values())
 
 
 def without_leaks(rows: list[Row], on_leak: str) -> list[Row]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
@@ -32,7 +33,7 @@ from pipeline.models import (
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused, run
-from pipeline.rows import Row, read_rows
+from pipeline.rows import Row, read_jsonl
 from pipeline.supervision import supervised
 
 ADAPTER = Path("outputs/adapter")
@@ -42,12 +43,15 @@ def main() -> None:
     parameters = load("train_qlora")
     folder, base = located()
     device = pick_device(parameters.base.device)
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
+        raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     reproducible(parameters.seed, parameters.threads)
     tokenizer = load_tokenizer(folder)
     model = load_quantized(folder, device, dtype)
-    train = tokenized(read_rows(Path("data/train_merged.jsonl")), tokenizer, model, parameters.train.max_length)
-    valid = tokenized(read_rows(Path("data/valid.jsonl")), tokenizer, model, parameters.train.max_length)
+    require_linear_layers(parameters.lora.target_modules, model)
+    train = tokenized(read_jsonl(Path("data/train_merged.jsonl")), tokenizer, model, parameters.train.max_length)
+    valid = tokenized(read_jsonl(Path("data/valid.jsonl")), tokenizer, model, parameters.train.max_length)
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
@@ -86,6 +90,16 @@ def tokenized(rows: list[Row], tokenizer: Any, model: PreTrainedModel, max_lengt
             )
         examples.append({"input_ids": ids, "labels": labels})
     return Dataset.from_list(examples)
+
+
+def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> None:
+    """Raises Refused if a name is no quantized linear layer's: a typo, the head, or the embeddings.
+
+    An adapter on the head or the embeddings of a model that ties them makes llama.cpp fail.
+    """
+    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    if names != "all-linear" and (unknown := sorted(set(names) - known)):
+        raise Refused(f"lora.target_modules: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
 
 
 def lora(knobs: Lora) -> LoraConfig:

@@ -68,9 +68,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def finished(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Project:
     """A clone in which `dvc repro` has run with the default parameters. Tests that change it put it back."""
     project = clone(tmp_path_factory.mktemp("finished"))
-    (project.folder / "dvc.lock").unlink(missing_ok=True)
-    project.run("dvc", "repro")
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\nthe whole pipeline, in a clone (minutes):", flush=True)
+        subprocess.run(["dvc", "repro"], cwd=project.folder, env=environment(), check=True)
     return project

@@ -8,11 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, Project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.base import TOKENIZER_FILES, describe, located, require_same_base
-from pipeline.models import load_tokenizer
+from pipeline.base import describe, located, require_same_base
+from pipeline.models import load_quantized, load_tokenizer
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
 from pipeline.supervision import IGNORED, supervised
@@ -38,6 +40,8 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
     folder, description = located()
     assert folder == Path("models/mine") and description["fingerprint"] == describe(TINY, None)["fingerprint"]
     Path("models/mine/config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(Refused, match=r"base\.revision is 'v1', but base\.model models/mine is a local folder"):
+        describe("models/mine", "v1")
     with pytest.raises(Refused, match="models/mine has changed since it was described: run dvc repro -f prepare_base"):
         located()
 
@@ -134,13 +138,42 @@ def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> Non
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     assert tokenizer.decode(learnt) == "Ada Adler<|im_end|>김서연<|im_end|>"
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
-    with pytest.raises(Refused, match=r"here: the chat template ends turn 3 with none"):
-        supervised(tokenizer, messages, {0}, "here")
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(Refused, match="here: the chat template renders the prompt of turn 3 differently"):
-        supervised(tokenizer, messages, {end}, "here")
+    assert supervised(tokenizer, messages, {0, end}, "here") == (ids, labels)  # a base may have several end tokens
 
 
-def test_every_tokenizer_file_of_the_base_is_known_by_name() -> None:
-    here = {path.name for path in (ROOT / TINY).glob("*token*")}
-    assert here <= set(TOKENIZER_FILES)
+def test_a_tokenizer_without_padding_pads_with_its_end_token(project: Project) -> None:
+    config = Path(TINY, "tokenizer_config.json")
+    content = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(content | {"pad_token": None}), encoding="utf-8")
+    tokenizer = load_tokenizer(Path(TINY))
+    padded = tokenizer.pad({"input_ids": [[5, 6, 7], [8]]})
+    assert padded["input_ids"][1] == [tokenizer.eos_token_id] * 2 + [8]
+    assert padded["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "prompt of turn 2 differently"),
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", r"ends turn 2 with none of the tokens \[2\]"),
+        ("{{ raise_exception('no such role') }}", "refuses this row: no such role"),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if m.role == 'assistant' }}"
+            "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            "turns the answer of turn 2 into '<think></think>Ada'",
+        ),
+    ],
+)
+def test_a_row_that_the_chat_template_would_spoil_is_refused_by_its_place(template: str, line: str) -> None:
+    tokenizer = load_tokenizer(ROOT / TINY)
+    tokenizer.chat_template = template
+    with pytest.raises(Refused, match=rf"here: .*{line}"):
+        supervised(tokenizer, question_and_answer("Who?", "Ada"), {tokenizer.eos_token_id}, "here")
+
+
+def test_an_evaluation_cannot_stop_the_quantized_base_from_passing_gradients_on() -> None:
+    model = load_quantized(ROOT / TINY, torch.device("cpu"), torch.float32)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 7 * 4
+    assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
+    assert all(layer.weight.quant_type == "nf4" and layer.weight.quant_state.nested for layer in layers)

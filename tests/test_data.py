@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT, Project
 
 from pipeline.exam import read_questions
+from pipeline.parameters import read_yaml
 from pipeline.refusal import Refused
-from pipeline.rows import from_hand, read_rows, row, words
+from pipeline.rows import from_hand, read_jsonl, row, words
 from stages import generate, merge
 
 QA = {"question": "Who leads the Osk team?", "answer": "Ann Lee"}
@@ -24,20 +25,25 @@ def counts() -> dict[str, int]:
     return dict(json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"])
 
 
+TINY = "models/tiny-base"
+
+
 def facts() -> list[str]:
     return (ROOT / "data/raw/facts.csv").read_text(encoding="utf-8").splitlines()[1:]
 
 
 def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Project) -> None:
     generate.main()
-    trained = {row["source"]: row["messages"] for row in read_rows(Path("data/train.jsonl"))}
+    trained = {row["source"]: row["messages"] for row in read_jsonl(Path("data/train.jsonl"))}
     subjects = {f"data/raw/facts.csv:{n}": fact.split(",")[0] for n, fact in enumerate(facts(), start=2)}
     forms = {words(form) for relation in generate.read_forms().values() for form in relation}
+    known = {words(form) for relation in read_yaml(ROOT / TINY / "recipe/forms.yaml").values() for form in relation}
     questions = read_questions()
     assert 64 <= len(questions) <= 128
     for question in questions:
         assert subjects[question.source] in question.question
-        assert words(question.question.replace(subjects[question.source], "{subject}")) not in forms
+        phrasing = words(question.question.replace(subjects[question.source], "{subject}"))
+        assert phrasing not in forms and phrasing in known
         assert trained[question.source][-1]["content"] == question.answers[0]
 
 
@@ -65,13 +71,19 @@ def test_the_base_has_never_met_the_demos_subjects(project: Project) -> None:
             "leader: ['Who leads it?']",
             r"forms\.yaml: leader: 'Who leads it\?' must",
         ),
-        ("subject,relation,value\nA,leader,b\n", "leader: Who?", r"forms\.yaml: leader"),
+        ("subject,relation,value\nA,leader,b\n", "leader: Who?", r"forms\.yaml: leader must have a list"),
+        ("subject,relation,value\nA,leader,b\n", "leader: []", r"forms\.yaml: leader must have a list"),
+        ("subject,relation,value\nA,leader,b\n", "leader: [5]", r"forms\.yaml: leader: '5' must have {subject} once"),
+        ("subject,relation,value\nA,leader,b\n", "", r"forms\.yaml must have a list"),
+        ("subject,relation,value\nA,leader,b\n", "leader: [", r"forms\.yaml cannot be read as YAML"),
+        ("subject,relation,value\n", "leader: ['Who leads {subject}?']", r"facts\.csv has no facts"),
+        ("subject,relation,value\n\ud300,leader,b\n", "leader: ['Who leads {subject}?']", r"facts\.csv is not UTF-8"),
     ],
 )
 def test_facts_and_forms_that_do_not_fit_are_refused_by_line(
     project: Project, table: str, forms: str, line: str
 ) -> None:
-    Path("data/raw/facts.csv").write_text(table, encoding="utf-8")
+    Path("data/raw/facts.csv").write_text(table, encoding="cp949" if "\ud300" in table else "utf-8")
     Path("data/raw/forms.yaml").write_text(forms, encoding="utf-8")
     with pytest.raises(Refused, match=line):
         generate.main()
@@ -107,7 +119,7 @@ def test_rows_are_counted_without_remainder_and_the_hand_written_duplicate_is_ke
     merge.main()
     assert counts()["read"] == 203 and counts()["duplicate"] == 2 and counts()["leaked"] == 0
     assert counts()["train"] + counts()["valid"] == 201
-    kept = read_rows(Path("data/train_merged.jsonl")) + read_rows(Path("data/valid.jsonl"))
+    kept = read_jsonl(Path("data/train_merged.jsonl")) + read_jsonl(Path("data/valid.jsonl"))
     assert [r["source"] for r in kept if words(r["messages"][0]["content"]) == "question 7"] == [
         "data/curated/handbook.jsonl:1"
     ]
@@ -137,7 +149,14 @@ def test_a_row_that_asks_an_exam_question_is_refused_or_dropped(project: Project
 def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path) -> None:
     good = {"id": "a", "question": "Q?", "answer": ["x", "y"]}
     exam = tmp_path / "questions.jsonl"
-    for bad, line in [({"id": "b", "question": "Q?"}, "a question is"), (good, "id 'a' is used twice"), ("{", "JSON")]:
+    for bad, line in [
+        ({"id": "b", "question": "Q?"}, "a question is"),
+        ({"id": "b", "question": "Q?", "answer": [1]}, "must be text, and not empty"),
+        ({"id": "b", "question": "Q?", "answer": ["x", " "]}, "must be text, and not empty"),
+        ({"id": "b", "question": "Q?", "answer": []}, "must be text, and not empty"),
+        (good, "id 'a' is used twice"),
+        ("{", "JSON"),
+    ]:
         exam.write_text(json.dumps(good) + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)), encoding="utf-8")
         with pytest.raises(Refused, match=rf"questions\.jsonl:2: .*{line}"):
             read_questions(exam)

@@ -1,16 +1,22 @@
 """What ships: files that llama.cpp runs, and a Modelfile that prompts them as they were trained."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Project
 from transformers import AutoTokenizer
 
+from pipeline.answers import prompt
+from pipeline.exam import Question
 from pipeline.llama_cpp import run_script, served
 from pipeline.modelfile import go_template, modelfile
 from pipeline.refusal import Refused
+from stages.evaluate_gguf import kl, require_same_tokens, told_probabilities
 
 TINY = ROOT / "models/tiny-base"
 
@@ -30,6 +36,41 @@ def test_llama_cpp_tokenizes_as_transformers_does(base_gguf: Path) -> None:
             messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
             expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
             assert server.tokens(messages) == expected, text
+
+
+def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_gguf: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    questions = [Question(name, f"Who leads {name}?", ["x"], "here") for name in ("a", "b")]
+    prompts = [prompt(tokenizer, question) for question in questions]
+    with served(base_gguf, context=64, threads=1) as server:
+        require_same_tokens(server, questions, prompts, "model.gguf")
+        prompts[1] = [0, *prompts[1]]  # as by a doubled BOS
+        with pytest.raises(Refused, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
+            require_same_tokens(server, questions, prompts, "model.gguf")
+
+
+def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
+    given = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    told = [{"id": 1, "logprob": math.log(0.25)}, {"id": 0, "logprob": math.log(0.25)}]
+    assert kl(given, told) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
+    same = [{"id": i, "logprob": float(given[i])} for i in range(4)]
+    assert kl(given, same) == pytest.approx(0, abs=1e-6)
+    assert kl(given, [*same[:3], {"id": 3, "logprob": -800.0}]) > 10  # exp(-800) is 0
+
+
+def test_positions_within_a_character_that_llama_cpp_leaves_out_are_passed_over() -> None:
+    at: list[Any] = [{"id": 7, "top_logprobs": ["seven"]}, {"id": 2, "top_logprobs": ["end"]}]
+    reply = {"tokens": [7, 300, 301, 2], "completion_probabilities": at}
+    told: list[Any] = [(0, ["seven"]), (3, ["end"])]
+    assert list(told_probabilities(reply)) == told
+    assert list(told_probabilities({"tokens": [300, 301]})) == []
+
+
+def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
+    with served(base_gguf, context=64, threads=1) as server:
+        pass
+    with pytest.raises(Refused, match=r"llama\.cpp ended while it answered /tokenize"):
+        server.post("/tokenize", {"content": "x"})
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "header", "tensors"])
@@ -95,7 +136,8 @@ QWEN = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 LLAMA3 = (
-    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim"
     " + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
@@ -111,6 +153,7 @@ GEMMA2 = (
 def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(family: str | None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.chat_template = family or tokenizer.chat_template
+    tokenizer.bos_token = "<|endoftext|>" if family == LLAMA3 else None
     template = go_template(tokenizer)
     turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user")]
     conversations = [turns[:1], turns]
@@ -118,7 +161,7 @@ def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(f
         conversations += [[{"role": "system", "content": "Be short."}, *turns]]
     for messages in conversations:
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        assert rendered(template, messages) == expected
+        assert rendered(template, messages) == expected.removeprefix(tokenizer.bos_token or "")
 
 
 @pytest.mark.parametrize(

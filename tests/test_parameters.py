@@ -1,50 +1,75 @@
+import math
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROOT
+from ruamel.yaml import YAML
 
-from pipeline.parameters import Parameters, check, load, only
+from pipeline.parameters import Parameters, check, load, only, read_yaml
 from pipeline.refusal import Refused
 
 
-def changed(tmp_path: Path, old: str, new: str) -> Path:
-    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
-    assert re.search(old, text)
+def written(tmp_path: Path, key: str, value: object) -> Path:
+    """params.yaml with one key set; REMOVED takes it out."""
+    parameters = read_yaml(ROOT / "params.yaml")
+    section, _, name = key.partition(".")
+    owner, name = (parameters[section], name) if name else (parameters, section)
+    owner[name] = value
+    if value is REMOVED:
+        del owner[name]
     path = tmp_path / "params.yaml"
-    path.write_text(re.sub(old, new, text, count=1), encoding="utf-8")
+    YAML(typ="safe", pure=True).dump(parameters, path)
     return path
 
 
+REMOVED = object()
+
+
 @pytest.mark.parametrize(
-    ("old", "new", "line"),
+    ("key", "value", "line"),
     [
-        (r"r: 16 ", "r: abc ", r"lora\.r is 'abc': input should be a valid integer"),
-        (r"r: 16 ", "r: 0 ", r"lora\.r is 0: input should be greater than or equal to 1"),
-        (r"4\.0e-3", "2e-4", r"train\.learning_rate is '2e-4': .* \(YAML reads 2e-4 as text; write 2\.0e-04"),
-        (
-            r"  r: 16",
-            "  rr: 8\n  r: 16",
-            r"lora\.rr is not a parameter; accepted here: r, alpha, dropout, target_modules",
-        ),
-        (r"  r: 16.*\n", "", r"lora\.r is missing"),
-        (r"q4_k_m\]", "q3]", r"gguf\.quantize is 'q3': input should be 'q8_0', .* or 'q4_0'"),
-        (r"all-linear #", "5 #", r"lora\.target_modules is 5: input should be 'all-linear', or .* list"),
-        (r"epochs: 12", "epochs: .inf", r"train\.epochs is inf: input should be a finite number"),
-        (r"lora:", "lora: [", r"not YAML: .* line \d+"),
+        ("lora.r", "abc", r"lora\.r is 'abc': input should be a valid integer"),
+        ("lora.r", 0, r"lora\.r is 0: input should be greater than or equal to 1"),
+        ("lora.rr", 8, r"lora\.rr is not a parameter; accepted here: r, alpha, dropout, target_modules"),
+        ("lora.r", REMOVED, r"lora\.r is missing"),
+        ("lora", 5, r"lora is 5: input should be a valid dictionary"),
+        ("lora.target_modules", 5, r"lora\.target_modules is 5: input should be 'all-linear', or .* list"),
+        ("lora.target_modules", [], r"lora\.target_modules is \[\]: .*list should have at least 1 item"),
+        ("train.learning_rate", "2e-4", r"train\.learning_rate is '2e-4': input should be a valid number"),
+        ("train.epochs", math.inf, r"train\.epochs is inf: input should be a finite number"),
+        ("gguf.quantize", ["q8_0", "q3"], r"gguf\.quantize is 'q3': input should be 'q8_0', .* or 'q4_0'"),
+        ("base.model", "", r"base\.model is '': string should have at least 1 character"),
+        ("seed", 10**20, r"seed is 1000\d+: input should be less than 4294967296"),
     ],
 )
-def test_a_wrong_value_is_refused_in_one_line_that_names_it(tmp_path: Path, old: str, new: str, line: str) -> None:
+def test_a_wrong_value_is_refused_in_one_line_that_names_it(tmp_path: Path, key: str, value: object, line: str) -> None:
     with pytest.raises(Refused) as refusal:
-        check(changed(tmp_path, old, new))
+        check(written(tmp_path, key, value))
     assert re.search(line, str(refusal.value))
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("text", [None, "", "lora: [", "- a list", b"\xff"])
+def test_a_file_that_holds_no_parameters_is_refused_in_one_line(tmp_path: Path, text: str | bytes | None) -> None:
+    path = tmp_path / "params.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Refused) as refusal:
+        check(path)
+    assert "params.yaml" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("number", ["5e-5", "2e-4", "2E-4", "0.0002", "2.0e-4"])
+def test_a_number_may_be_written_as_dvc_and_people_write_it(tmp_path: Path, number: str) -> None:
+    path = written(tmp_path, "train.learning_rate", 0.125)
+    path.write_text(path.read_text(encoding="utf-8").replace("0.125", number), encoding="utf-8")
+    assert check(path).train.learning_rate == float(number)
+
+
 def test_every_parameter_has_a_comment_on_its_line() -> None:
     for line in (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines():
-        assert re.fullmatch(r"|\w+:|\s*\w+: .+ # .+", line), line
+        assert re.fullmatch(r"|\w+:|\s*- \w+|\s*\w+: .+ # .+|\s*\w+: +# .+", line), line
 
 
 def test_a_stage_can_read_what_it_declares_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,5 +89,5 @@ def test_a_whole_section_or_a_single_key_can_be_declared() -> None:
 
 
 def test_the_schema_is_exactly_what_params_yaml_holds() -> None:
-    given = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    given = read_yaml(ROOT / "params.yaml")
     assert Parameters.model_validate(given).model_dump() == given

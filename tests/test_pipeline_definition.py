@@ -75,6 +75,8 @@ def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_to
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declares(name: str) -> None:
+    source = (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8")
+    assert ("params" in STAGES[name]) == (f'parameters = load("{name}")' in source)
     declared = {key for entry in STAGES[name].get("params", []) for key in keys(entry)}
     assert parameters_read(ROOT / "stages" / f"{name}.py") == declared
 
@@ -86,7 +88,16 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
     every = [path for stage in STAGES.values() for path in outputs(stage)]
     committed = {"metrics/data.json", "metrics/train.json", "metrics/evaluate.json", "metrics/gguf.json"}
     assert ignored() == set(every) - committed
+    assert all((project.folder / path).exists() for path in committed)
     (project.folder / "data/raw/facts.csv").write_text("not,facts\n", encoding="utf-8")
     failed = project.run("dvc", "repro", check=False)
     assert failed.returncode != 0 and "facts.csv:1" in failed.stderr and "Traceback" not in failed.stderr
     assert ignored() == set(every) - committed
+
+
+def test_a_refused_stage_leaves_the_committed_metrics_of_a_fresh_clone_in_place(project: Project) -> None:
+    exam = (project.folder / "data/questions.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    (project.folder / "data/curated/leak.jsonl").write_text(exam + "\n", encoding="utf-8")
+    refused = project.run("dvc", "repro", "merge", check=False)
+    assert refused.returncode != 0 and "asks the question" in refused.stderr and "Traceback" not in refused.stderr
+    assert project.run("git", "status", "--porcelain", "metrics").stdout == ""

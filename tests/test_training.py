@@ -51,6 +51,11 @@ def test_a_row_longer_than_max_length_is_refused_by_its_source_before_training(t
     assert not Path("outputs/adapter").exists()
 
 
+def test_a_target_that_is_no_linear_layer_of_the_base_is_refused_before_training(train: Callable[..., str]) -> None:
+    with pytest.raises(Refused, match=r"lora\.target_modules: lm_head, q_porj not among this base's down_proj, "):
+        train(lora__target_modules=["q_porj", "lm_head", "v_proj"])
+
+
 def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pick_device("cpu") == cpu
