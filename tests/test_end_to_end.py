@@ -155,7 +155,7 @@ def test_an_experiment_in_a_temporary_folder_runs_what_its_parameter_changes_alo
 
 
 def test_a_queued_experiment_with_a_smaller_rank_trains_anew_and_scores_lower(finished: Project) -> None:
-    finished.run("dvc", "exp", "run", "--queue", "--name", "small", "-S", "lora.r=2")
+    finished.run("dvc", "exp", "run", "--queue", "--name", "small", "-S", "lora.r=1")
     finished.run("dvc", "queue", "start")
     log = finished.run("dvc", "queue", "logs", "--follow", "small").stdout
     assert ran(log) == {"train_qlora", "evaluate", "merge_adapter", "convert_gguf", "evaluate_gguf"}
