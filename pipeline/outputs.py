@@ -15,7 +15,11 @@ def whole(path: str | Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(aside)
-    yield aside
+    try:
+        yield aside
+    except BaseException:
+        remove(aside)
+        raise
     remove(path)
     aside.rename(path)
 

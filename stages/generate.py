@@ -30,7 +30,7 @@ def read_forms() -> dict[str, list[str]]:
     """Question forms by relation. Raises Refused, naming the form, if one does not have its subject in one place."""
     try:
         forms = yaml.safe_load(FORMS.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise Refused(f"{FORMS} cannot be read as YAML in UTF-8: {' '.join(str(error).split())}") from None
     if not isinstance(forms, dict):
         raise Refused(f"{FORMS} must have a list of question forms under the name of each relation")
@@ -47,6 +47,8 @@ def read_facts() -> list[tuple[str, dict[str, str]]]:
     """(file and line, fact). Raises Refused, naming the line, if one is not a subject, a relation and a value."""
     try:
         lines = FACTS.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    except FileNotFoundError:
+        raise Refused(f"{FACTS} is missing: write your facts there, as columns {', '.join(COLUMNS)}") from None
     except UnicodeDecodeError as error:
         raise Refused(f"{FACTS} is not UTF-8 ({error.reason} at byte {error.start}): save it as CSV UTF-8") from None
     reader = csv.DictReader(lines)

@@ -7,6 +7,7 @@ metrics/train_cost.json beside them, which DVC does not track because no two run
 """
 
 import csv
+import math
 import resource
 import tempfile
 import time
@@ -71,6 +72,10 @@ def main() -> None:
         seconds = time.monotonic() - started
 
     curves = loss_curves(trainer.state.log_history)
+    if not all(map(math.isfinite, curves[-1])):
+        raise Refused(
+            f"training diverged, to a loss of {curves[-1][1:]}: lower train.learning_rate or raise warmup_share"
+        )
     tokens = int(sum(map(len, train["input_ids"])) * parameters.train.epochs)
     save_adapter(trainer.model, folder, base)
     write_curves(curves)

@@ -146,6 +146,14 @@ def test_a_row_that_asks_an_exam_question_is_refused_or_dropped(project: Project
     assert counts()["leaked"] == 1
 
 
+@pytest.mark.parametrize("name", ["facts.csv", "forms.yaml"])
+def test_a_missing_file_is_refused_by_name_and_nothing_half_written_is_left(project: Project, name: str) -> None:
+    Path("data/raw", name).unlink()
+    with pytest.raises(Refused, match=name):
+        generate.main()
+    assert {path.name for path in Path("data").iterdir()} == {"curated", "questions.jsonl", "raw"}
+
+
 def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path) -> None:
     good = {"id": "a", "question": "Q?", "answer": ["x", "y"]}
     exam = tmp_path / "questions.jsonl"
