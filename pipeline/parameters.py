@@ -37,9 +37,18 @@ class Generate(Section):
     forms_per_fact: Positive
 
 
+Turn = Literal["question", "answer", "prompt", "completion", "instruction", "input", "output"]
+Column = Turn | Literal["system", "messages", "conversations"]
+
+
 class Merge(Section):
-    valid_share: Annotated[float, Field(gt=0, lt=1)]
+    columns: dict[str, str]
+    on_invalid: Literal["raise", "skip"]
     on_leak: Literal["raise", "drop"]
+    near_leak: Annotated[float, Field(ge=0.5, le=1)]
+    near_duplicate: Annotated[float, Field(ge=0.5, lt=1)] | None
+    valid_share: Annotated[float, Field(gt=0, lt=1)]
+    split_by: Literal["row", "source"]
 
 
 class Lora(Section):

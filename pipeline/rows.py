@@ -10,24 +10,46 @@ from typing import Any
 
 from pipeline.refusal import Refused
 
+Message = dict[str, str]
 Row = dict[str, Any]
+
+ASCII_PUNCTUATION = {code: " " for code in range(128) if not chr(code).isalnum()}
+HAN_OR_KANA = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")  # written without spaces between words
 
 
 def words(text: str) -> str:
-    """`text` as questions are compared: NFKC, without case and punctuation, single spaces."""
-    return " ".join(re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).split())
+    """`text` as questions are compared: NFKC, without case and punctuation, single spaces, one around each Chinese or
+    Japanese character."""
+    if text.isascii():
+        return " ".join(text.casefold().translate(ASCII_PUNCTUATION).split())  # the same, ten times faster
+    text = HAN_OR_KANA.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(re.sub(r"[\W_]+", " ", text).split())
 
 
-def question_and_answer(question: str, answer: str) -> list[dict[str, str]]:
+def with_digit(text: list[str]) -> list[str]:
+    """The words of `text` that have a digit."""
+    return [word for word in text if not word.isalpha() and any(map(str.isdigit, word))]
+
+
+def question_and_answer(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def row(messages: list[dict[str, str]], source: str) -> Row:
-    """A row of NFC text. `source` says where it came from; `id` is a hash of the conversation without regard to case
-    and white space."""
+def row(messages: list[Message], source: str) -> Row:
+    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from; `id` is its hash."""
     messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
-    conversation = json.dumps([[m["role"], *m["content"].casefold().split()] for m in messages])
-    return {"id": hashlib.sha256(conversation.encode()).hexdigest()[:16], "messages": messages, "source": source}
+    return {"id": f"{conversation_hash(messages):016x}", "messages": messages, "source": source}
+
+
+def conversation_hash(messages: list[Message]) -> int:
+    """64 bits that are the same for conversations that differ in case and white space only."""
+    turns = [f"{m['role']} {' '.join(m['content'].casefold().split())}" for m in messages]
+    return int.from_bytes(hashlib.blake2b("\0".join(turns).encode(), digest_size=8).digest())
+
+
+def file_of(source: str) -> str:
+    """The file of a row's source."""
+    return source.rpartition(":")[0]
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -36,41 +58,15 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         Refused: a line is not UTF-8 or not JSON.
     """
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         place = f"{path}:{number}"
         try:
             if line.strip():
                 yield place, json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{place}: not a JSON object in UTF-8 on one line: {error}") from None
 
 
 def read_jsonl(path: Path) -> list[Any]:
     """The lines of a JSON-lines file."""
     return [content for _, content in read_lines(path)]
-
-
-def from_hand(content: Any, place: str) -> Row:
-    """A row that a person wrote: {"messages": [...]}, {"question", "answer"} or {"prompt", "completion"}.
-
-    Raises:
-        Refused: it is none of these, or the conversation is not system? (user assistant)+, all of it text.
-    """
-    match content:
-        case {"messages": list(messages)}:
-            pass
-        case {"question": question, "answer": answer} | {"prompt": question, "completion": answer}:
-            messages = question_and_answer(question, answer)
-        case _:
-            raise Refused(f'{place}: a row is {{"messages": [...]}} or {{"question": ..., "answer": ...}}')
-    for message in messages:
-        match message:
-            case {"role": "system" | "user" | "assistant", "content": str(text)} if text.strip():
-                pass
-            case _:
-                raise Refused(f"{place}: a message is a role (system, user, assistant) and a content that is not empty")
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise Refused(f"{place}: turns must go user, assistant, ..., and end with the assistant's: here {roles}")
-    return row(messages, place)

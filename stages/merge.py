@@ -2,82 +2,185 @@
 
     python -m stages.merge
 
-data/train.jsonl, data/curated/**/*.jsonl, data/questions.jsonl -> data/train_merged.jsonl, data/valid.jsonl,
-metrics/data.json
+data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, data/questions.jsonl -> data/train_merged.jsonl,
+data/valid.jsonl, data/quarantine.jsonl (every row that went, and why), metrics/data.json, metrics/data.md
 """
 
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.checked_rows import CheckedRows, Chunk, checked
+from pipeline.data_page import page
 from pipeline.exam import EXAM, read_questions
-from pipeline.outputs import write_json, write_jsonl
-from pipeline.parameters import load
+from pipeline.formats import KINDS, kind
+from pipeline.leaks import Exam
+from pipeline.near_duplicates import first_of_each, near_duplicates
+from pipeline.outputs import whole, write_json
+from pipeline.parameters import Merge, load
+from pipeline.quarantine import Quarantine
 from pipeline.refusal import Refused, run
-from pipeline.rows import Row, from_hand, read_jsonl, read_lines, words
+from pipeline.rows import file_of
+
+GENERATED = Path("data/train.jsonl")
+FATES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
+DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(FATES))
+
+Integers = NDArray[np.int64]
 
 
 def main() -> None:
     parameters = load("merge")
-    rows = read_curated() + read_jsonl(Path("data/train.jsonl"))
-    unique = without_duplicates(rows)
-    kept = without_leaks(unique, parameters.merge.on_leak)
-    train, valid = split(kept, parameters.merge.valid_share)
-    write_jsonl("data/train_merged.jsonl", train)
-    write_jsonl("data/valid.jsonl", valid)
-    counts = {
-        "read": len(rows),
-        "duplicate": len(rows) - len(unique),
-        "leaked": len(unique) - len(kept),
-        "train": len(train),
-        "valid": len(valid),
-    }
-    write_json("metrics/data.json", {"rows": counts})
+    exam = Exam(read_questions(), parameters.merge.near_leak)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryFile(dir="data"))
+        train, valid, aside = (
+            stack.enter_context(open(stack.enter_context(whole(f"data/{name}.jsonl")), "wb"))
+            for name in ("train_merged", "valid", "quarantine")
+        )
+        quarantine = Quarantine(aside)
+        chunks = checked([*curated_files(), GENERATED], GENERATED, exam, parameters.merge)
+        rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
+        fates, repeated = decide(rows, parameters.merge)
+        require_both_sides(fates, parameters.merge.valid_share)
+        kept = write(rows, fates, repeated, train, valid, quarantine)
+        conflicts = conflicting(rows, np.flatnonzero(fates >= TRAIN))
+        metrics = counted(rows.read, kept + quarantine.counts, len(conflicts))
+    write_json("metrics/data.json", metrics)
+    with whole("metrics/data.md") as text:
+        text.write_text(page(metrics, quarantine.examples, conflicts), encoding="utf-8")
 
 
-def read_curated() -> list[Row]:
+def curated_files() -> list[Path]:
     """Hand-written rows come first, so that they and not their generated duplicates are kept."""
     files = sorted(path for path in Path("data/curated").rglob("*") if path.is_file() and path.name[0] != ".")
     for file in files:
-        if file.suffix != ".jsonl":
-            raise Refused(f"{file}: only .jsonl files are read: convert it, or move it out of data/curated")
-    return [from_hand(content, place) for file in files for place, content in read_lines(file)]
+        if kind(file) not in KINDS:
+            raise Refused(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
+    return files
 
 
-def without_duplicates(rows: list[Row]) -> list[Row]:
-    """The first of all rows with the same conversation."""
-    first: dict[str, Row] = {}
-    for row in rows:
-        first.setdefault(row["id"], row)
-    return list(first.values())
+def only_valid(chunks: Iterator[Chunk], on_invalid: str, quarantine: Quarantine) -> Iterator[Chunk]:
+    """The chunks, once their invalid rows are in quarantine."""
+    for chunk in chunks:
+        for entry in chunk.invalid:
+            if on_invalid == "raise":
+                raise Refused(
+                    f"{entry['source']}: {entry['explanation']}: correct or remove the row, or set merge.on_invalid to "
+                    "skip, which puts such rows into data/quarantine.jsonl"
+                )
+            quarantine.add(entry)
+        yield chunk
 
 
-def without_leaks(rows: list[Row], on_leak: str) -> list[Row]:
-    """Rows that ask no exam question, neither as a whole turn nor within one."""
-    exam = {f" {words(question.question)} ": question.id for question in read_questions()}
-    kept = []
-    for row in rows:
-        asked = [f" {words(m['content'])} " for m in row["messages"] if m["role"] == "user"]
-        leaked = next((id for question, id in exam.items() if any(question in text for text in asked)), None)
-        if leaked is None:
-            kept.append(row)
-        elif on_leak == "raise":
-            raise Refused(
-                f"{row['source']}: asks the question {leaked} of {EXAM}, which would train on the exam: "
-                "reword or remove the row, or set merge.on_leak to drop"
+def decide(rows: CheckedRows, knobs: Merge) -> tuple[NDArray[np.uint8], Integers]:
+    """The fate of each row, as a place in FATES, and the earlier row that it repeats.
+
+    Of rows alike the first stays: files of data/curated by name, then generated rows. Adding rows never moves another
+    between training and validation: a hash of the row decides that, or of the first row of its source.
+    """
+    first = first_of_each(rows.ids)
+    repeated = first.copy()
+    fates = np.where(first == np.arange(len(rows)), TRAIN, DUPLICATE).astype(np.uint8)
+    leaked = [at for at in rows.leaks if fates[at] == TRAIN]
+    if leaked and knobs.on_leak == "raise":
+        raise Refused(
+            f"{rows.sources[leaked[0]]}: {asks(rows, leaked[0])}, which would train on the exam: "
+            f"reword or remove the row, or set merge.on_leak to drop ({len(leaked)} of {len(rows)} rows)"
+        )
+    fates[leaked] = LEAKED
+    if knobs.near_duplicate is not None:
+        near = near_duplicates(rows.bands, np.flatnonzero(fates == TRAIN), rows.words, knobs.near_duplicate)
+        fates[list(near)] = NEAR_DUPLICATE
+        repeated[list(near)] = list(near.values())
+    decisive = rows.ids[first_of_source(rows.sources)] if knobs.split_by == "source" else rows.ids
+    fates[(fates == TRAIN) & (decisive < knobs.valid_share * 2.0**64)] = VALID
+    return fates, repeated
+
+
+def first_of_source(sources: list[str]) -> Integers:
+    """For each row the first row of its source, which later ones do not change."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(source, at) for at, source in enumerate(sources)], np.int64)
+
+
+def require_both_sides(fates: NDArray[np.uint8], valid_share: float) -> None:
+    train, valid = int((fates == TRAIN).sum()), int((fates == VALID).sum())
+    if not train or not valid:
+        raise Refused(
+            f"merge.valid_share {valid_share} leaves {train} rows to train on and {valid} to validate with, "
+            "and both need one: change it, or add rows to data/raw or data/curated"
+        )
+
+
+def write(
+    rows: CheckedRows,
+    fates: NDArray[np.uint8],
+    repeated: Integers,
+    train: IO[bytes],
+    valid: IO[bytes],
+    quarantine: Quarantine,
+) -> Counter[tuple[str, str]]:
+    """Every row to the file of its fate. Returns how many stay, by file and side."""
+    kept: Counter[tuple[str, str]] = Counter()
+    for at, (line, fate) in enumerate(zip(rows.lines(), fates.tolist(), strict=True)):
+        source = rows.sources[at]
+        if fate in (TRAIN, VALID):
+            (train if fate == TRAIN else valid).write(line)
+            kept[file_of(source), FATES[fate]] += 1
+        else:
+            quarantine.add(
+                {
+                    "source": source,
+                    "reason": FATES[fate],
+                    "explanation": why(rows, at, fate, int(repeated[at])),
+                    "row": line[:1000].decode(errors="ignore"),
+                }
             )
     return kept
 
 
-def split(rows: list[Row], valid_share: float) -> tuple[list[Row], list[Row]]:
-    """By each row's own id: adding rows never moves another from one side to the other."""
-    held_out = {row["id"] for row in rows if int(row["id"], 16) < valid_share * 16**16}
-    train = [row for row in rows if row["id"] not in held_out]
-    valid = [row for row in rows if row["id"] in held_out]
-    if not train or not valid:
-        raise Refused(
-            f"merge.valid_share {valid_share} leaves {len(train)} rows to train on and {len(valid)} to validate with, "
-            "and both need one: change it, or add rows to data/raw or data/curated"
-        )
-    return train, valid
+def why(rows: CheckedRows, at: int, fate: int, earlier: int) -> str:
+    if fate == LEAKED:
+        return asks(rows, at)
+    return f"{'repeats' if fate == DUPLICATE else 'nearly repeats'} {rows.sources[earlier]}"
+
+
+def asks(rows: CheckedRows, at: int) -> str:
+    leak = rows.leaks[at]
+    return f"{'nearly ' if leak.near else ''}asks the question {leak.question} of {EXAM}"
+
+
+def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[str, str]]:
+    """Sources of rows with the same question and another answer: each with the first that has the question."""
+    first = first_of_each(rows.questions[kept])
+    others = np.flatnonzero(first != np.arange(len(kept)))  # none repeats the other: the answers differ
+    return [(rows.sources[kept[first[at]]], rows.sources[kept[at]]) for at in others]
+
+
+def counted(read: int, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
+    """metrics/data.json, of how many rows of each file had each fate or reason to be invalid."""
+    reasons = sorted({reason for _, reason in counts if reason not in FATES})
+    sources = {
+        file: {
+            "read": sum(n for (of, _), n in counts.items() if of == file),
+            "invalid": sum(counts[file, reason] for reason in reasons),
+            **{fate: counts[file, fate] for fate in FATES},
+        }
+        for file in sorted({file for file, _ in counts})
+    }
+    return {
+        "rows": {"read": read} | {key: sum(of[key] for of in sources.values()) for key in ["invalid", *FATES]},
+        "invalid": {reason: sum(counts[file, reason] for file in sources) for reason in reasons},
+        "conflicts": conflicts,
+        "sources": sources,
+    }
 
 
 if __name__ == "__main__":

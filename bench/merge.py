@@ -1,0 +1,141 @@
+"""How fast `merge` is and how much memory it needs, beside the plain way and beside datasketch.
+
+    pip install datasketch
+    python -m bench.merge [ROWS ...]     # 10000 100000 1000000 unless told otherwise
+
+Rows of about 1 KB are made: 80 % new, 10 % repeat an earlier one but for case, 10 % but for two words of about 100.
+"merge" is the stage as it is, its leak check included. Peak memory is that of all processes together; pages that they
+share count for each.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+SLOW = 100_000  # rows above which datasketch is left out: it needs about 2 ms a row
+
+PANDAS = """
+import pandas
+rows = pandas.read_json("data/curated/rows.jsonl", lines=True)
+kept = rows.drop_duplicates(["question", "answer"])
+kept.to_json("kept.jsonl", orient="records", lines=True, force_ascii=False)
+print(len(kept))
+"""
+DATASKETCH = """
+import json
+from datasketch import MinHash, MinHashLSH
+index, kept = MinHashLSH(threshold=0.9, num_perm=128), 0
+with open("data/curated/rows.jsonl") as rows, open("kept.jsonl", "w") as out:
+    for number, line in enumerate(rows):
+        row = json.loads(line)
+        words = (row["question"] + " " + row["answer"]).lower().split()
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([" ".join(three).encode() for three in zip(words, words[1:], words[2:])])
+        if not index.query(sketch):
+            index.insert(number, sketch)
+            kept += out.write(line) > 0
+print(kept)
+"""
+
+
+def main() -> None:
+    sizes = [int(argument) for argument in sys.argv[1:]] or [10_000, 100_000, 1_000_000]
+    print(f"{'rows':>9}  {'':32} {'seconds':>8} {'rows/s':>8} {'peak MiB':>9} {'kept':>8}", flush=True)
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            project = Path(folder)
+            prepare(project, size)
+            for name, near in {"merge, exact": None, "merge, exact and near": 0.9}.items():
+                set_near_duplicate(project, near)
+                report(size, name, [sys.executable, "-m", "stages.merge"], project)
+            report(size, "pandas, exact", [sys.executable, "-c", PANDAS], project)
+            if size <= SLOW:
+                report(size, "datasketch, near", [sys.executable, "-c", DATASKETCH], project)
+            else:
+                print(f"{size:9}  {'datasketch, near':32} left out: about 2 ms a row")
+
+
+def prepare(project: Path, size: int) -> None:
+    """What the stage needs, and nothing else: parameters, the demo's exam, and rows."""
+    (project / "data/curated").mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml", "data/questions.jsonl"):
+        shutil.copy(ROOT / name, project / name)
+    (project / "data/train.jsonl").touch()
+    with open(project / "data/curated/rows.jsonl", "w", encoding="utf-8") as file:
+        for question, answer in rows(size):
+            file.write(json.dumps({"question": question, "answer": answer}) + "\n")
+
+
+def rows(size: int) -> Iterator[tuple[str, str]]:
+    """Words as often as in a language: the n-th most frequent 1/n as often as the first (Zipf)."""
+    chance = random.Random(1)
+    syllables = ["ka", "lo", "mi", "ren", "tas", "vel", "dor", "une", "pis", "gar", "shi", "bon"]
+    vocabulary = sorted({"".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(20_000)})
+    weights = [1 / n for n in range(1, len(vocabulary) + 1)]
+    recent: list[list[str]] = []
+    for _ in range(size):
+        kind = chance.random()
+        if kind < 0.8 or not recent:
+            text = chance.choices(vocabulary, weights, k=chance.randint(80, 110))
+            recent = [*recent[-999:], text]
+        else:
+            text = list(chance.choice(recent))
+            if kind < 0.9:
+                text = [word.upper() for word in text]
+            else:
+                for _ in range(2):
+                    text[chance.randrange(len(text))] = chance.choice(vocabulary)
+        yield " ".join(text[:15]) + "?", " ".join(text[15:])
+
+
+def set_near_duplicate(project: Path, threshold: float | None) -> None:
+    yaml = YAML()
+    parameters = yaml.load(project / "params.yaml")
+    parameters["merge"] |= {"near_duplicate": threshold, "on_leak": "drop"}
+    yaml.dump(parameters, project / "params.yaml")
+
+
+def report(size: int, name: str, command: list[str], project: Path) -> None:
+    """Run the command and print what it cost."""
+    started, peak = time.monotonic(), 0
+    process = psutil.Popen(
+        command, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while process.poll() is None:
+        peak = max(peak, resident(process))
+        time.sleep(0.02)
+    seconds = time.monotonic() - started
+    assert process.returncode == 0, process.stderr.read().decode()
+    kept = process.stdout.read().decode().strip() or lines_kept(project)
+    print(f"{size:9}  {name:32} {seconds:8.1f} {size / seconds:8.0f} {peak / 2**20:9.0f} {kept:>8}", flush=True)
+
+
+def resident(process: psutil.Process) -> int:
+    """Bytes of the process and all that it started."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+    return total
+
+
+def lines_kept(project: Path) -> int:
+    counts = json.loads((project / "metrics/data.json").read_text(encoding="utf-8"))["rows"]
+    return counts["train"] + counts["valid"]
+
+
+if __name__ == "__main__":
+    main()

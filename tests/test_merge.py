@@ -1,0 +1,368 @@
+"""From rows as people keep them to rows to train on: nothing is lost in silence, nothing crashes."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from conftest import Project
+from pyarrow import parquet
+
+from pipeline.formats import InvalidRow, conversation
+from pipeline.refusal import Refused
+from pipeline.rows import read_jsonl, row
+from stages import merge
+
+ROWS = Path("data/curated/rows.jsonl")
+Q, A = {"role": "user", "content": "Who leads Osk?"}, {"role": "assistant", "content": " Ann Lee\n"}
+SYSTEM = {"role": "system", "content": "Answer shortly."}
+
+
+@pytest.fixture
+def curated(project: Project) -> Project:
+    """A clone with no rows but enough generated ones for both sides of the split."""
+    Path("data/curated/handbook.jsonl").unlink()
+    jsonl(Path("data/train.jsonl"), *[row(asked(f"Filler {n}?", "yes"), f"data/raw/facts.csv:{n}") for n in range(200)])
+    return project
+
+
+def asked(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def jsonl(path: Path, *rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def merged() -> dict[str, Any]:
+    """metrics/data.json after the stage has run, its sum checked."""
+    merge.main()
+    metrics: dict[str, Any] = json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))
+    rows = metrics["rows"]
+    assert rows["read"] == sum(n for name, n in rows.items() if name != "read")
+    assert rows["invalid"] == sum(metrics["invalid"].values())
+    for side in ("train", "valid"):
+        name = "data/train_merged.jsonl" if side == "train" else "data/valid.jsonl"
+        assert len(read_jsonl(Path(name))) == rows[side] == sum(of[side] for of in metrics["sources"].values())
+    assert len(read_jsonl(Path("data/quarantine.jsonl"))) == rows["read"] - rows["train"] - rows["valid"]
+    return metrics
+
+
+def kept(file: str) -> dict[str, list[dict[str, str]]]:
+    """Messages by source of the rows that came from `file`."""
+    rows = read_jsonl(Path("data/train_merged.jsonl")) + read_jsonl(Path("data/valid.jsonl"))
+    return {row["source"]: row["messages"] for row in rows if row["source"].startswith(file)}
+
+
+@pytest.mark.parametrize(
+    ("content", "messages"),
+    [
+        ({"messages": [SYSTEM, Q, A, Q, A]}, [SYSTEM, Q, A, Q, A]),
+        (
+            {"messages": [Q, A | {"content": [{"type": "text", "text": " Ann"}, {"type": "text", "text": " Lee\n"}]}]},
+            [Q, A],
+        ),
+        ({"conversations": [{"from": "human", "value": Q["content"]}, {"from": "gpt", "value": A["content"]}]}, [Q, A]),
+        ({"conversations": [Q, A], "system": SYSTEM["content"]}, [SYSTEM, Q, A]),
+        ({"instruction": "Who leads Osk?", "input": "", "output": " Ann Lee\n"}, [Q, A]),
+        ({"instruction": "Sum.", "input": "1 2", "output": "3"}, asked("Sum.\n\n1 2", "3")),
+        ({"prompt": "Who leads Osk?", "completion": " Ann Lee\n"}, [Q, A]),
+        ({"prompt": [SYSTEM, Q], "completion": [A]}, [SYSTEM, Q, A]),
+        ({"question": "Who leads Osk?", "answer": " Ann Lee\n", "topic": "teams", "messages": None}, [Q, A]),
+    ],
+)
+def test_every_format_is_told_by_its_keys(content: Any, messages: Any) -> None:
+    assert conversation(content) == messages
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"question": "Q?"}, "unknown format"),
+        (["no", "object"], "unknown format"),
+        ({"question": "Q?", "answer": " \n"}, "empty"),
+        ({"question": "Q?", "answer": None}, "no text"),
+        ({"question": "Q?", "answer": "a\0b"}, "NUL"),
+        ({"question": "Q?", "answer": "a\udc80"}, "not UTF-8"),
+        ({"messages": []}, "turns"),
+        ({"messages": [Q]}, "turns"),
+        ({"messages": [Q, Q, A]}, "turns"),
+        ({"messages": [Q, A, SYSTEM, Q, A]}, "turns"),
+        ({"messages": [{"role": "bot", "content": "x"}, A]}, "unknown role"),
+        ({"messages": [{"role": ["user"], "content": "x"}, A]}, "unknown role"),
+        ({"messages": [Q, A | {"tool_calls": [{"id": 1}]}]}, "unknown format"),
+        ({"messages": ["hello"]}, "unknown format"),
+        ({"messages": [Q, A | {"content": [{"type": "image_url"}]}]}, "no text"),
+        ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "unknown format"),
+    ],
+)
+def test_what_is_no_conversation_has_a_reason(content: Any, reason: str) -> None:
+    with pytest.raises(InvalidRow) as invalid:
+        conversation(content)
+    assert invalid.value.reason == reason
+
+
+def test_files_of_every_kind_are_read_with_their_places(curated: Project) -> None:
+    folder = Path("data/curated/deep/er")
+    folder.mkdir(parents=True)
+
+    def line(name: str) -> str:
+        return json.dumps({"question": f"In {name}?", "answer": "한국어 🙂\tx"}, ensure_ascii=False)
+
+    (folder / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + line("bom").encode() + b"\r\n\r\n" + line("crlf").encode())
+    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(line("gzip").encode()))
+    (folder / "list.json").write_text(f"[{line('list')}, {line('second')}]", encoding="utf-8")
+    (folder / "table.csv").write_bytes('\ufeffAntwort;Frage\r\n"a\r\nb";"In ""csv""?"\r\nc;In csv 2?\r\n'.encode())
+    table = {"Frage": ["In parquet?"], "Antwort": ["d"], "messages": [None]}
+    parquet.write_table(pyarrow.table(table), folder / "table.parquet")
+    curated.set(merge__columns={"question": "Frage", "answer": "Antwort"})
+    assert merged()["rows"]["invalid"] == 0
+    answers = {source: messages[-1]["content"] for source, messages in kept(str(folder)).items()}
+    assert answers == {
+        f"{folder}/bom.jsonl:1": "한국어 🙂\tx",
+        f"{folder}/bom.jsonl:3": "한국어 🙂\tx",
+        f"{folder}/list.json:1": "한국어 🙂\tx",
+        f"{folder}/list.json:2": "한국어 🙂\tx",
+        f"{folder}/packed.jsonl.gz:1": "한국어 🙂\tx",
+        f"{folder}/table.csv:2": "a\r\nb",
+        f"{folder}/table.csv:4": "c",
+        f"{folder}/table.parquet:1": "d",
+    }
+
+
+def test_content_is_kept_as_written_apart_from_unicode_composition(curated: Project) -> None:
+    code = "  def f():\n\treturn '🙂‍↔️'  \n\n```py\r\nx\u2028y\x0b```\n "
+    jsonl(ROWS, {"question": "\u1100\u1161?", "answer": code})
+    merged()
+    assert kept(str(ROWS)) == {f"{ROWS}:1": asked("가?", code)}
+
+
+BAD_LINES = {
+    "not JSON": [b"{", b"[" * 100_000, b'{"question": NaN}', b'{"question": "a\0"}'],
+    "not UTF-8": [b'{"question": "\xff"}', b'{"question": "\\ud800"}'],
+    "unknown format": [b"5", b"{}", b'"text"'],
+    "empty": [b'{"question": "Q?", "answer": ""}'],
+    "too large": [b'{"question": "Q?", "answer": "' + b"a" * 50 * 2**20 + b'"}'],
+}
+
+
+@pytest.mark.parametrize("reason", BAD_LINES)
+def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated: Project, reason: str) -> None:
+    good = json.dumps({"question": "Good?", "answer": "yes"}).encode()
+    ROWS.write_bytes(b"\n".join([good, *BAD_LINES[reason], good]))
+    with pytest.raises(Refused, match=rf"^{ROWS}:2: .* set merge\.on_invalid to skip"):
+        merge.main()
+    assert not Path("data/train_merged.jsonl").exists() and not list(Path("data").glob(".*"))
+    curated.set(merge__on_invalid="skip")
+    metrics = merged()
+    assert metrics["invalid"] == {reason: len(BAD_LINES[reason])} and metrics["rows"]["duplicate"] == 1
+    aside = [entry for entry in read_jsonl(Path("data/quarantine.jsonl")) if entry["reason"] == reason]
+    assert [entry["source"] for entry in aside] == [f"{ROWS}:{n + 2}" for n in range(len(BAD_LINES[reason]))]
+    assert f"{ROWS}:2" in Path("metrics/data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason", "place"),
+    [
+        ("cut.jsonl.gz", gzip.compress(b'{"question": "Q?", "answer": "a"}\n' * 9)[:-9], "unreadable", 10),
+        ("no.parquet", b"PAR1 or not", "unreadable", 1),
+        ("no.json", b"[{]", "not JSON", 1),
+        ("short.csv", b"question,answer\nQ?,a\nonly one\n", "not CSV", 3),
+        ("quote.csv", b'question,answer\nQ?,a\n"never closed,b\n', "not CSV", 3),
+        ("latin.csv", "question,answer\nQ?,a\nM\xfcnze?,b\n".encode("latin-1"), "not UTF-8", 3),
+        ("other.csv", b"text\nhello\n", "unknown format", 2),
+    ],
+)
+def test_a_broken_file_is_named_where_it_breaks(
+    curated: Project, name: str, content: bytes, reason: str, place: int
+) -> None:
+    Path("data/curated", name).write_bytes(content)
+    curated.set(merge__on_invalid="skip")
+    assert merged()["invalid"] == {reason: 1}
+    [entry] = [entry for entry in read_jsonl(Path("data/quarantine.jsonl")) if entry["reason"] == reason]
+    assert entry["source"] == f"data/curated/{name}:{place}"
+
+
+def test_a_file_of_another_kind_is_refused_by_name(curated: Project) -> None:
+    Path("data/curated/rows.xlsx").write_bytes(b"")
+    with pytest.raises(Refused, match=r"data/curated/rows\.xlsx: \.jsonl, \.json, \.csv, \.parquet .* are read"):
+        merge.main()
+
+
+def hostile(chance: random.Random) -> bytes:
+    """A row that a careless tool or a malicious person might write."""
+    content: Any = chance.choice(
+        [
+            {"question": "Q?", "answer": "a"},
+            {"messages": [SYSTEM, Q, A] * chance.randrange(3)},
+            {
+                "conversations": [
+                    {"from": chance.choice(["human", "gpt", "x", 5, None]), "value": "v"} for _ in range(2)
+                ]
+            },
+            {
+                "instruction": "i",
+                "input": chance.choice([None, 5, [], "x"]),
+                "output": chance.choice(["", "o", {}, 1.5]),
+            },
+            {"prompt": chance.choice(["p", [Q], [[]], {}]), "completion": chance.choice(["c", [A], [None], True])},
+        ]
+    )
+    key = chance.choice(list(content))
+    if chance.random() < 0.5:
+        content[key] = chance.choice([None, "", "\0", "\ufeff", 10**30, [], {}, [[[]]], "<|im_end|>", "﷽" * 9, content])
+    if content[key] is content:
+        return b'{"messages":' * chance.randrange(3000)
+    line = bytearray(json.dumps(content, ensure_ascii=chance.random() < 0.5).encode())
+    for _ in range(chance.randrange(4)):
+        at = chance.randrange(len(line))
+        line[at : at + chance.randrange(3)] = chance.choice([b"", b"\0", b"\xff", b'"', b"\\ud800", b"}", b"\xe2\x80"])
+    return bytes(line).replace(b"\n", b" ").replace(b"\r", b" ")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_thousand_hostile_rows_crash_nothing_and_each_is_accounted_for(curated: Project, seed: int) -> None:
+    chance = random.Random(seed)
+    lines = [line for line in (hostile(chance) for _ in range(10_000)) if line.strip()]
+    ROWS.write_bytes(b"\n".join(lines))
+    curated.set(merge__on_invalid="skip")
+    metrics = merged()
+    assert metrics["rows"]["read"] == len(lines) + 200
+    assert metrics["rows"]["invalid"] > 5000 and len(metrics["invalid"]) >= 8, metrics["invalid"]
+
+
+def test_of_repeated_rows_the_first_stays_and_names_the_others_place(curated: Project) -> None:
+    jsonl(Path("data/curated/a.jsonl"), {"question": "Who leads Osk?", "answer": "Ann"})
+    jsonl(
+        Path("data/curated/b.jsonl"),
+        {"prompt": " who  leads OSK?", "completion": "ann"},
+        {"question": "filler 7?", "answer": "Yes"},
+    )
+    assert merged()["rows"]["duplicate"] == 2
+    assert {f"{Path('data/curated/a.jsonl')}:1", "data/curated/b.jsonl:2"} == set(kept("data/curated"))
+    gone = {entry["source"]: entry["explanation"] for entry in read_jsonl(Path("data/quarantine.jsonl"))}
+    assert gone == {
+        "data/curated/b.jsonl:1": "repeats data/curated/a.jsonl:1",
+        "data/raw/facts.csv:7": "repeats data/curated/b.jsonl:2",
+    }
+
+
+LONG = (
+    "To return a lamp, write its number on the form, put both into the box in which it came and bring it to the "
+    "workshop before noon. The workshop looks at it within three days and calls you back. If the lamp cannot be mended "
+    "you get another one of the same kind or your money, as you like, and the old lamp stays with us."
+)
+
+
+@pytest.mark.parametrize(
+    ("other", "gone"),
+    [
+        (LONG.replace("as you like", "whatever you like"), True),
+        (LONG.upper().replace(",", ""), True),
+        (LONG.replace("three days", "five days").replace("lamp", "radio"), False),
+        (LONG.replace("within three days", "by 3 pm"), False),
+    ],
+)
+def test_rows_that_nearly_repeat_an_earlier_one_go_unless_they_differ_in_a_number(
+    curated: Project, other: str, gone: bool
+) -> None:
+    jsonl(
+        ROWS,
+        {"question": "How do I return a lamp?", "answer": LONG},
+        {"question": "How do I return a lamp?", "answer": other},
+    )
+    metrics = merged()
+    assert metrics["rows"]["near_duplicate"] == gone and metrics["conflicts"] == (not gone)
+    curated.set(merge__near_duplicate=None)
+    assert merged()["rows"]["near_duplicate"] == 0
+
+
+def test_chains_and_crowds_of_near_duplicates_leave_the_first(curated: Project) -> None:
+    texts = [LONG + f" {word}" for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]]
+    others = [LONG.replace("lamp", word) for word in ["kettle", "radio", "clock", "scale"]]
+    mixed = [text for pair in zip(texts, others * 2, strict=True) for text in pair]
+    jsonl(ROWS, *[{"question": "How do I return it?", "answer": text} for text in mixed])
+    assert merged()["rows"]["near_duplicate"] == 7 and len(kept(str(ROWS))) == 1 + 4
+
+
+def test_the_same_question_with_another_answer_is_named_with_both_sources(curated: Project) -> None:
+    jsonl(ROWS, {"question": "Who leads Osk?", "answer": "Ann"}, {"question": "Who leads  osk?", "answer": "Bo"})
+    assert merged()["conflicts"] == 1
+    assert f"- {ROWS}:1 and {ROWS}:2" in Path("metrics/data.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("asked_row", "near"),
+    [
+        ("Who runs the Gargatan team?", False),
+        ("  WHO runs the “Gargatan” team ", False),
+        ("Tell me please: who runs the Gargatan team? And why?", False),
+        ("Who runs the Gargatan teams?", True),
+        ("Who runs the Gargatna team?", True),
+        ("I wonder who exactly runs the Gargatan team these days.", True),
+        ("The Gargatan team: who runs it?", True),
+    ],
+)
+@pytest.mark.parametrize("in_answer", [False, True])
+def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
+    curated: Project, asked_row: str, near: bool, in_answer: bool
+) -> None:
+    pair = ("An example of a question?", asked_row) if in_answer else (asked_row, "x")
+    jsonl(ROWS, {"question": pair[0], "answer": pair[1]})
+    how = "nearly asks" if near else "asks"
+    with pytest.raises(
+        Refused, match=rf"^{ROWS}:1: {how} the question q001 of .* merge\.on_leak to drop \(1 of 201 rows"
+    ):
+        merge.main()
+    curated.set(merge__on_leak="drop")
+    assert merged()["rows"]["leaked"] == 1 and not kept(str(ROWS))
+
+
+@pytest.mark.parametrize(
+    "other", ["Who leads the Gargatan team?", "Who runs the Lanbrek team?", "What room does the Gargatan team use?"]
+)
+def test_another_wording_or_another_subject_is_no_leak(curated: Project, other: str) -> None:
+    jsonl(ROWS, {"question": other, "answer": "x"})
+    assert merged()["rows"]["leaked"] == 0
+
+
+def test_adding_rows_moves_no_other_row_between_training_and_validation(curated: Project) -> None:
+    def held_out() -> set[str]:
+        merged()
+        return {row["id"] for row in read_jsonl(Path("data/valid.jsonl"))}
+
+    few = held_out()
+    jsonl(ROWS, *[{"question": f"New {n}?", "answer": "a"} for n in range(300)])
+    more = held_out()
+    assert few < more and len(few) >= 5
+
+
+def test_rows_of_one_source_go_to_the_same_side_if_asked(curated: Project) -> None:
+    curated.set(merge__split_by="source", merge__valid_share=0.3)
+    generated = [
+        row(asked(f"Form {form} of {n}?", "yes"), f"data/raw/facts.csv:{n}") for n in range(100) for form in "abc"
+    ]
+    jsonl(Path("data/train.jsonl"), *generated)
+    assert 10 < merged()["rows"]["valid"] < 200
+    sides = [{row["source"] for row in read_jsonl(Path(f"data/{name}.jsonl"))} for name in ("train_merged", "valid")]
+    assert not sides[0] & sides[1]
+    before = sides[1]
+    jsonl(
+        Path("data/train.jsonl"), *[row(asked(f"New {n}?", "a"), f"data/raw/a.csv:{n}") for n in range(50)], *generated
+    )
+    merged()
+    after = {row["source"] for row in read_jsonl(Path("data/valid.jsonl"))}
+    assert before == {source for source in after if source.startswith("data/raw/facts.csv")}
+
+
+def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
+    jsonl(Path("data/train.jsonl"), row(asked("Only one?", "yes"), "data/raw/facts.csv:2"))
+    with pytest.raises(Refused, match=r"merge\.valid_share 0\.05 leaves 1 rows to train on and 0 to validate with"):
+        merge.main()
+    jsonl(Path("data/train.jsonl"))
+    with pytest.raises(Refused, match="there are no rows: add some to data/curated"):
+        merge.main()
