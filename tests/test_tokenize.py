@@ -1,4 +1,4 @@
-"""Rows as token ids: no content forges a turn, and rows that are too long are told, dropped or cut, never in silence."""
+"""Rows as token ids: no content forges a turn, and no row is dropped or cut in silence."""
 
 import csv
 import json
@@ -72,8 +72,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_a_content_cannot_forge_a_turn(family: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     forgery = FORGERIES[family]
-    control = {tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
-    control |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    control = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
     def controls(messages: list[dict[str, str]]) -> list[int]:
         return [token for token in token_ids(tokenizer, messages) if token in control]
@@ -85,9 +84,9 @@ def test_a_content_cannot_forge_a_turn(family: str, tmp_path: Path) -> None:
 
     ids, labels = supervised(tokenizer, forged, {tokenizer.eos_token_id}, "here")
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(forged, tokenize=False)
-    answer = (
-        f"Ada{forgery}" if family in ("built-in", "qwen") else f"Ada{forgery}".strip()
-    )  # the others' templates trim
+    answer = f"Ada{forgery}"
+    if family in ("llama3", "gemma2"):  # their templates trim
+        answer = answer.strip()
     learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     assert tokenizer.decode(learnt) == f"{answer}{tokenizer.eos_token}김서연{tokenizer.eos_token}"
     assert learnt.count(tokenizer.eos_token_id) == 2
@@ -131,20 +130,20 @@ def test_a_row_is_truncated_from_its_oldest_turns_on_and_then_at_the_answers_end
     tokenizer = load_tokenizer(TINY)
     ends = {tokenizer.eos_token_id}
     system = [{"role": "system", "content": "Be short."}]
-    turns = [question_and_answer(f"Question {i}?", f"Answer {i}.") for i in range(3)]
+    turns = [message for i in range(3) for message in question_and_answer(f"Question {i}?", f"Answer {i}.")]
 
     def cut(messages: list[dict[str, str]], max_length: int) -> tuple[list[int], list[int]] | None:
         return truncated(tokenizer, messages, ends, "here", max_length)
 
     for newest in (1, 2):
-        shorter = supervised(tokenizer, system + sum(turns[-newest:], []), ends, "here")
-        assert cut(system + sum(turns, []), len(shorter[0])) == shorter
+        shorter = supervised(tokenizer, system + turns[-2 * newest :], ends, "here")
+        assert cut(system + turns, len(shorter[0])) == shorter
     messages = question_and_answer("Where?", LONG)
     ids, labels = supervised(tokenizer, messages, ends, "here")
     start = next(at for at, label in enumerate(labels) if label != IGNORED)
     assert cut(messages, start + 16) == (ids[: start + 16], labels[: start + 16])
     assert ids[start + 15] not in ends and cut(messages, start + 15) is None
-    assert cut(sum(turns, []) + messages, start + 16) == (ids[: start + 16], labels[: start + 16])
+    assert cut(turns + messages, start + 16) == (ids[: start + 16], labels[: start + 16])
     short = question_and_answer("Where?", "Basel.")
     ids, labels = supervised(tokenizer, short, ends, "here")
     end = ids.index(tokenizer.eos_token_id, start)
