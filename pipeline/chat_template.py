@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from pipeline.refusal import Refused
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer, padding on the left as generation needs it."""
@@ -53,12 +55,16 @@ def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_pro
 
     Raises:
         jinja2.TemplateError: the template refuses the conversation.
-        ValueError: the tokenizer makes control tokens of plain text.
+        Refused: the base's tokenizer makes that control token of plain text too.
     """
-    return tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        # Only where needed: with the 256 added tokens of Llama 3 it takes eight times as long.
-        sanitize_control_tokens=any(control_tokens(tokenizer).search(message["content"]) for message in messages),
-        return_dict=False,
-    )
+    # Only where needed: with the 256 added tokens of Llama 3 it takes eight times as long.
+    forging = any(control_tokens(tokenizer).search(message["content"]) for message in messages)
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            sanitize_control_tokens=forging,
+            return_dict=False,
+        )
+    except ValueError as error:
+        raise Refused(f"a content could forge a turn: {error}: remove it there, or choose another base.model") from None

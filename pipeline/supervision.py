@@ -23,7 +23,7 @@ def supervised(
     """
     try:
         ids = token_ids(tokenizer, messages)
-    except (TemplateError, ValueError) as error:
+    except TemplateError as error:
         raise Refused(f"{place}: the base's chat template refuses this row: {error}: reword it for this base") from None
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):

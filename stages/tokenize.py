@@ -33,11 +33,11 @@ BATCH = 256  # rows in memory at once
 
 @dataclass
 class Lengths:
-    """How many rows and answers of each source file have which length in tokens, before any cut."""
+    """How many rows and answers of each source file have which length in tokens, and what became of the too long."""
 
     rows: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     answers: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    dropped: list[str] = field(default_factory=list)  # each row's source and length
+    dropped: list[str] = field(default_factory=list)  # source and length of each row
     truncated: int = 0
 
 
@@ -81,18 +81,19 @@ def tokenized(
         lengths.rows[file][len(ids)] += 1
         lengths.answers[file].update(answer_lengths(labels))
         if len(ids) > max_length:
-            cut = on_overflow == "truncate"
-            shorter = truncated(tokenizer, row["messages"], ends, source, max_length) if cut else None
+            shorter = None
+            if on_overflow == "truncate":
+                shorter = truncated(tokenizer, row["messages"], ends, source, max_length)
             if shorter is None:
                 lengths.dropped.append(f"{source} ({len(ids)} tokens)")
                 continue
-            ids, labels = shorter
             lengths.truncated += 1
+            ids, labels = shorter
         yield {"input_ids": ids, "labels": labels}
 
 
 def answer_lengths(labels: list[int]) -> list[int]:
-    """Of each of the assistant's turns, its end included."""
+    """Tokens of each of the assistant's turns, its end included."""
     return [len(list(run)) for learnt, run in groupby(labels, lambda label: label != IGNORED) if learnt]
 
 
@@ -107,6 +108,7 @@ def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
 
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:
+    """Raises Refused with the first rows that are too long, and how many there are."""
     if lengths.dropped:
         longest = max(map(max, lengths.rows.values()))
         more = ", ..." if len(lengths.dropped) > 3 else ""
@@ -118,13 +120,14 @@ def require_none_too_long(lengths: Lengths, max_length: int) -> None:
 
 
 def require_rows(kept: dict[str, int], max_length: int) -> None:
+    """Raises Refused if nothing is left to train on, or nothing to validate with."""
     for side, file in SIDES.items():
         if not kept[side]:
             raise Refused(f"no row of {file} fits in train.max_length {max_length}: raise it, or shorten the rows")
 
 
 def metrics(lengths: Lengths, max_length: int) -> dict[str, Any]:
-    """Lengths in tokens of rows and answers, together and by source file."""
+    """Lengths in tokens before any cut: of rows, of answers (their ends included), and by source file."""
     rows, answers = (sum(by_file.values(), Counter()) for by_file in (lengths.rows, lengths.answers))
     read, dropped = rows.total(), len(lengths.dropped)
     return {

@@ -110,6 +110,14 @@ def test_thinking_stays_tokens_and_unmarked_control_tokens_are_text(family: str,
     assert ids.count(think) == 1 and ids.count(fim) == 0
 
 
+def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused() -> None:
+    tokenizer = sentencepiece("{% for m in messages %}{{ m.content }}<end>{% endfor %}", ["<end>"], eos_token="<end>")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
+    tokenizer.backend_tokenizer.model.ignore_merges = True  # a line that is in the vocabulary is one token
+    with pytest.raises(Refused, match=r"a content could forge a turn: .*<end>"):
+        token_ids(tokenizer, [{"role": "user", "content": "The <end>"}])
+
+
 def test_the_end_tokens_are_those_of_the_loaded_model(tmp_path: Path) -> None:
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
