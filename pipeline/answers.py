@@ -7,16 +7,15 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pipeline.chat_template import end_tokens, token_ids
 from pipeline.exam import Answer, Question
-from pipeline.models import end_tokens
 from pipeline.rows import question_and_answer
 from pipeline.supervision import IGNORED, supervised
 
 
 def prompt(tokenizer: Any, question: Question) -> list[int]:
     """The token ids of a question as the model's chat template renders it, ready to be answered."""
-    messages = [{"role": "user", "content": question.question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return token_ids(tokenizer, [{"role": "user", "content": question.question}], add_generation_prompt=True)
 
 
 def sit(
@@ -48,7 +47,7 @@ def generate(
         repetition_penalty=1.0,  # some models' generation_config.json sets another, which is not greedy decoding
         pad_token_id=tokenizer.pad_token_id,
     )[:, prompts["input_ids"].shape[1] :].tolist()
-    ends = end_tokens(model)
+    ends = end_tokens(model.generation_config)
     answers = []
     for tokens in produced:
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
@@ -59,10 +58,8 @@ def generate(
 @torch.inference_mode()
 def answer_nll(model: PreTrainedModel, tokenizer: Any, questions: list[Question]) -> list[float]:
     """The mean negative log-likelihood (nats per token) of each first accepted answer and the token that ends it."""
-    rows = [
-        supervised(tokenizer, question_and_answer(q.question, q.answers[0]), end_tokens(model), q.source)
-        for q in questions
-    ]
+    ends = end_tokens(model.generation_config)
+    rows = [supervised(tokenizer, question_and_answer(q.question, q.answers[0]), ends, q.source) for q in questions]
     longest = max(len(ids) for ids, _ in rows)
 
     def padded(kind: int, padding: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ own HTTP server on loopback; it ends when its standard input closes, so also whe
 
 import json
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pipeline.refusal import Refused
 
 SCRIPTS = Path(__file__).parent.parent / "llama.cpp"
 KEY = "LLAMA_CPP_API_KEY"
+MARK = "\ufdd0"  # a noncharacter, which no text has
 
 
 def run_script(name: str, *arguments: str | Path) -> None:
@@ -57,11 +59,16 @@ class Server:
         except OSError as error:
             raise Refused(f"llama.cpp ended while it answered {path}: {error}") from None
 
-    def tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file."""
-        prompt = self.post("/apply-template", {"messages": messages})["prompt"]
-        body = {"content": prompt, "add_special": True, "parse_special": True}
-        return self.post("/tokenize", body)["tokens"]
+    def tokens(self, messages: list[dict[str, str]], control_tokens: re.Pattern[str]) -> list[int]:
+        """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file; a
+        control token in a content is tokenized as text, as by pipeline.chat_template.token_ids."""
+        marked = [m | {"content": control_tokens.sub(rf"{MARK}\g<0>{MARK}", m["content"])} for m in messages]
+        prompt = self.post("/apply-template", {"messages": marked})["prompt"]
+        tokens = []
+        for i, piece in enumerate(prompt.split(MARK)):  # each second one is a control token out of a content
+            body = {"content": piece, "add_special": i == 0, "parse_special": i % 2 == 0}
+            tokens += self.post("/tokenize", body)["tokens"]
+        return tokens
 
     def complete(self, tokens: list[int], max_new_tokens: int, n_probs: int) -> dict[str, Any]:
         """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each position."""

@@ -2,14 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
 
 import bitsandbytes as bnb
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.refusal import Refused
 
@@ -31,13 +30,6 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, wanted)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer, padding on the left as generation needs it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none; padding is masked anyway
-    return tokenizer
 
 
 def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -66,9 +58,3 @@ def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.d
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_quantized(folder, device, dtype), adapter)
-
-
-def end_tokens(model: PreTrainedModel) -> set[int]:
-    """The token ids that end an answer."""
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}

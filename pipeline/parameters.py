@@ -60,6 +60,7 @@ class Lora(Section):
 
 class Train(Section):
     max_length: Annotated[int, Field(ge=2)]
+    on_overflow: Literal["raise", "drop", "truncate"]
     learning_rate: Annotated[float, Field(gt=0)]
     epochs: Annotated[float, Field(gt=0)]
     batch_size: Positive

@@ -4,9 +4,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from pipeline.chat_template import token_ids
 from pipeline.refusal import Refused
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+LEAST = 16  # answer tokens of a truncated row: fewer teach nothing
 
 
 def supervised(
@@ -20,14 +22,14 @@ def supervised(
             is answered, ends a turn with none of `ends`, or adds to an answer (as thinking models' templates do).
     """
     try:
-        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        ids = token_ids(tokenizer, messages)
     except TemplateError as error:
         raise Refused(f"{place}: the base's chat template refuses this row: {error}: reword it for this base") from None
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
+        prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True)
         start = len(prompt)
         if ids[:start] != prompt:
             raise Refused(
@@ -48,3 +50,22 @@ def supervised(
             )
         labels[start : end + 1] = ids[start : end + 1]
     return ids, labels
+
+
+def truncated(
+    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], place: str, max_length: int
+) -> tuple[list[int], list[int]] | None:
+    """`supervised` in at most `max_length` tokens, or None if the prompt leaves too few of them to the answer.
+
+    The oldest exchanges go first, a system message stays; then the end of the last answer goes. LEAST tokens of it, or
+    all of a shorter one, stay.
+    """
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    turns = messages[len(system) :]
+    while len(turns) > 2 and len(token_ids(tokenizer, system + turns)) > max_length:
+        turns = turns[2:]
+    ids, labels = supervised(tokenizer, system + turns, ends, place)
+    learnt = [at for at, label in enumerate(labels) if label != IGNORED]
+    if max_length - learnt[0] < min(LEAST, len(learnt) - 1):
+        return None
+    return ids[:max_length], labels[:max_length]

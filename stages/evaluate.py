@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.answers import sit
 from pipeline.base import located, require_same_base
+from pipeline.chat_template import load_tokenizer
 from pipeline.exam import read_questions
-from pipeline.models import load_tokenizer, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.models import load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import run

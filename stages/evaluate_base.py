@@ -7,8 +7,9 @@ models/base.json, data/questions.jsonl -> metrics/answers_base.jsonl
 
 from pipeline.answers import sit
 from pipeline.base import located
+from pipeline.chat_template import load_tokenizer
 from pipeline.exam import read_questions
-from pipeline.models import load_quantized, load_tokenizer, pick_device, pick_dtype, reproducible
+from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import run

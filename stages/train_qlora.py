@@ -2,7 +2,7 @@
 
     python -m stages.train_qlora
 
-models/base.json, data/train_merged.jsonl, data/valid.jsonl -> outputs/adapter/, metrics/train.json, metrics/loss.csv;
+models/base.json, data/tokens/ -> outputs/adapter/, metrics/train.json, metrics/loss.csv;
 metrics/train_cost.json beside them, which DVC does not track because no two runs cost the same.
 """
 
@@ -19,23 +19,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig
+from pyarrow.compute import list_value_length
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.base import copy_tokenizer, located
-from pipeline.models import (
-    end_tokens,
-    load_quantized,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    reproducible,
-)
+from pipeline.chat_template import load_tokenizer
+from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
-from pipeline.parameters import Lora, Train, load
+from pipeline.parameters import Lora, Parameters, load
 from pipeline.refusal import Refused, run
-from pipeline.rows import Row, read_jsonl
-from pipeline.supervision import supervised
 
 ADAPTER = Path("outputs/adapter")
 
@@ -48,19 +41,17 @@ def main() -> None:
         raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     reproducible(parameters.seed, parameters.threads)
-    tokenizer = load_tokenizer(folder)
+    train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     model = load_quantized(folder, device, dtype)
     require_linear_layers(parameters.lora.target_modules, model)
-    train = tokenized(read_jsonl(Path("data/train_merged.jsonl")), tokenizer, model, parameters.train.max_length)
-    valid = tokenized(read_jsonl(Path("data/valid.jsonl")), tokenizer, model, parameters.train.max_length)
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,
-            args=training_arguments(parameters.train, parameters.seed, device, dtype, scratch),
+            args=training_arguments(parameters, device, dtype, scratch),
             train_dataset=train,
             eval_dataset=valid,
-            processing_class=tokenizer,
+            processing_class=load_tokenizer(folder),
             peft_config=lora(parameters.lora),
             callbacks=[LossAtTheEnd()],
         )
@@ -76,25 +67,12 @@ def main() -> None:
         raise Refused(
             f"training diverged, to a loss of {curves[-1][1:]}: lower train.learning_rate or raise warmup_share"
         )
-    tokens = int(sum(map(len, train["input_ids"])) * parameters.train.epochs)
+    lengths = list_value_length(train.with_format("arrow")["input_ids"]).to_numpy()
+    tokens = int(lengths.sum() * parameters.train.epochs)
     save_adapter(trainer.model, folder, base)
     write_curves(curves)
-    write_json("metrics/train.json", metrics(trainer, train, curves[-1], tokens))
+    write_json("metrics/train.json", metrics(trainer, lengths, curves[-1], tokens))
     write_json("metrics/train_cost.json", cost(seconds, tokens, device))
-
-
-def tokenized(rows: list[Row], tokenizer: Any, model: PreTrainedModel, max_length: int) -> Dataset:
-    """Columns input_ids and labels, one list of ints a row."""
-    examples = []
-    for row in rows:
-        ids, labels = supervised(tokenizer, row["messages"], end_tokens(model), row["source"])
-        if len(ids) > max_length:
-            raise Refused(
-                f"{row['source']}: a row of {len(ids)} tokens is longer than train.max_length {max_length}: "
-                "raise it, or shorten the row"
-            )
-        examples.append({"input_ids": ids, "labels": labels})
-    return Dataset.from_list(examples)
 
 
 def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> None:
@@ -117,31 +95,32 @@ def lora(knobs: Lora) -> LoraConfig:
     )
 
 
-def training_arguments(knobs: Train, seed: int, device: torch.device, dtype: torch.dtype, scratch: str) -> SFTConfig:
+def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype, scratch: str) -> SFTConfig:
     on_gpu = device.type == "cuda"
-    optimizer = ("paged_adamw_8bit" if on_gpu else "adamw_torch") if knobs.optimizer == "auto" else knobs.optimizer
-    checkpointing = on_gpu if knobs.gradient_checkpointing == "auto" else knobs.gradient_checkpointing
+    optimizer, checkpointing = parameters.train.optimizer, parameters.train.gradient_checkpointing
+    if optimizer == "auto":
+        optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
     return SFTConfig(
         output_dir=scratch,
         save_strategy="no",
-        seed=seed,
+        seed=parameters.seed,
         use_cpu=not on_gpu,
         bf16=dtype == torch.bfloat16,
-        max_length=None,  # TRL cuts longer rows in silence; `tokenized` has refused them
-        learning_rate=knobs.learning_rate,
-        num_train_epochs=knobs.epochs,
-        per_device_train_batch_size=knobs.batch_size,
-        per_device_eval_batch_size=knobs.batch_size,
-        gradient_accumulation_steps=knobs.gradient_accumulation,
-        warmup_steps=knobs.warmup_share,
-        lr_scheduler_type=knobs.schedule,
-        weight_decay=knobs.weight_decay,
-        max_grad_norm=knobs.max_grad_norm,
+        max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
+        learning_rate=parameters.train.learning_rate,
+        num_train_epochs=parameters.train.epochs,
+        per_device_train_batch_size=parameters.train.batch_size,
+        per_device_eval_batch_size=parameters.train.batch_size,
+        gradient_accumulation_steps=parameters.train.gradient_accumulation,
+        warmup_steps=parameters.train.warmup_share,
+        lr_scheduler_type=parameters.train.schedule,
+        weight_decay=parameters.train.weight_decay,
+        max_grad_norm=parameters.train.max_grad_norm,
         optim=optimizer,
-        gradient_checkpointing=checkpointing,
-        logging_steps=knobs.eval_steps,
+        gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
+        logging_steps=parameters.train.eval_steps,
         eval_strategy="steps",
-        eval_steps=knobs.eval_steps,
+        eval_steps=parameters.train.eval_steps,
     )
 
 
@@ -180,8 +159,9 @@ def write_curves(curves: list[tuple[int, float, float]]) -> None:
         writer.writerows([step, f"{train:.4f}", f"{valid:.4f}"] for step, train, valid in curves)
 
 
-def metrics(trainer: SFTTrainer, train: Dataset, last: tuple[int, float, float], tokens: int) -> dict[str, Any]:
-    lengths = np.array([len(ids) for ids in train["input_ids"]])
+def metrics(
+    trainer: SFTTrainer, lengths: np.ndarray[Any, Any], last: tuple[int, float, float], tokens: int
+) -> dict[str, Any]:
     return {
         "loss": {"train": last[1], "valid": last[2]},
         "steps": last[0],

@@ -14,7 +14,8 @@ from conftest import ROOT, Project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.base import describe, located, require_same_base
-from pipeline.models import load_quantized, load_tokenizer
+from pipeline.chat_template import load_tokenizer
+from pipeline.models import load_quantized
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
 from pipeline.supervision import IGNORED, supervised

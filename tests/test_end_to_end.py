@@ -32,6 +32,8 @@ RERUN = {
     "merge": {"merge"},
     "lora": {"train_qlora"},
     "train": {"train_qlora"},
+    "train.max_length": {"tokenize"},
+    "train.on_overflow": {"tokenize"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
     "gguf": {"convert_gguf"},
 }
@@ -111,7 +113,7 @@ def test_nothing_is_left_to_do_and_git_sees_no_output(finished: Project) -> None
     done = finished.run("dvc", "repro")
     assert "Data and pipelines are up to date." in done.stdout and not ran(done.stdout)
     changed = {line[3:] for line in finished.run("git", "status", "--porcelain").stdout.splitlines()}
-    metrics_in_git = {f"metrics/{name}.json" for name in ("data", "train", "evaluate", "gguf")}
+    metrics_in_git = {f"metrics/{name}.json" for name in ("data", "lengths", "train", "evaluate", "gguf")}
     assert changed <= metrics_in_git | {"dvc.lock"}
 
 
@@ -119,18 +121,21 @@ def test_metrics_plots_and_the_graph_show_what_a_dvc_user_expects(finished: Proj
     shown = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
     assert {
         "metrics/data.json",
+        "metrics/lengths.json",
         "metrics/train.json",
         "metrics/evaluate.json",
         "metrics/gguf.json",
     } <= set(shown)
     finished.run("dvc", "plots", "show", "-o", "plots")
-    assert "nats per token" in (finished.folder / "plots/index.html").read_text(encoding="utf-8")
+    page = (finished.folder / "plots/index.html").read_text(encoding="utf-8")
+    assert "nats per token" in page and "tokens of a row, up to" in page
     finished.run("rm", "-r", "plots")
     assert "metrics/evaluate.json" in finished.run("dvc", "metrics", "diff", "--all").stdout
     finished.run("dvc", "plots", "diff", "HEAD", "-o", "plots")
     finished.run("rm", "-r", "plots")
     graph = finished.run("dvc", "dag", "--mermaid").stdout
-    assert all(name in graph for name in ("generate", "merge", "train_qlora", "evaluate_gguf")) and "world" not in graph
+    assert all(name in graph for name in ("generate", "merge", "tokenize", "train_qlora", "evaluate_gguf"))
+    assert "world" not in graph
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -12,6 +12,7 @@ from conftest import ROOT, Project
 from transformers import AutoTokenizer
 
 from pipeline.answers import prompt
+from pipeline.chat_template import control_tokens, load_tokenizer, token_ids
 from pipeline.exam import Question
 from pipeline.llama_cpp import run_script, served
 from pipeline.modelfile import go_template, modelfile
@@ -29,24 +30,26 @@ def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_llama_cpp_tokenizes_as_transformers_does(base_gguf: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = load_tokenizer(TINY)
     texts = ["Who leads it?", "해솔 팀의 내선 번호는?", "1234567", "  a\n\n b\t", "naïve 🙂‍↔️ x² -- 'll", "다라\u3000팀"]
+    texts += ["<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>", " <|im_start|> <|im_end|><|im_end|>x <|im_end| "]
     with served(base_gguf, context=256, threads=2) as server:
         for text in texts:
             messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
-            expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            assert server.tokens(messages) == expected, text
+            expected = token_ids(tokenizer, messages, add_generation_prompt=True)
+            assert server.tokens(messages, control_tokens(tokenizer)) == expected, text
 
 
 def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_gguf: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = load_tokenizer(TINY)
+    control = control_tokens(tokenizer)
     questions = [Question(name, f"Who leads {name}?", ["x"], "here") for name in ("a", "b")]
     prompts = [prompt(tokenizer, question) for question in questions]
     with served(base_gguf, context=64, threads=1) as server:
-        require_same_tokens(server, questions, prompts, "model.gguf")
+        require_same_tokens(server, questions, prompts, control, "model.gguf")
         prompts[1] = [0, *prompts[1]]  # as by a doubled BOS
         with pytest.raises(Refused, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
-            require_same_tokens(server, questions, prompts, "model.gguf")
+            require_same_tokens(server, questions, prompts, control, "model.gguf")
 
 
 def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:

@@ -11,7 +11,7 @@ from conftest import Project
 
 from pipeline.models import pick_device, pick_dtype
 from pipeline.refusal import Refused
-from stages import generate, merge, prepare_base, train_qlora
+from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 
 @pytest.fixture
@@ -20,6 +20,7 @@ def train(project: Project) -> Callable[..., str]:
     prepare_base.main()
     generate.main()
     merge.main()
+    tokenize.main()
 
     def run(**changed: object) -> str:
         project.set(train__epochs=0.5, **changed)
@@ -37,18 +38,13 @@ def test_the_same_seed_gives_the_same_bytes_however_often_the_validation_loss_is
         len(Path("metrics/loss.csv").read_text(encoding="utf-8").splitlines()) == 1 + 7
     )  # a header, six points, the last step
     assert json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))["steps"] == 13
+    assert sorted(file.name for file in Path("data/tokens").iterdir()) == ["train.arrow", "valid.arrow"]  # no caches
     assert train(train__eval_steps=13) == often
     assert train(seed=2) != often
 
 
 def test_the_gpus_optimizer_can_be_chosen_on_a_cpu(train: Callable[..., str]) -> None:
     assert train(train__optimizer="paged_adamw_8bit") != train(train__optimizer="auto")
-
-
-def test_a_row_longer_than_max_length_is_refused_by_its_source_before_training(train: Callable[..., str]) -> None:
-    with pytest.raises(Refused, match=r"data/\S+: a row of \d+ tokens is longer than train\.max_length 20: raise"):
-        train(train__max_length=20)
-    assert not Path("outputs/adapter").exists()
 
 
 def test_a_target_that_is_no_linear_layer_of_the_base_is_refused_before_training(train: Callable[..., str]) -> None:

@@ -1,0 +1,173 @@
+"""Turn the rows into token ids and labels, and tell how long they are.
+
+    python -m stages.tokenize
+
+models/base.json, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and valid.arrow: Arrow streams
+with the columns input_ids and labels), metrics/lengths.json, metrics/lengths.csv
+"""
+
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from tqdm import tqdm
+
+from pipeline.base import located
+from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.outputs import whole, write_json
+from pipeline.parameters import load
+from pipeline.refusal import Refused, run
+from pipeline.supervision import IGNORED, supervised, truncated
+
+SIDES = {"train": Path("data/train_merged.jsonl"), "valid": Path("data/valid.jsonl")}
+COLUMNS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
+BATCH = 256  # rows in memory at once
+
+
+@dataclass
+class Lengths:
+    """How many rows and answers of each source file have which length in tokens, and what became of the too long."""
+
+    rows: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    answers: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    dropped: list[str] = field(default_factory=list)  # source and length of each row
+    truncated: int = 0
+
+
+def main() -> None:
+    parameters = load("tokenize")
+    max_length, on_overflow = parameters.train.max_length, parameters.train.on_overflow
+    folder, _ = located()
+    tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
+    lengths = Lengths()
+    with whole("data/tokens") as aside:
+        aside.mkdir()
+        kept = {}
+        for side, file in SIDES.items():
+            rows = tokenized(read_rows(file), tokenizer, ends, max_length, on_overflow, lengths)
+            kept[side] = write_arrow(aside / f"{side}.arrow", rows)
+        if on_overflow == "raise":
+            require_none_too_long(lengths, max_length)
+        require_rows(kept, max_length)
+    write_json("metrics/lengths.json", metrics(lengths, max_length))
+    write_histogram(lengths.rows)
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, "rb") as lines:
+        yield from tqdm(map(orjson.loads, lines), desc=file.stem, unit="row")
+
+
+def tokenized(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    ends: set[int],
+    max_length: int,
+    on_overflow: str,
+    lengths: Lengths,
+) -> Iterator[dict[str, list[int]]]:
+    """input_ids and labels of every row that fits or is made to fit; `lengths` counts them all."""
+    for row in rows:
+        source = row["source"]
+        file = source.rpartition(":")[0]
+        ids, labels = supervised(tokenizer, row["messages"], ends, source)
+        lengths.rows[file][len(ids)] += 1
+        lengths.answers[file].update(answer_lengths(labels))
+        if len(ids) > max_length:
+            shorter = None
+            if on_overflow == "truncate":
+                shorter = truncated(tokenizer, row["messages"], ends, source, max_length)
+            if shorter is None:
+                lengths.dropped.append(f"{source} ({len(ids)} tokens)")
+                continue
+            lengths.truncated += 1
+            ids, labels = shorter
+        yield {"input_ids": ids, "labels": labels}
+
+
+def answer_lengths(labels: list[int]) -> list[int]:
+    """Tokens of each of the assistant's turns, its end included."""
+    return [len(list(run)) for learnt, run in groupby(labels, lambda label: label != IGNORED) if learnt]
+
+
+def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
+    """Write an Arrow stream, as `datasets` maps it into memory; the number of rows."""
+    written = 0
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, COLUMNS) as stream:
+        while batch := list(islice(rows, BATCH)):
+            stream.write_batch(pa.RecordBatch.from_pylist(batch, COLUMNS))
+            written += len(batch)
+    return written
+
+
+def require_none_too_long(lengths: Lengths, max_length: int) -> None:
+    """Raises Refused with the first rows that are too long, and how many there are."""
+    if lengths.dropped:
+        longest = max(map(max, lengths.rows.values()))
+        more = ", ..." if len(lengths.dropped) > 3 else ""
+        raise Refused(
+            f"{len(lengths.dropped)} rows are longer than train.max_length {max_length}: "
+            f"{', '.join(lengths.dropped[:3])}{more}: raise it (the longest has {longest}), shorten the rows, or set "
+            "train.on_overflow to drop or truncate"
+        )
+
+
+def require_rows(kept: dict[str, int], max_length: int) -> None:
+    """Raises Refused if nothing is left to train on, or nothing to validate with."""
+    for side, file in SIDES.items():
+        if not kept[side]:
+            raise Refused(f"no row of {file} fits in train.max_length {max_length}: raise it, or shorten the rows")
+
+
+def metrics(lengths: Lengths, max_length: int) -> dict[str, Any]:
+    """Lengths in tokens before any cut: of rows, of answers (their ends included), and by source file."""
+    rows, answers = (sum(by_file.values(), Counter()) for by_file in (lengths.rows, lengths.answers))
+    read, dropped = rows.total(), len(lengths.dropped)
+    return {
+        "tokens": quantiles(rows) | {"over_max_length": over(rows, max_length)},
+        "answers": quantiles(answers) | {"over_max_length": over(answers, max_length)},
+        "rows": {"read": read, "kept": read - dropped, "dropped": dropped, "truncated": lengths.truncated},
+        "sources": {
+            file: {"rows": of_file.total()}
+            | quantiles(of_file)
+            | {
+                "over_max_length": over(of_file, max_length),
+                "answers_over_max_length": over(lengths.answers[file], max_length),
+            }
+            for file, of_file in sorted(lengths.rows.items())
+        },
+    }
+
+
+def quantiles(lengths: Counter[int]) -> dict[str, int]:
+    values = np.fromiter(lengths.elements(), int)
+    p50, p95, p99 = np.quantile(values, [0.5, 0.95, 0.99])
+    return {"p50": int(p50), "p95": int(p95), "p99": int(p99), "max": max(lengths)}
+
+
+def over(lengths: Counter[int], max_length: int) -> int:
+    return sum(rows for length, rows in lengths.items() if length > max_length)
+
+
+def write_histogram(lengths: dict[str, Counter[int]]) -> None:
+    """In long form: source file, upper bound of the bin in tokens, rows. Up to 32 bins, a power of two wide."""
+    longest = max(map(max, lengths.values()))
+    width = 2 ** max(0, (longest - 1).bit_length() - 5)
+    with whole("metrics/lengths.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["source", "tokens", "rows"])
+        for source, of_source in sorted(lengths.items()):
+            for bound in range(width, longest + width, width):
+                rows = sum(of_source[length] for length in range(bound - width + 1, bound + 1))
+                writer.writerow([source, bound, rows])
+
+
+if __name__ == "__main__":
+    run(main)
