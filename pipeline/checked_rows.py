@@ -19,7 +19,7 @@ from pipeline.leaks import Exam, Leak
 from pipeline.near_duplicates import Keys, band_keys
 from pipeline.parameters import Merge
 from pipeline.refusal import Refused
-from pipeline.rows import Row, conversation_hash, row, words
+from pipeline.rows import Message, conversation_hash, row, words
 
 CHUNK = 2**20  # characters of rows that a process gets at once
 
@@ -70,9 +70,11 @@ class CheckedRows:
         self.scratch.seek(0)
         yield from self.scratch
 
-    def words(self, at: int) -> list[str]:
+    def question_and_answer(self, at: int) -> tuple[list[str], list[str]]:
+        """The words of a row's last answer, and those of all that stands before it."""
         start = int(self.ends[at - 1]) if at else 0
-        return words_of(orjson.loads(os.pread(self.scratch.fileno(), int(self.ends[at]) - start, start)))
+        one = orjson.loads(os.pread(self.scratch.fileno(), int(self.ends[at]) - start, start))
+        return words_of(one["messages"][:-1]), words_of(one["messages"][-1:])
 
 
 def checked(files: list[Path], generated: Path, exam: Exam, knobs: Merge) -> Iterator[Chunk]:
@@ -127,7 +129,7 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, exam: Exam, ne
                 {"source": place, "reason": error.reason, "explanation": str(error), "row": beginning(record)}
             )
     questions = [conversation_hash(one["messages"][:-1]) for one in rows]
-    texts = [words_of(one) for one in rows]
+    texts = [words_of(one["messages"]) for one in rows]
     leaks = {at: exam.leak(text) for at, text in enumerate(texts)}
     return Chunk(
         read=len(chunk),
@@ -141,9 +143,8 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, exam: Exam, ne
     )
 
 
-def words_of(one: Row) -> list[str]:
-    """The words of all messages of a row."""
-    return words("\n".join(message["content"] for message in one["messages"])).split()
+def words_of(messages: list[Message]) -> list[str]:
+    return words("\n".join(message["content"] for message in messages)).split()
 
 
 def beginning(record: bytes | dict[str, Any] | InvalidRow) -> str:

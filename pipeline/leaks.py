@@ -72,10 +72,11 @@ def misspelt(word: str, text: list[str]) -> str | None:
 
 def similarity(asked: list[str], text: list[str]) -> float:
     """2 * shared words / (words of both), from 0 to 1, of a question and the most similar stretch of a text, among
-    those as long as the question or a word longer."""
-    lengths = {min(len(text), len(asked) + more) for more in (0, 1)}
-    return max(
-        2 * (Counter(asked) & Counter(text[start : start + length])).total() / (len(asked) + length)
-        for length in lengths
-        for start in range(len(text) - length + 1)
-    )
+    those as long as the question or a word longer. It begins with a shared word, or ends where the text does."""
+    best = 0.0
+    for length in {min(len(text), len(asked) + more) for more in (0, 1)}:
+        last = len(text) - length
+        for start in [at for at in range(last) if text[at] in asked] + [last]:
+            shared = (Counter(asked) & Counter(text[start : start + length])).total()
+            best = max(best, 2 * shared / (len(asked) + length))
+    return best

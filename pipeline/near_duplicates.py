@@ -42,22 +42,24 @@ def shingles(text: list[str]) -> list[str]:
 
 
 def near_duplicates(
-    keys: Keys, rows: NDArray[np.int64], words_of: Callable[[int], list[str]], threshold: float
+    keys: Keys, rows: NDArray[np.int64], parts_of: Callable[[int], tuple[list[str], ...]], threshold: float
 ) -> dict[int, int]:
     """{row: the earlier row that it is a near-duplicate of}, of `rows` in rising order. The earlier row is none itself.
 
-    `keys` has a line for every row; `words_of(row)` is its text.
+    `keys` has a line for every row. `parts_of(row)` is its text; each part must be as similar as `threshold`, so that a
+    long answer does not hide that its question is another.
     """
 
     @lru_cache(maxsize=4096)
-    def shingles_of(row: int) -> frozenset[str]:
-        return frozenset(shingles(words_of(row)))
+    def shingles_of(row: int) -> tuple[frozenset[str], ...]:
+        return tuple(frozenset(shingles(part)) for part in parts_of(row))
 
     gone: dict[int, int] = {}
     for pair in candidates(keys, rows).tolist():
         row, earlier = divmod(pair, 2**32)
         earlier = gone.get(earlier, earlier)
-        if row not in gone and jaccard(shingles_of(row), shingles_of(earlier)) >= threshold:
+        parts = zip(shingles_of(row), shingles_of(earlier), strict=True)
+        if row not in gone and all(jaccard(a, b) >= threshold for a, b in parts):
             gone[row] = earlier
     return gone
 

@@ -96,7 +96,9 @@ def decide(rows: CheckedRows, knobs: Merge) -> tuple[NDArray[np.uint8], Integers
         )
     fates[leaked] = LEAKED
     if knobs.near_duplicate is not None:
-        near = near_duplicates(rows.bands, np.flatnonzero(fates == TRAIN), rows.words, knobs.near_duplicate)
+        near = near_duplicates(
+            rows.bands, np.flatnonzero(fates == TRAIN), rows.question_and_answer, knobs.near_duplicate
+        )
         fates[list(near)] = NEAR_DUPLICATE
         repeated[list(near)] = list(near.values())
     decisive = rows.ids[first_of_source(rows.sources)] if knobs.split_by == "source" else rows.ids

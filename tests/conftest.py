@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -281,6 +281,12 @@ def test_rows_that_nearly_repeat_an_earlier_one_go_unless_they_differ_in_a_numbe
     assert merged()["rows"]["near_duplicate"] == 0
 
 
+def test_another_question_with_the_same_long_answer_stays(curated: Project) -> None:
+    questions = ["How do I return a lamp?", "What must I do to give a lamp back?"]
+    jsonl(ROWS, *[{"question": question, "answer": LONG} for question in questions])
+    assert merged()["rows"]["near_duplicate"] == 0
+
+
 def test_chains_and_crowds_of_near_duplicates_leave_the_first(curated: Project) -> None:
     texts = [LONG + f" {word}" for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]]
     others = [LONG.replace("lamp", word) for word in ["kettle", "radio", "clock", "scale"]]

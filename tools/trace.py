@@ -1,7 +1,7 @@
 """Follow a training row back to the line, fact or passage that it came from.
 
-    python -m tools.trace ID            # a row of data/train_merged.jsonl or data/valid.jsonl; its first characters do
-    python -m tools.trace FILE:NUMBER   # what became of the line, fact or passage that stands there
+python -m tools.trace ID            # a row of data/train_merged.jsonl or data/valid.jsonl; its first characters do
+python -m tools.trace FILE:NUMBER   # what became of the line, fact or passage that stands there
 """
 
 import sys
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-
 from pipeline.documents import DOCUMENTS, read_passages
 from pipeline.facts import read_facts
-from pipeline.formats import InvalidRow, records
+
+from pipeline.formats import records
 from pipeline.parameters import Parameters, check
 from pipeline.refusal import Refused
 
