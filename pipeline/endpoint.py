@@ -1,0 +1,194 @@
+"""Questions and answers about passages, from a language model behind an OpenAI-compatible endpoint.
+
+Every reply is kept in data/replies.jsonl, by a hash of all that was sent: what was paid for once is never paid again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Any, BinaryIO
+
+from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
+from pydantic import BaseModel, StringConstraints, ValidationError
+from tqdm import tqdm
+
+from pipeline.documents import Passage
+from pipeline.outputs import write_jsonl
+from pipeline.parameters import Generate
+from pipeline.refusal import Refused
+from pipeline.rows import read_jsonl
+
+REPLIES = Path("data/replies.jsonl")
+KEY = "OPENAI_API_KEY"
+RETRIES = 6  # of a request: 0.5 to 8 seconds apart, or as the server's Retry-After says
+TIMEOUT = 600  # seconds
+SEEDS = (0, 1)  # a passage whose reply cannot be used is asked about once more
+
+PROMPT = """\
+Write {questions} questions about the passage below, each in {wordings} wordings.
+Name in each question what it is about: whoever reads it does not have the passage.
+Answer briefly, in the language and the words of the passage.
+Quote the sentence of the passage that proves the answer, word for word.
+
+{heading}
+
+{text}"""
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Item(BaseModel):
+    """A question in several wordings, its answer, and the sentence of the passage that proves it."""
+
+    questions: list[Text]
+    answer: Text
+    quote: Text
+
+
+class Reply(BaseModel):
+    items: list[Item]
+
+
+class BudgetSpent(Exception):
+    pass
+
+
+@dataclass
+class Replies:
+    """Every reply there is, by its key. Threads may share it."""
+
+    file: BinaryIO
+    by_key: dict[str, dict[str, Any]]
+    spent: int = 0  # tokens, in this run
+    lock: Lock = field(default_factory=Lock)
+
+    def add(self, key: str, reply: str, tokens: int) -> None:
+        with self.lock:
+            self.by_key[key] = {"key": key, "reply": reply, "tokens": tokens}
+            self.file.write(json.dumps(self.by_key[key]).encode() + b"\n")
+            self.file.flush()
+            self.spent += tokens
+
+
+@contextmanager
+def kept_replies() -> Iterator[Replies]:
+    """All replies so far; a new one is in the file before it is used. Raises Refused if another process has the file.
+
+    In the end the file is in the order of its keys: that in which replies arrive differs from run to run.
+    """
+    REPLIES.parent.mkdir(parents=True, exist_ok=True)
+    with open(REPLIES, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(f"{REPLIES}: another run is adding to it: wait until it ends, or end it") from None
+        file.truncate(REPLIES.read_bytes().rfind(b"\n") + 1)  # a killed run may have left half a line
+        replies = Replies(file, {reply["key"]: reply for reply in read_jsonl(REPLIES)})
+        try:
+            yield replies
+        finally:
+            write_jsonl(REPLIES, sorted(replies.by_key.values(), key=lambda reply: reply["key"]))
+
+
+def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item] | None]:
+    """What the model asks and answers about each passage, by its place; None where it twice sent no JSON of the schema.
+
+    Raises:
+        Refused: the token budget is spent, or the endpoint is down, is none, or refuses the key or a request.
+    """
+    client = OpenAI(
+        base_url=generate.endpoint,
+        api_key=os.environ.get(KEY) or "none",  # as servers of one's own need none
+        max_retries=RETRIES,
+        timeout=TIMEOUT,
+    )
+    prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
+    with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
+
+        def answer(text: str, place: str) -> list[Item] | None:
+            for seed in SEEDS:
+                request = {
+                    "model": generate.model,
+                    "messages": [{"role": "user", "content": text}],
+                    "response_format": response_format(generate),
+                    "seed": seed,
+                }
+                key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+                if key not in replies.by_key:
+                    if replies.spent >= generate.token_budget:
+                        raise BudgetSpent
+                    replies.add(key, *post(client, request, place))
+                with suppress(ValidationError):
+                    return Reply.model_validate_json(replies.by_key[key]["reply"]).items
+            return None
+
+        once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
+        asked = {text: pool.submit(answer, text, place) for text, place in once.items()}
+        try:
+            for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage", disable=not asked):
+                future.result()
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for
+            if isinstance(error, BudgetSpent):
+                done = sum(not future.cancelled() and not future.exception() for future in asked.values())
+                raise Refused(
+                    f"generate.token_budget: {replies.spent} tokens of {generate.token_budget} are spent, {done} of "
+                    f"{len(asked)} passages are done and kept: raise it, or run again to spend as much once more"
+                ) from None
+            raise
+    return {place: asked[text].result() for place, text in prompts.items()}
+
+
+def prompt(passage: Passage, generate: Generate) -> str:
+    return PROMPT.format(
+        questions=generate.questions_per_passage,
+        wordings=1 + generate.paraphrases,
+        heading=passage.heading,
+        text=passage.text,
+    )
+
+
+def response_format(generate: Generate) -> dict[str, Any]:
+    """The schema of a Reply with the numbers wanted, and limits at which a small model under a grammar comes to an end.
+
+    Written out, because replies are kept by it: no upgrade of a library may change it.
+    """
+
+    def record(**fields: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+
+    def many(items: Any, at_least: int, at_most: int) -> dict[str, Any]:
+        return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
+
+    text = {"type": "string", "minLength": 1, "maxLength": 500}
+    wordings = 1 + generate.paraphrases
+    item = record(questions=many(text, wordings, wordings), answer=text, quote=text)
+    schema = record(items=many(item, 1, generate.questions_per_passage))
+    return {"type": "json_schema", "json_schema": {"name": "questions", "schema": schema, "strict": True}}
+
+
+def post(client: OpenAI, request: dict[str, Any], place: str) -> tuple[str, int]:
+    """The model's reply, and the tokens that it cost. Raises Refused if the endpoint gives none after all retries."""
+    try:
+        completion = client.chat.completions.create(**request)
+        reply = completion.choices[0].message.content or ""
+    except AuthenticationError:
+        raise Refused(f"{client.base_url} refuses the key (401): set {KEY} in the environment") from None
+    except APIStatusError as error:
+        words = " ".join(error.message.replace(client.api_key, "***").split())
+        raise Refused(f"{place}: {client.base_url}: {words}: check generate.endpoint and generate.model") from None
+    except APIConnectionError as error:
+        raise Refused(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise Refused(f"{client.base_url} is no OpenAI-compatible API: correct generate.endpoint (.../v1?)") from None
+    tokens = (
+        completion.usage.total_tokens if completion.usage else len(str(request) + reply)
+    )  # letters: more, not fewer
+    return reply.encode("utf-8", "replace").decode(), tokens
