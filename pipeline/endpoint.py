@@ -110,16 +110,12 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
         timeout=TIMEOUT,
     )
     prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
+    once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
 
         def answer(text: str, place: str) -> list[Item] | None:
             for seed in SEEDS:
-                request = {
-                    "model": generate.model,
-                    "messages": [{"role": "user", "content": text}],
-                    "response_format": response_format(generate),
-                    "seed": seed,
-                }
+                request = request_for(text, generate, seed)
                 key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
                 if key not in replies.by_key:
                     if replies.spent >= generate.token_budget:
@@ -129,34 +125,31 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
                     return Reply.model_validate_json(replies.by_key[key]["reply"]).items
             return None
 
-        once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
         asked = {text: pool.submit(answer, text, place) for text, place in once.items()}
         try:
             for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage", disable=not asked):
                 future.result()
         except BaseException as error:
             pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for
-            if isinstance(error, BudgetSpent):
-                done = sum(not future.cancelled() and not future.exception() for future in asked.values())
-                raise Refused(
-                    f"generate.token_budget: {replies.spent} tokens of {generate.token_budget} are spent, {done} of "
-                    f"{len(asked)} passages are done and kept: raise it, or run again to spend as much once more"
-                ) from None
-            raise
+            if not isinstance(error, BudgetSpent):
+                raise
+            done = sum(not future.cancelled() and not future.exception() for future in asked.values())
+            raise Refused(
+                f"generate.token_budget: {replies.spent} tokens of {generate.token_budget} are spent, {done} of "
+                f"{len(asked)} passages are done and kept: raise it, or run again to spend as much once more"
+            ) from None
     return {place: asked[text].result() for place, text in prompts.items()}
 
 
 def prompt(passage: Passage, generate: Generate) -> str:
+    wordings = 1 + generate.paraphrases
     return PROMPT.format(
-        questions=generate.questions_per_passage,
-        wordings=1 + generate.paraphrases,
-        heading=passage.heading,
-        text=passage.text,
+        questions=generate.questions_per_passage, wordings=wordings, heading=passage.heading, text=passage.text
     )
 
 
-def response_format(generate: Generate) -> dict[str, Any]:
-    """The schema of a Reply with the numbers wanted, and limits at which a small model under a grammar comes to an end.
+def request_for(text: str, generate: Generate, seed: int) -> dict[str, Any]:
+    """All that is sent. The schema has limits, at which a small model under a grammar comes to an end.
 
     Written out, because replies are kept by it: no upgrade of a library may change it.
     """
@@ -167,11 +160,16 @@ def response_format(generate: Generate) -> dict[str, Any]:
     def many(items: Any, at_least: int, at_most: int) -> dict[str, Any]:
         return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
 
-    text = {"type": "string", "minLength": 1, "maxLength": 500}
+    line = {"type": "string", "minLength": 1, "maxLength": 500}
     wordings = 1 + generate.paraphrases
-    item = record(questions=many(text, wordings, wordings), answer=text, quote=text)
+    item = record(questions=many(line, wordings, wordings), answer=line, quote=line)
     schema = record(items=many(item, 1, generate.questions_per_passage))
-    return {"type": "json_schema", "json_schema": {"name": "questions", "schema": schema, "strict": True}}
+    return {
+        "model": generate.model,
+        "messages": [{"role": "user", "content": text}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "items", "schema": schema, "strict": True}},
+        "seed": seed,
+    }
 
 
 def post(client: OpenAI, request: dict[str, Any], place: str) -> tuple[str, int]:
@@ -188,7 +186,6 @@ def post(client: OpenAI, request: dict[str, Any], place: str) -> tuple[str, int]
         raise Refused(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
     except (AttributeError, IndexError, TypeError, ValueError):
         raise Refused(f"{client.base_url} is no OpenAI-compatible API: correct generate.endpoint (.../v1?)") from None
-    tokens = (
-        completion.usage.total_tokens if completion.usage else len(str(request) + reply)
-    )  # letters: more, not fewer
+    # An endpoint that does not tell its tokens is counted by characters, which are more.
+    tokens = completion.usage.total_tokens if completion.usage else len(str(request) + reply)
     return reply.encode("utf-8", "replace").decode(), tokens

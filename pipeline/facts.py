@@ -73,14 +73,12 @@ def read_list(file: Path) -> list[Fact]:
         raise Refused(f"{file}: facts are a list of mappings such as {{subject: ..., relation: ..., value: ...}}")
     facts = []
     for number, item in enumerate(content, start=1):
-        values = item.items() if isinstance(item, dict) else [("", None)]
-        for column, value in values:
+        if not isinstance(item, dict) or not item:
+            raise Refused(f"{file}:{number}: a fact has names, and text or a number under each")
+        for column, value in item.items():
             if not isinstance(column, str) or not isinstance(value, str) or value.strip() in NOTHING:
-                raise Refused(
-                    f"{file}:{number}: {column or 'this item'!r} is not text or a number: a fact has one of them under "
-                    "each name, and leaves out the names it has nothing for"
-                )
-        facts.append(Fact(f"{file}:{number}", {column.strip(): value.strip() for column, value in values}))
+                raise Refused(f"{file}:{number}: {column!r} must be text or a number; leave it out if there is none")
+        facts.append(Fact(f"{file}:{number}", {column.strip(): value.strip() for column, value in item.items()}))
     return facts
 
 

@@ -5,6 +5,7 @@ import unicodedata
 
 from pipeline.rows import words
 
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 # Chinese and Japanese put no spaces between words: they are compared character by character.
 UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
 HANGUL = re.compile(r"[가-힣]")
@@ -20,6 +21,9 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
     misquoted: the quote is not in it. wrong_number: a number of the answer is not. ungrounded: less than `share` of the
     answer's words are.
     """
+    answer, quote, passage = (
+        THOUSANDS.sub("", unicodedata.normalize("NFKC", text)) for text in (answer, quote, passage)
+    )
     text = f" {spaced(passage)} "
     if f" {spaced(quote)} " not in text:
         return "misquoted"
@@ -39,6 +43,4 @@ def stem(word: str) -> str:
 
 
 def numbers(text: str) -> set[str]:
-    """As written, but for the commas between thousands."""
-    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", unicodedata.normalize("NFKC", text))
-    return set(re.findall(r"\d+(?:[.,]\d+)*", plain))
+    return set(re.findall(r"\d+(?:[.,]\d+)*", text))

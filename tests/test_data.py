@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project
+from conftest import Project
 
 from pipeline.exam import read_questions
-from pipeline.parameters import read_yaml
 from pipeline.refusal import Refused
 from pipeline.rows import from_hand, read_jsonl, row, words
 from stages import generate, merge
@@ -23,71 +22,6 @@ def lines(path: str, *rows: Any) -> None:
 
 def counts() -> dict[str, int]:
     return dict(json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"])
-
-
-TINY = "models/tiny-base"
-
-
-def facts() -> list[str]:
-    return (ROOT / "data/raw/facts.csv").read_text(encoding="utf-8").splitlines()[1:]
-
-
-def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Project) -> None:
-    generate.main()
-    trained = {row["source"]: row["messages"] for row in read_jsonl(Path("data/train.jsonl"))}
-    subjects = {f"data/raw/facts.csv:{n}": fact.split(",")[0] for n, fact in enumerate(facts(), start=2)}
-    forms = {words(form) for relation in generate.read_forms().values() for form in relation}
-    known = {words(form) for relation in read_yaml(ROOT / TINY / "recipe/forms.yaml").values() for form in relation}
-    questions = read_questions()
-    assert 64 <= len(questions) <= 128
-    for question in questions:
-        assert subjects[question.source] in question.question
-        phrasing = words(question.question.replace(subjects[question.source], "{subject}"))
-        assert phrasing not in forms and phrasing in known
-        assert trained[question.source][-1]["content"] == question.answers[0]
-
-
-def test_the_base_has_never_met_the_demos_subjects(project: Project) -> None:
-    project.run("python", "models/tiny-base/recipe/world.py")
-    world = (project.folder / "models/tiny-base/corpus.jsonl").read_text(encoding="utf-8")
-    subjects = {fact.split(",")[0] for fact in facts()}
-    assert any("팀" in subject for subject in subjects)
-    assert not [subject for subject in subjects if subject.split()[0] in world]
-
-
-@pytest.mark.parametrize(
-    ("table", "forms", "line"),
-    [
-        ("subject,value\nA,b\n", "leader: ['Who leads {subject}?']", r"facts\.csv:1: the columns are"),
-        (
-            "subject,relation,value\nA,boss,b\n",
-            "leader: ['Who leads {subject}?']",
-            r"facts\.csv:2: no question forms .* 'boss'",
-        ),
-        ("subject,relation,value\nA,leader\n", "leader: ['Who leads {subject}?']", r"facts\.csv:2: a fact is"),
-        ("subject,relation,value\nA,leader,b,c\n", "leader: ['Who leads {subject}?']", r"facts\.csv:2: a fact is"),
-        (
-            "subject,relation,value\nA,leader,b\n",
-            "leader: ['Who leads it?']",
-            r"forms\.yaml: leader: 'Who leads it\?' must",
-        ),
-        ("subject,relation,value\nA,leader,b\n", "leader: Who?", r"forms\.yaml: leader must have a list"),
-        ("subject,relation,value\nA,leader,b\n", "leader: []", r"forms\.yaml: leader must have a list"),
-        ("subject,relation,value\nA,leader,b\n", "leader: [5]", r"forms\.yaml: leader: '5' must have {subject} once"),
-        ("subject,relation,value\nA,leader,b\n", "", r"forms\.yaml must have a list"),
-        ("subject,relation,value\nA,leader,b\n", "leader: [", r"forms\.yaml cannot be read as YAML"),
-        ("subject,relation,value\n", "leader: ['Who leads {subject}?']", r"facts\.csv has no facts"),
-        ("subject,relation,value\n\ud300,leader,b\n", "leader: ['Who leads {subject}?']", r"facts\.csv is not UTF-8"),
-    ],
-)
-def test_facts_and_forms_that_do_not_fit_are_refused_by_line(
-    project: Project, table: str, forms: str, line: str
-) -> None:
-    Path("data/raw/facts.csv").write_text(table, encoding="cp949" if "\ud300" in table else "utf-8")
-    Path("data/raw/forms.yaml").write_text(forms, encoding="utf-8")
-    with pytest.raises(Refused, match=line):
-        generate.main()
-    assert not Path("data/train.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -144,14 +78,6 @@ def test_a_row_that_asks_an_exam_question_is_refused_or_dropped(project: Project
     project.set(merge__on_leak="drop")
     merge.main()
     assert counts()["leaked"] == 1
-
-
-@pytest.mark.parametrize("name", ["facts.csv", "forms.yaml"])
-def test_a_missing_file_is_refused_by_name_and_nothing_half_written_is_left(project: Project, name: str) -> None:
-    Path("data/raw", name).unlink()
-    with pytest.raises(Refused, match=name):
-        generate.main()
-    assert {path.name for path in Path("data").iterdir()} == {"curated", "questions.jsonl", "raw"}
 
 
 def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path) -> None:
