@@ -12,7 +12,7 @@ from pipeline.refusal import Refused
 
 DOCUMENTS = {".docx", ".html", ".md", ".pdf", ".txt"}
 FENCE = re.compile(r" {0,3}(```|~~~)")
-HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)[ \t#]*$")
+HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$")
 # Where a text is cut, best first: after a paragraph, a sentence, a line, a word, a character.
 ENDS = [r"(?<=\n\n)", r"(?<=[.!?]\s)|(?<=[。！？])", r"(?<=\n)", r"(?<=\s)", r"(?<=.)"]
 
@@ -58,7 +58,7 @@ def read_pages(file: Path) -> Iterator[tuple[int | None, str]]:
             with PdfDocument(file) as pdf:
                 for number, page in enumerate(pdf, start=1):
                     text = page.get_textpage().get_text_bounded()
-                    yield number, text.replace("\r\n", "\n").replace("\ufffe", "")  # \ufffe: a hyphen at a line's end
+                    yield number, text.replace("\x02\r\n", "").replace("\x02", "")  # PDFium's hyphen at a line's end
         case ".docx":
             import mammoth
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pipeline.documents import Passage
 from pipeline.outputs import write_jsonl
-from pipeline.parameters import Generate
+from pipeline.parameters import Generate, read_yaml
 from pipeline.refusal import Refused
 from pipeline.rows import read_jsonl
 
@@ -79,10 +79,14 @@ class Replies:
 
 @contextmanager
 def kept_replies() -> Iterator[Replies]:
-    """All replies so far; a new one is in the file before it is used. Raises Refused if another process has the file.
+    """All replies so far; a new one is in the file before it is used.
 
     In the end the file is in the order of its keys: that in which replies arrive differs from run to run.
+
+    Raises:
+        Refused: another process has the file, or it was not pulled.
     """
+    require_pulled()
     REPLIES.parent.mkdir(parents=True, exist_ok=True)
     with open(REPLIES, "ab") as file:
         try:
@@ -95,6 +99,19 @@ def kept_replies() -> Iterator[Replies]:
             yield replies
         finally:
             write_jsonl(REPLIES, sorted(replies.by_key.values(), key=lambda reply: reply["key"]))
+
+
+def require_pulled() -> None:
+    """Raises Refused if dvc.lock knows replies, which another clone has paid for, and none are here."""
+    lock = Path("dvc.lock")
+    if REPLIES.exists() or not lock.exists():
+        return
+    outs = read_yaml(lock).get("stages", {}).get("generate", {}).get("outs", [])
+    if any(out["path"] == str(REPLIES) and out["size"] for out in outs):
+        raise Refused(
+            f"{REPLIES} is not here, and dvc.lock knows one, which was paid for: run dvc pull {REPLIES}, or make an "
+            "empty file there to pay anew"
+        )
 
 
 def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item] | None]:
@@ -112,20 +129,7 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
     prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
     once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
-
-        def answer(text: str, place: str) -> list[Item] | None:
-            for seed in SEEDS:
-                request = request_for(text, generate, seed)
-                key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-                if key not in replies.by_key:
-                    if replies.spent >= generate.token_budget:
-                        raise BudgetSpent
-                    replies.add(key, *post(client, request, place))
-                with suppress(ValidationError):
-                    return Reply.model_validate_json(replies.by_key[key]["reply"]).items
-            return None
-
-        asked = {text: pool.submit(answer, text, place) for text, place in once.items()}
+        asked = {text: pool.submit(answer, text, place, generate, client, replies) for text, place in once.items()}
         try:
             for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage", disable=not asked):
                 future.result()
@@ -139,6 +143,20 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
                 f"{len(asked)} passages are done and kept: raise it, or run again to spend as much once more"
             ) from None
     return {place: asked[text].result() for place, text in prompts.items()}
+
+
+def answer(text: str, place: str, generate: Generate, client: OpenAI, replies: Replies) -> list[Item] | None:
+    """From the replies so far if they have it. Raises BudgetSpent before a request that may no longer be made."""
+    for seed in SEEDS:
+        request = request_for(text, generate, seed)
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        if key not in replies.by_key:
+            if replies.spent >= generate.token_budget:
+                raise BudgetSpent
+            replies.add(key, *post(client, request, place))
+        with suppress(ValidationError):
+            return Reply.model_validate_json(replies.by_key[key]["reply"]).items
+    return None
 
 
 def prompt(passage: Passage, generate: Generate) -> str:

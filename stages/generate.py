@@ -62,7 +62,7 @@ def sort_files() -> tuple[list[Path], list[Path], list[Path]]:
         if file.suffix not in FACTS | DOCUMENTS:
             raise Refused(
                 f"{file}: facts and forms are read from {' '.join(sorted(FACTS))}, documents from "
-                f"{' '.join(sorted(DOCUMENTS))}: convert it, or move it out of {RAW}"
+                f"{' '.join(sorted(DOCUMENTS))}: convert or rename it, or move it out of {RAW}"
             )
     tables = [file for file in files if file.suffix in FACTS]
     forms = [file for file in tables if file.name.startswith("forms")]
