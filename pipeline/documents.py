@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.refusal import Refused
 
-DOCUMENTS = {".docx", ".html", ".md", ".pdf", ".txt"}
+DOCUMENTS = {".docx", ".html", ".md", ".pdf", ".txt"}  # files of them
 FENCE = re.compile(r" {0,3}(```|~~~)")
 HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$")
 # Where a text is cut, best first: after a paragraph, a sentence, a line, a word, a character.

@@ -1,31 +1,24 @@
 """Questions and answers about passages, from a language model behind an OpenAI-compatible endpoint.
 
-Every reply is kept in data/replies.jsonl, by a hash of all that was sent: what was paid for once is never paid again.
+A reply is kept by the hash of all that was sent: what was paid for once is never paid for again.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from threading import Lock
-from typing import Annotated, Any, BinaryIO
+from contextlib import suppress
+from typing import Annotated, Any
 
 from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
 from pydantic import BaseModel, StringConstraints, ValidationError
 from tqdm import tqdm
 
 from pipeline.documents import Passage
-from pipeline.outputs import write_jsonl
-from pipeline.parameters import Generate, read_yaml
+from pipeline.parameters import Generate
 from pipeline.refusal import Refused
-from pipeline.rows import read_jsonl
+from pipeline.replies import Replies, kept_replies
 
-REPLIES = Path("data/replies.jsonl")
 KEY = "OPENAI_API_KEY"
 RETRIES = 6  # of a request: 0.5 to 8 seconds apart, or as the server's Retry-After says
 TIMEOUT = 600  # seconds
@@ -60,60 +53,6 @@ class BudgetSpent(Exception):
     pass
 
 
-@dataclass
-class Replies:
-    """Every reply there is, by its key. Threads may share it."""
-
-    file: BinaryIO
-    by_key: dict[str, dict[str, Any]]
-    spent: int = 0  # tokens, in this run
-    lock: Lock = field(default_factory=Lock)
-
-    def add(self, key: str, reply: str, tokens: int) -> None:
-        with self.lock:
-            self.by_key[key] = {"key": key, "reply": reply, "tokens": tokens}
-            self.file.write(json.dumps(self.by_key[key]).encode() + b"\n")
-            self.file.flush()
-            self.spent += tokens
-
-
-@contextmanager
-def kept_replies() -> Iterator[Replies]:
-    """All replies so far; a new one is in the file before it is used.
-
-    In the end the file is in the order of its keys: that in which replies arrive differs from run to run.
-
-    Raises:
-        Refused: another process has the file, or it was not pulled.
-    """
-    require_pulled()
-    REPLIES.parent.mkdir(parents=True, exist_ok=True)
-    with open(REPLIES, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"{REPLIES}: another run is adding to it: wait until it ends, or end it") from None
-        file.truncate(REPLIES.read_bytes().rfind(b"\n") + 1)  # a killed run may have left half a line
-        replies = Replies(file, {reply["key"]: reply for reply in read_jsonl(REPLIES)})
-        try:
-            yield replies
-        finally:
-            write_jsonl(REPLIES, sorted(replies.by_key.values(), key=lambda reply: reply["key"]))
-
-
-def require_pulled() -> None:
-    """Raises Refused if dvc.lock knows replies, which another clone has paid for, and none are here."""
-    lock = Path("dvc.lock")
-    if REPLIES.exists() or not lock.exists():
-        return
-    outs = read_yaml(lock).get("stages", {}).get("generate", {}).get("outs", [])
-    if any(out["path"] == str(REPLIES) and out["size"] for out in outs):
-        raise Refused(
-            f"{REPLIES} is not here, and dvc.lock knows one, which was paid for: run dvc pull {REPLIES}, or make an "
-            "empty file there to pay anew"
-        )
-
-
 def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item] | None]:
     """What the model asks and answers about each passage, by its place; None where it twice sent no JSON of the schema.
 
@@ -122,7 +61,7 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
     """
     client = OpenAI(
         base_url=generate.endpoint,
-        api_key=os.environ.get(KEY) or "none",  # as servers of one's own need none
+        api_key=os.environ.get(KEY) or "no-key",  # as servers of one's own need none
         max_retries=RETRIES,
         timeout=TIMEOUT,
     )
@@ -199,7 +138,9 @@ def post(client: OpenAI, request: dict[str, Any], place: str) -> tuple[str, int]
         raise Refused(f"{client.base_url} refuses the key (401): set {KEY} in the environment") from None
     except APIStatusError as error:
         words = " ".join(error.message.replace(client.api_key, "***").split())
-        raise Refused(f"{place}: {client.base_url}: {words}: check generate.endpoint and generate.model") from None
+        raise Refused(
+            f"{place}: {client.base_url}: {words}: check generate.endpoint, model and passage_length"
+        ) from None
     except APIConnectionError as error:
         raise Refused(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
     except (AttributeError, IndexError, TypeError, ValueError):

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.refusal import Refused
 from pipeline.rows import Row, question_and_answer, row
 
-FACTS = {".csv", ".json", ".yaml", ".yml"}
+FACTS = {".csv", ".json", ".yaml", ".yml"}  # files of facts, and of forms
 BRACES = re.compile(r"\{([^{}]*)\}")
 NOTHING = {"", "~", "null", "Null", "NULL"}  # as YAML writes it
 

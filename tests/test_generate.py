@@ -18,13 +18,13 @@ from conftest import ROOT, Project
 
 from pipeline import endpoint
 from pipeline.documents import Passage, read_passages
-from pipeline.endpoint import kept_replies
 from pipeline.exam import read_questions
 from pipeline.facts import read_forms
 from pipeline.grounding import fault
 from pipeline.llama_cpp import run_script, served
 from pipeline.parameters import read_yaml
 from pipeline.refusal import Refused
+from pipeline.replies import JOURNAL, kept_replies
 from pipeline.rows import read_jsonl, words
 from stages import generate
 
@@ -432,7 +432,8 @@ def test_the_same_bytes_whatever_the_order_in_which_replies_arrive(workspace: Pr
     write({"a.md": teams(*NAMES)})
     made = []
     for concurrency, script in [(1, well), (4, first_last)]:
-        Path("data/replies.jsonl").unlink(missing_ok=True)
+        for file in (Path("data/replies.jsonl"), JOURNAL):
+            file.unlink(missing_ok=True)
         scripted.requests.clear()
         scripted.script = script
         workspace.set(generate__concurrency=concurrency)
@@ -482,7 +483,10 @@ def test_a_reply_that_is_no_json_of_the_schema_is_asked_for_once_more_and_then_c
     ("answer", "line"),
     [
         ((401, {}, '{"error": {"message": "Incorrect API key: sk-secret"}}'), r"refuses the key .*OPENAI_API_KEY"),
-        ((404, {}, '{"error": {"message": "no model m for sk-secret"}}'), r"a\.md:3: .*no model m .*generate\.model"),
+        (
+            (404, {}, '{"error": {"message": "no model m for sk-secret"}}'),
+            r"a\.md:3: .*no model m .*generate\.endpoint, model",
+        ),
         ((500, {}, "sk-secret"), r"500"),
         ((200, {"Content-Type": "text/html"}, "<html>"), r"is no OpenAI-compatible API"),
         ((200, {"Content-Type": "application/json"}, '{"id": '), r"is no OpenAI-compatible API"),
@@ -511,6 +515,12 @@ def test_an_endpoint_that_is_down_is_named(workspace: Project, monkeypatch: pyte
         generate.main()
 
 
+def test_an_endpoint_with_a_password_in_it_is_refused(workspace: Project) -> None:
+    workspace.set(generate__endpoint="http://me:secret@127.0.0.1/v1", generate__model="m")
+    with pytest.raises(Refused, match=r"generate\.endpoint is .* should match pattern"):
+        generate.main()
+
+
 def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, scripted: Endpoint) -> None:
     workspace.set(generate__token_budget=300, generate__concurrency=1)
     write({"a.md": teams(*NAMES)})
@@ -532,7 +542,6 @@ def test_a_killed_run_goes_on_where_it_was_and_pays_for_nothing_twice(workspace:
     scripted.script = slowly
     workspace.set(generate__concurrency=2)
     write({"a.md": teams(*NAMES)})
-    replies = Path("data/replies.jsonl")
     command = [sys.executable, "-m", "stages.generate"]
     killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while len(scripted.requests) < 5:
@@ -540,20 +549,20 @@ def test_a_killed_run_goes_on_where_it_was_and_pays_for_nothing_twice(workspace:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    paid = replies.read_bytes().count(b"\n")
+    paid = JOURNAL.read_bytes().count(b"\n")
     assert 3 <= paid < 8  # of five asked about, two were on their way
-    with open(replies, "ab") as file:
+    with open(JOURNAL, "ab") as file:
         file.write(b'{"key": "to')  # as if it had been killed while it wrote
     time.sleep(0.3)  # what was on its way is answered, and lost
     scripted.requests.clear()
     subprocess.run(command, stderr=subprocess.DEVNULL, check=True)
     assert len(scripted.requests) == 8 - paid
-    assert len(read_jsonl(replies)) == 8 and len(rows()) == 32
+    assert len(read_jsonl(Path("data/replies.jsonl"))) == 8 and len(rows()) == 32
 
 
 def test_two_runs_at_once_would_pay_twice_and_the_second_is_refused(scripted: Endpoint) -> None:
     write({"a.md": teams("Ay")})
-    with kept_replies(), pytest.raises(Refused, match=r"data/replies\.jsonl: another run is adding to it"):
+    with kept_replies(), pytest.raises(Refused, match=r"replies\.jsonl: another run is adding to it"):
         generate.main()
     assert not scripted.requests
 
@@ -571,7 +580,7 @@ def test_a_new_document_costs_its_own_passages_alone_and_a_failed_run_keeps_what
     refused = project.run("dvc", "repro", "generate", check=False)
     assert refused.returncode != 0 and "4 of 5 passages are done" in refused.stderr
     assert len(read_jsonl(Path("data/replies.jsonl"))) == 4
-    project.run("dvc", "repro", "generate")
+    project.run("dvc", "exp", "run", "generate")  # which first puts the outputs of the last good run back
     assert sorted(scripted.asked()) == ["The Dovan team sits on floor 5.", "The Eloris team sits on floor 6."]
     (project.folder / "data/raw/a.md").unlink()  # what is asked no more is not thrown away
     project.run("dvc", "repro", "generate")
