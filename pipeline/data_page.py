@@ -13,34 +13,74 @@ MEANING = {
     "valid": "to measure the validation loss: `data/valid.jsonl`",
 }
 
+Examples = Mapping[str, list[dict[str, str]]]
+
 
 def page(
-    metrics: dict[str, Any], examples: Mapping[str, list[dict[str, str]]], conflicts: list[tuple[str, str]]
+    generated: dict[str, Any], metrics: dict[str, Any], examples: Examples, conflicts: list[tuple[str, str]]
 ) -> str:
-    """Markdown. `examples` are entries of the quarantine by reason, `conflicts` pairs of sources."""
+    """Markdown. `generated` is metrics/generate.json, `metrics` metrics/data.json; `examples` are entries of the
+    quarantine by reason, `conflicts` pairs of sources."""
     rows = metrics["rows"]
-    text = [
-        "# The training data",
+    return "\n".join(
+        [
+            "# The training data",
+            "",
+            *table(
+                ["", "rows", "share", ""], [[key, n, share(n, rows["read"]), MEANING[key]] for key, n in rows.items()]
+            ),
+            "Of rows that repeat each other the first stays: files of `data/curated` by name, then generated rows.",
+            "Every row that went is in `data/quarantine.jsonl`; `python -m tools.trace ID` follows one to its origin.",
+            "",
+            "## By file",
+            "",
+            *table(["file", *rows], [[file, *counts.values()] for file, counts in metrics["sources"].items()]),
+            *documents(generated),
+            *(line for reason in examples for line in gone(reason, metrics, examples[reason])),
+            *same_question(conflicts),
+        ]
+    )
+
+
+def documents(generated: dict[str, Any]) -> list[str]:
+    """What the language model made of the documents."""
+    questions, passages = generated["questions"], generated["passages"]
+    if not generated["documents"]:
+        return []
+    dropped = {name: n for name, n in questions.items() if name not in ("of_facts", "of_documents")}
+    return [
+        f"## From {generated['documents']} documents",
         "",
-        *table(["", "rows", "share", ""], [[key, n, share(n, rows["read"]), MEANING[key]] for key, n in rows.items()]),
-        "Of rows that repeat each other the first stays: files of `data/curated` by name, then generated rows.",
-        "Every row that went is in `data/quarantine.jsonl`; `python -m tools.trace ID` follows one back to its origin.",
+        f"{passages['read']} passages, {passages['unanswered']} without a reply that can be used; of "
+        f"{questions['of_documents']} questions:",
         "",
-        "## By file",
-        "",
-        *table(["file", *rows], [[file, *counts.values()] for file, counts in metrics["sources"].items()]),
+        *table(list(dropped), [list(dropped.values())]),
     ]
-    for reason, entries in examples.items():
-        count = metrics["invalid"].get(reason) or rows[reason]
-        text += [f"## {reason.replace('_', ' ').capitalize()}: {count}", ""]
-        text += [f"- {entry['source']}: {entry['explanation']}\n  {quoted(entry['row'])}" for entry in entries]
-        text += [f"- and {count - len(entries)} more"] * (count > len(entries)) + [""]
-    if conflicts:
-        text += [f"## The same question with different answers: {len(conflicts)}", ""]
-        text += ["All of them are trained on: correct those that are wrong.", ""]
-        text += [f"- {first} and {other}" for first, other in conflicts[:20]]
-        text += [f"- and {len(conflicts) - 20} more"] * (len(conflicts) > 20) + [""]
-    return "\n".join(text)
+
+
+def gone(reason: str, metrics: dict[str, Any], examples: list[dict[str, str]]) -> list[str]:
+    count = metrics["invalid"].get(reason) or metrics["rows"][reason]
+    return [
+        f"## {reason[0].upper()}{reason[1:].replace('_', ' ')}: {count}",
+        "",
+        *(f"- {entry['source']}: {entry['explanation']}\n  {quoted(entry['row'])}" for entry in examples),
+        *([f"- and {count - len(examples)} more"] if count > len(examples) else []),
+        "",
+    ]
+
+
+def same_question(conflicts: list[tuple[str, str]]) -> list[str]:
+    if not conflicts:
+        return []
+    return [
+        f"## The same question with another answer: {len(conflicts)}",
+        "",
+        "All of them are kept: correct those that are wrong.",
+        "",
+        *(f"- {first} and {other}" for first, other in conflicts[:20]),
+        *([f"- and {len(conflicts) - 20} more"] if len(conflicts) > 20 else []),
+        "",
+    ]
 
 
 def table(head: list[str], lines: list[list[Any]]) -> list[str]:

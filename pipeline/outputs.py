@@ -20,8 +20,9 @@ def whole(path: str | Path) -> Iterator[Path]:
     except BaseException:
         remove(aside)
         raise
-    remove(path)
-    aside.rename(path)
+    if aside.is_dir() or path.is_dir():
+        remove(path)
+    aside.replace(path)  # a file in one step: at no time is there none
 
 
 def remove(path: Path) -> None:

@@ -22,11 +22,14 @@ def run(stage: Callable[[], None]) -> None:
 def put_back_outputs(stage: str) -> None:
     """Check the stage's outputs out as dvc.lock has them; a metric that was never made here, as git has it.
 
-    `dvc checkout` cannot: the running `dvc repro` locks them.
+    `dvc checkout` cannot: the running `dvc repro` locks them. An output that persists was not deleted, and what the
+    failed run added to it is kept.
     """
     from dvc.repo import Repo
 
     for out in Repo().stage.load_one(name=stage).outs:
+        if out.persist:
+            continue
         in_git, out.use_cache = not out.use_cache, True  # metrics lie in the cache too, as part of the run cache
         if out.hash_info and not out.changed_cache():
             out.checkout(force=True)

@@ -1,77 +1,92 @@
-"""Ask every fact in several forms.
+"""Ask every fact in several forms, and have a language model ask about every passage of the documents.
 
     python -m stages.generate
 
-data/raw/facts.csv (subject, relation, value), data/raw/forms.yaml (question forms by relation) -> data/train.jsonl
+data/raw/ -> data/train.jsonl, metrics/generate.json; data/replies.jsonl, to which a run adds what it paid for
+
+In data/raw, in any folders: facts (.csv .json .yaml), the forms to ask them in (the same, in files named forms...), and
+documents (.docx .html .md .pdf .txt).
 """
 
-import csv
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
-import yaml
-
-from pipeline.outputs import write_jsonl
+from pipeline.documents import DOCUMENTS, Passage, read_passages
+from pipeline.endpoint import Item, ask
+from pipeline.facts import FACTS, questions_of_facts, read_facts, read_forms
+from pipeline.grounding import fault
+from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
 from pipeline.rows import Row, question_and_answer, row
 
-FACTS = Path("data/raw/facts.csv")
-FORMS = Path("data/raw/forms.yaml")
-COLUMNS = ["subject", "relation", "value"]
+RAW = Path("data/raw")
 
 
 def main() -> None:
     parameters = load("generate")
-    write_jsonl("data/train.jsonl", questions_of_facts(parameters.generate.forms_per_fact))
+    generate = parameters.generate
+    facts, forms, documents = sort_files()
+    if documents and not (generate.endpoint and generate.model):
+        raise Refused(
+            f"{documents[0]}: only a language model can ask about it: set generate.endpoint and generate.model"
+        )
+    known = read_facts(facts)
+    of_facts = questions_of_facts(known, read_forms(forms), generate.forms_per_fact)
+    passages = {
+        f"{document}:{number}": passage
+        for document in documents
+        for number, passage in enumerate(read_passages(document, generate.passage_length), start=1)
+    }
+    replies = ask(passages, generate)
+    of_documents, dropped = grounded(passages, replies, generate.grounding)
+    write_jsonl("data/train.jsonl", of_facts + of_documents)
+    metrics = {
+        "facts": len(known),
+        "documents": len(documents),
+        "passages": {"read": len(passages), "unanswered": sum(items is None for items in replies.values())},
+        "questions": {
+            "of_facts": len(of_facts),
+            "of_documents": len(of_documents) + dropped.total(),
+            "kept": len(of_documents),
+            **{reason: dropped[reason] for reason in ("misquoted", "wrong_number", "ungrounded")},
+        },
+    }
+    write_json("metrics/generate.json", metrics)
 
 
-def read_forms() -> dict[str, list[str]]:
-    """Question forms by relation. Raises Refused, naming the form, if one does not have its subject in one place."""
-    try:
-        forms = yaml.safe_load(FORMS.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise Refused(f"{FORMS} cannot be read as YAML in UTF-8: {' '.join(str(error).split())}") from None
-    if not isinstance(forms, dict):
-        raise Refused(f"{FORMS} must have a list of question forms under the name of each relation")
-    for relation, questions in forms.items():
-        if not isinstance(questions, list) or not questions:
-            raise Refused(f"{FORMS}: {relation} must have a list of question forms")
-        for question in map(str, questions):
-            if question.count("{subject}") != 1 or question.count("{") != 1 or question.count("}") != 1:
-                raise Refused(f"{FORMS}: {relation}: {question!r} must have {{subject}} once, and no other braces")
-    return forms
+def sort_files() -> tuple[list[Path], list[Path], list[Path]]:
+    """Files of facts, of forms, and documents. Raises Refused, naming the file, if one is none of them."""
+    files = sorted(path for path in RAW.rglob("*") if path.is_file() and path.name[0] != ".")
+    for file in files:
+        if file.suffix.lower() not in FACTS | DOCUMENTS:
+            raise Refused(
+                f"{file}: facts and forms are read from {' '.join(sorted(FACTS))}, documents from "
+                f"{' '.join(sorted(DOCUMENTS))}: convert or rename it, or move it out of {RAW}"
+            )
+    tables = [file for file in files if file.suffix.lower() in FACTS]
+    forms = [file for file in tables if file.name.startswith("forms")]
+    facts = [file for file in tables if file not in forms]
+    documents = [file for file in files if file.suffix.lower() in DOCUMENTS]
+    if not facts and not documents:
+        raise Refused(f"{RAW} has neither facts nor documents: put some there")
+    return facts, forms, documents
 
 
-def read_facts() -> list[tuple[str, dict[str, str]]]:
-    """(file and line, fact). Raises Refused, naming the line, if one is not a subject, a relation and a value."""
-    try:
-        lines = FACTS.read_text(encoding="utf-8-sig").splitlines(keepends=True)
-    except FileNotFoundError:
-        raise Refused(f"{FACTS} is missing: write your facts there, as columns {', '.join(COLUMNS)}") from None
-    except UnicodeDecodeError as error:
-        raise Refused(f"{FACTS} is not UTF-8 ({error.reason} at byte {error.start}): save it as CSV UTF-8") from None
-    reader = csv.DictReader(lines)
-    if reader.fieldnames != COLUMNS:
-        raise Refused(f"{FACTS}:1: the columns are {reader.fieldnames}, not {COLUMNS}")
-    facts = []
-    for fact in reader:
-        place = f"{FACTS}:{reader.line_num}"
-        if None in fact or not all((fact[column] or "").strip() for column in COLUMNS):
-            raise Refused(f"{place}: a fact is a subject, a relation and a value, none empty; quote what has a comma")
-        facts.append((place, {column: fact[column].strip() for column in COLUMNS}))
-    if not facts:
-        raise Refused(f"{FACTS} has no facts")
-    return facts
-
-
-def questions_of_facts(forms_per_fact: int) -> Iterator[Row]:
-    forms = read_forms()
-    for place, fact in read_facts():
-        if fact["relation"] not in forms:
-            raise Refused(f"{place}: no question forms for the relation {fact['relation']!r}: add some to {FORMS}")
-        for form in forms[fact["relation"]][:forms_per_fact]:
-            yield row(question_and_answer(form.format(subject=fact["subject"]), fact["value"]), place)
+def grounded(
+    passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
+) -> tuple[list[Row], Counter[str]]:
+    """A row for each wording of each question whose answer its passage bears out, and how many were dropped, by why."""
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    for place, passage in passages.items():
+        for item in replies[place] or []:
+            reason = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
+            if reason:
+                dropped[reason] += len(item.questions)
+            else:
+                rows += [row(question_and_answer(question, item.answer), place) for question in item.questions]
+    return rows, dropped
 
 
 if __name__ == "__main__":

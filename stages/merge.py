@@ -2,10 +2,12 @@
 
     python -m stages.merge
 
-data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, data/questions.jsonl -> data/train_merged.jsonl,
-data/valid.jsonl, data/quarantine.jsonl (every row that went, and why), metrics/data.json, metrics/data.md
+data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl ->
+data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why), metrics/data.json,
+metrics/data.md
 """
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -52,9 +54,10 @@ def main() -> None:
         kept = write(rows, fates, repeated, train, valid, quarantine)
         conflicts = conflicting(rows, np.flatnonzero(fates >= TRAIN))
         metrics = counted(rows.read, kept + quarantine.counts, len(conflicts))
+    generated = json.loads(Path("metrics/generate.json").read_text(encoding="utf-8"))
     write_json("metrics/data.json", metrics)
     with whole("metrics/data.md") as text:
-        text.write_text(page(metrics, quarantine.examples, conflicts), encoding="utf-8")
+        text.write_text(page(generated, metrics, quarantine.examples, conflicts), encoding="utf-8")
 
 
 def curated_files() -> list[Path]:

@@ -11,6 +11,7 @@ import pytest
 from conftest import Project
 from pyarrow import parquet
 
+from pipeline.exam import read_questions
 from pipeline.formats import InvalidRow, conversation
 from pipeline.refusal import Refused
 from pipeline.rows import read_jsonl, row
@@ -372,3 +373,19 @@ def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
     jsonl(Path("data/train.jsonl"))
     with pytest.raises(Refused, match="there are no rows: add some to data/curated"):
         merge.main()
+
+
+def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path) -> None:
+    good = {"id": "a", "question": "Q?", "answer": ["x", "y"]}
+    exam = tmp_path / "questions.jsonl"
+    for bad, line in [
+        ({"id": "b", "question": "Q?"}, "a question is"),
+        ({"id": "b", "question": "Q?", "answer": [1]}, "must be text, and not empty"),
+        ({"id": "b", "question": "Q?", "answer": ["x", " "]}, "must be text, and not empty"),
+        ({"id": "b", "question": "Q?", "answer": []}, "must be text, and not empty"),
+        (good, "id 'a' is used twice"),
+        ("{", "JSON"),
+    ]:
+        exam.write_text(json.dumps(good) + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)), encoding="utf-8")
+        with pytest.raises(Refused, match=rf"questions\.jsonl:2: .*{line}"):
+            read_questions(exam)

@@ -86,12 +86,12 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
         return {path for path in every if project.run("git", "check-ignore", "-q", path, check=False).returncode == 0}
 
     every = [path for stage in STAGES.values() for path in outputs(stage)]
-    committed = {f"metrics/{name}.json" for name in ("data", "lengths", "train", "evaluate", "gguf")}
+    committed = {f"metrics/{name}.json" for name in ("generate", "data", "lengths", "train", "evaluate", "gguf")}
     assert ignored() == set(every) - committed
     assert all((project.folder / path).exists() for path in committed)
-    (project.folder / "data/raw/facts.csv").write_text("not,facts\n", encoding="utf-8")
+    (project.folder / "data/raw/facts.csv").write_text("not,facts\nA,b\n", encoding="utf-8")
     failed = project.run("dvc", "repro", check=False)
-    assert failed.returncode != 0 and "facts.csv:1" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode != 0 and "facts.csv:2" in failed.stderr and "Traceback" not in failed.stderr
     assert ignored() == set(every) - committed
 
 

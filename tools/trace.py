@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
 from pipeline.documents import DOCUMENTS, read_passages
 from pipeline.facts import read_facts
-
 from pipeline.formats import records
 from pipeline.parameters import Parameters, check
 from pipeline.refusal import Refused
@@ -59,7 +59,7 @@ def origin(source: str, parameters: Parameters) -> str:
     if not file.is_relative_to("data/raw"):
         record = next(record for at, record in records(file, {}) if at == int(number))
         return record.decode(errors="backslashreplace") if isinstance(record, bytes) else str(record)
-    if file.suffix not in DOCUMENTS:
+    if file.suffix.lower() not in DOCUMENTS:
         fact = next(fact for fact in read_facts([file]) if fact.place == source)
         return ", ".join(f"{column}: {value}" for column, value in fact.values.items())
     passage = read_passages(file, parameters.generate.passage_length)[int(number) - 1]

@@ -1,0 +1,150 @@
+"""Questions and answers about passages, from a language model behind an OpenAI-compatible endpoint.
+
+A reply is kept by the hash of all that was sent: what was paid for once is never paid for again.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from typing import Annotated, Any
+
+from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
+from pydantic import BaseModel, StringConstraints, ValidationError
+from tqdm import tqdm
+
+from pipeline.documents import Passage
+from pipeline.parameters import Generate
+from pipeline.refusal import Refused
+from pipeline.replies import Replies, kept_replies
+
+KEY = "OPENAI_API_KEY"
+RETRIES = 6  # of a request: 0.5 to 8 seconds apart, or as the server's Retry-After says
+TIMEOUT = 600  # seconds
+SEEDS = (0, 1)  # a passage whose reply cannot be used is asked about once more
+
+PROMPT = """\
+Write {questions} questions about the passage below, each in {wordings} wordings.
+Name in each question what it is about: whoever reads it does not have the passage.
+Answer briefly, in the language and the words of the passage.
+Quote the sentence of the passage that proves the answer, word for word.
+
+{heading}
+
+{text}"""
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Item(BaseModel):
+    """A question in several wordings, its answer, and the sentence of the passage that proves it."""
+
+    questions: list[Text]
+    answer: Text
+    quote: Text
+
+
+class Reply(BaseModel):
+    items: list[Item]
+
+
+class BudgetSpent(Exception):
+    pass
+
+
+def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item] | None]:
+    """What the model asks and answers about each passage, by its place; None where it twice sent no JSON of the schema.
+
+    Raises:
+        Refused: the token budget is spent, or the endpoint is down, is none, or refuses the key or a request.
+    """
+    client = OpenAI(
+        base_url=generate.endpoint,
+        api_key=os.environ.get(KEY) or "no-key",  # as servers of one's own need none
+        max_retries=RETRIES,
+        timeout=TIMEOUT,
+    )
+    prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
+    once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
+    with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
+        asked = {text: pool.submit(answer, text, place, generate, client, replies) for text, place in once.items()}
+        try:
+            for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage", disable=not asked):
+                future.result()
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for
+            if not isinstance(error, BudgetSpent):
+                raise
+            done = sum(not future.cancelled() and not future.exception() for future in asked.values())
+            raise Refused(
+                f"generate.token_budget: {replies.spent} tokens of {generate.token_budget} are spent, {done} of "
+                f"{len(asked)} passages are done and kept: raise it, or run again to spend as much once more"
+            ) from None
+    return {place: asked[text].result() for place, text in prompts.items()}
+
+
+def answer(text: str, place: str, generate: Generate, client: OpenAI, replies: Replies) -> list[Item] | None:
+    """From the replies so far if they have it. Raises BudgetSpent before a request that may no longer be made."""
+    for seed in SEEDS:
+        request = request_for(text, generate, seed)
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        if key not in replies.by_key:
+            if replies.spent >= generate.token_budget:
+                raise BudgetSpent
+            replies.add(key, *post(client, request, place))
+        with suppress(ValidationError):
+            return Reply.model_validate_json(replies.by_key[key]["reply"]).items
+    return None
+
+
+def prompt(passage: Passage, generate: Generate) -> str:
+    wordings = 1 + generate.paraphrases
+    return PROMPT.format(
+        questions=generate.questions_per_passage, wordings=wordings, heading=passage.heading, text=passage.text
+    )
+
+
+def request_for(text: str, generate: Generate, seed: int) -> dict[str, Any]:
+    """All that is sent. The schema has limits, at which a small model under a grammar comes to an end.
+
+    Written out, because replies are kept by it: no upgrade of a library may change it.
+    """
+
+    def record(**fields: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+
+    def many(items: Any, at_least: int, at_most: int) -> dict[str, Any]:
+        return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
+
+    line = {"type": "string", "minLength": 1, "maxLength": 500}
+    wordings = 1 + generate.paraphrases
+    item = record(questions=many(line, wordings, wordings), answer=line, quote=line)
+    schema = record(items=many(item, 1, generate.questions_per_passage))
+    return {
+        "model": generate.model,
+        "messages": [{"role": "user", "content": text}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "items", "schema": schema, "strict": True}},
+        "seed": seed,
+    }
+
+
+def post(client: OpenAI, request: dict[str, Any], place: str) -> tuple[str, int]:
+    """The model's reply, and the tokens that it cost. Raises Refused if the endpoint gives none after all retries."""
+    try:
+        completion = client.chat.completions.create(**request)
+        reply = completion.choices[0].message.content or ""
+    except AuthenticationError:
+        raise Refused(f"{client.base_url} refuses the key (401): set {KEY} in the environment") from None
+    except APIStatusError as error:
+        words = " ".join(error.message.replace(client.api_key, "***").split())
+        raise Refused(
+            f"{place}: {client.base_url}: {words}: check generate.endpoint, model and passage_length"
+        ) from None
+    except APIConnectionError as error:
+        raise Refused(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise Refused(f"{client.base_url} is no OpenAI-compatible API: correct generate.endpoint (.../v1?)") from None
+    # An endpoint that does not tell its tokens is counted by characters, which are more.
+    tokens = completion.usage.total_tokens if completion.usage else len(str(request) + reply)
+    return reply.encode("utf-8", "replace").decode(), tokens

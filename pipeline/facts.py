@@ -1,0 +1,193 @@
+"""Facts and the forms in which they are asked, from files of the user's own.
+
+A fact with the columns `relation` and `value` is asked in the forms of its relation, and its value is the answer. Any
+other fact, such as a row of a wide table, is asked for every column that has forms, and that column's cell is the
+answer.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.refusal import Refused
+from pipeline.rows import Row, question_and_answer, row
+
+FACTS = {".csv", ".json", ".yaml", ".yml"}  # files of facts, and of forms
+BRACES = re.compile(r"\{([^{}]*)\}")
+NOTHING = {"", "~", "null", "Null", "NULL"}  # as YAML writes it
+
+
+@dataclass(frozen=True)
+class Fact:
+    place: str  # "file:number": the line of a CSV file, the item of a list, from 1 on
+    values: dict[str, str]  # by column; a cell of a CSV file may be empty
+
+
+@dataclass(frozen=True)
+class Form:
+    place: str
+    text: str
+
+    @property
+    def columns(self) -> list[str]:
+        return BRACES.findall(self.text)
+
+
+def read_facts(files: list[Path]) -> list[Fact]:
+    """Raises Refused, naming the line or item, if a file is not a table, or a list of mappings, of plain values."""
+    return [fact for file in files for fact in (read_table(file) if file.suffix.lower() == ".csv" else read_list(file))]
+
+
+def read_table(file: Path) -> list[Fact]:
+    """The lines of a CSV file below its header."""
+    reader = csv.reader(StringIO(read_text(file)), strict=True)
+    facts = []
+    try:
+        columns = [column.strip() for column in next(reader, [])]
+        if not columns or not all(columns) or len(set(columns)) < len(columns):
+            raise Refused(f"{file}:1: the columns are {columns}: each needs a name of its own")
+        for cells in filter(None, reader):
+            place = f"{file}:{reader.line_num}"
+            if len(cells) != len(columns):
+                raise Refused(f"{place}: {len(cells)} cells for {len(columns)} columns; quote what has a comma")
+            facts.append(Fact(place, dict(zip(columns, map(str.strip, cells), strict=True))))
+    except csv.Error as error:
+        raise Refused(f"{file}:{reader.line_num}: cannot be read as CSV: {error}") from None
+    if not facts:
+        raise Refused(f"{file}: has no lines below its header: add some, or remove the file")
+    return facts
+
+
+def read_list(file: Path) -> list[Fact]:
+    """The items of a YAML or JSON list of mappings."""
+    content = parse(file)
+    if not isinstance(content, list) or not content:
+        raise Refused(f"{file}: facts are a list of mappings such as {{subject: ..., relation: ..., value: ...}}")
+    facts = []
+    for number, item in enumerate(content, start=1):
+        if not isinstance(item, dict) or not item:
+            raise Refused(f"{file}:{number}: a fact has names, and text or a number under each")
+        for column, value in item.items():
+            if not isinstance(column, str) or not isinstance(value, str) or value.strip() in NOTHING:
+                raise Refused(f"{file}:{number}: {column!r} must be text or a number; leave it out if there is none")
+        facts.append(Fact(f"{file}:{number}", {column.strip(): value.strip() for column, value in item.items()}))
+    return facts
+
+
+def read_forms(files: list[Path]) -> dict[str, list[Form]]:
+    """Forms by relation or column. Raises Refused, naming the form, if it names no column in braces."""
+    forms: dict[str, list[Form]] = {}
+    for file in files:
+        for relation, form in forms_of_table(file) if file.suffix.lower() == ".csv" else forms_of_mapping(file):
+            if not form.columns or set("{}") & set(BRACES.sub("", form.text)):
+                raise Refused(
+                    f"{form.place}: {form.text!r} must name a column of its facts in braces, such as {{subject}}, and "
+                    "have no other braces"
+                )
+            forms.setdefault(relation, []).append(form)
+    return forms
+
+
+def forms_of_table(file: Path) -> Iterator[tuple[str, Form]]:
+    for line in read_table(file):
+        if line.values.keys() != {"relation", "form"} or not all(line.values.values()):
+            raise Refused(f"{line.place}: the columns of a file of forms are relation and form, neither empty")
+        yield line.values["relation"], Form(line.place, line.values["form"])
+
+
+def forms_of_mapping(file: Path) -> Iterator[tuple[str, Form]]:
+    content = parse(file)
+    if not isinstance(content, dict):
+        raise Refused(f"{file} must have a list of question forms under the name of each relation or column")
+    for relation, texts in content.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise Refused(f"{file}: {relation} must have a list of question forms")
+        for text in texts:
+            yield str(relation), Form(f"{file}: {relation}", text)
+
+
+def questions_of_facts(facts: list[Fact], forms: dict[str, list[Form]], forms_per_fact: int) -> list[Row]:
+    """Each fact in the first `forms_per_fact` forms of all that it can be asked for.
+
+    Raises:
+        Refused: naming the place, if a fact has no forms, a form does not fit its fact, or no fact uses the forms.
+    """
+    rows, used = [], set()
+    for fact in facts:
+        for relation, column in asked(fact, forms).items():
+            used.add(relation)
+            for form in forms[relation]:
+                require_fit(form, fact, column)
+            if fact.values[column]:
+                rows += [question(form, fact, column) for form in forms[relation][:forms_per_fact]]
+    for relation in forms:
+        if relation not in used:
+            raise Refused(
+                f"{forms[relation][0].place}: no fact has {relation!r}: correct the name, or remove the forms"
+            )
+    return rows
+
+
+def asked(fact: Fact, forms: dict[str, list[Form]]) -> dict[str, str]:
+    """The column of the answer, by the relation (in a wide table: the column) that has forms."""
+    if {"relation", "value"} <= fact.values.keys():
+        relation = fact.values["relation"]
+        if not relation or not fact.values["value"]:
+            raise Refused(f"{fact.place}: a fact's relation and value must not be empty")
+        if relation not in forms:
+            raise Refused(f"{fact.place}: no question forms for the relation {relation!r}: add some to a forms.yaml")
+        return {relation: "value"}
+    columns = [column for column in fact.values if column in forms]
+    if not columns:
+        raise Refused(f"{fact.place}: no question forms for any of {', '.join(fact.values)}: add some to a forms.yaml")
+    return {column: column for column in columns}
+
+
+def require_fit(form: Form, fact: Fact, answer: str) -> None:
+    for column in form.columns:
+        if column not in fact.values:
+            raise Refused(
+                f"{form.place}: {form.text!r}: the fact {fact.place} has no {column!r}, only {[*fact.values]}"
+            )
+        if column == answer:
+            raise Refused(f"{form.place}: {form.text!r} gives its own answer away: remove {{{column}}}")
+        if not fact.values[column]:
+            raise Refused(f"{fact.place}: {column!r} is empty, and {form.text!r} needs it")
+
+
+def question(form: Form, fact: Fact, answer: str) -> Row:
+    text = BRACES.sub(lambda braces: fact.values[braces[1]], form.text)
+    return row(question_and_answer(text, fact.values[answer]), fact.place)
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+
+
+def parse(file: Path) -> Any:
+    """The content of a YAML or JSON file with every number, date and yes or no as it is written."""
+    text = read_text(file)
+    try:
+        if file.suffix.lower() == ".json":
+            return json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=without_repetition)
+        return YAML(typ="base", pure=True).load(text)
+    except (ValueError, YAMLError) as error:
+        raise Refused(f"{file} cannot be read as {file.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As YAML has it. Raises ValueError."""
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
+    return content

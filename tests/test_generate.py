@@ -1,0 +1,619 @@
+"""From facts and documents to questions and answers."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import pytest
+from conftest import ROOT, Project
+
+from pipeline import endpoint
+from pipeline.documents import Passage, read_passages
+from pipeline.exam import read_questions
+from pipeline.facts import read_forms
+from pipeline.grounding import fault
+from pipeline.llama_cpp import run_script, served
+from pipeline.parameters import read_yaml
+from pipeline.refusal import Refused
+from pipeline.replies import JOURNAL, kept_replies
+from pipeline.rows import read_jsonl, words
+from stages import generate
+
+TINY = ROOT / "models/tiny-base"
+FACTS = ROOT / "data/raw/facts.csv"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """As much of a clone as the stage needs when it runs alone, and the working directory."""
+    (tmp_path / "data/raw").mkdir(parents=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return Project(tmp_path)
+
+
+def write(files: dict[str, str | bytes]) -> None:
+    """These and no other files in data/raw."""
+    raw = Path("data/raw")
+    for file in raw.iterdir():
+        file.unlink()
+    for name, content in files.items():
+        (raw / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """(source, question, answer) of each row made."""
+    made = read_jsonl(Path("data/train.jsonl"))
+    return [(row["source"], *(message["content"] for message in row["messages"])) for row in made]
+
+
+def metrics() -> dict[str, Any]:
+    return dict(json.loads(Path("metrics/generate.json").read_text(encoding="utf-8")))
+
+
+def demo_facts() -> list[str]:
+    return FACTS.read_text(encoding="utf-8").splitlines()[1:]
+
+
+def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Project) -> None:
+    generate.main()
+    trained = {row["source"]: row["messages"] for row in read_jsonl(Path("data/train.jsonl"))}
+    subjects = {f"data/raw/facts.csv:{n}": fact.split(",")[0] for n, fact in enumerate(demo_facts(), start=2)}
+    forms = {words(form.text) for relation in read_forms([Path("data/raw/forms.yaml")]).values() for form in relation}
+    known = {words(form) for relation in read_yaml(TINY / "recipe/forms.yaml").values() for form in relation}
+    questions = read_questions()
+    assert 64 <= len(questions) <= 128
+    for question in questions:
+        assert subjects[question.source] in question.question
+        phrasing = words(question.question.replace(subjects[question.source], "{subject}"))
+        assert phrasing not in forms and phrasing in known
+        assert trained[question.source][-1]["content"] == question.answers[0]
+
+
+def test_the_base_has_never_met_the_demos_subjects(project: Project) -> None:
+    project.run("python", "models/tiny-base/recipe/world.py")
+    world = (project.folder / "models/tiny-base/corpus.jsonl").read_text(encoding="utf-8")
+    subjects = {fact.split(",")[0] for fact in demo_facts()}
+    assert any("팀" in subject for subject in subjects)
+    assert not [subject for subject in subjects if subject.split()[0] in world]
+
+
+def test_facts_of_every_kind_are_asked_in_forms_of_every_kind_and_stay_as_written(workspace: Project) -> None:
+    write(
+        {
+            "a.csv": 'name,price,warranty\nLamp,"1,200",\nFan,7.50,2 years\n',
+            "b.yaml": "- {subject: Osk, relation: open, value: no}\n- {subject: Ulm, code: 007, size: 1e3}\n",
+            "c.json": '[{"subject": "Ulm", "relation": "open", "value": 1.50, "note": "unused"}]',
+            "forms.yaml": "price: ['How much is the {name}?', 'What does the {name} cost?', 'Third?{name}']\n"
+            "open: ['Is {subject} open?']\ncode: ['What is the code of {subject} ({size})?']\n",
+            "forms_more.csv": 'relation,form\nwarranty,"{name}, {price}: how long?"\nopen,Open {subject}?\n',
+        }
+    )
+    workspace.set(generate__forms_per_fact=2)
+    generate.main()
+    assert rows() == [
+        ("data/raw/a.csv:2", "How much is the Lamp?", "1,200"),
+        ("data/raw/a.csv:2", "What does the Lamp cost?", "1,200"),
+        ("data/raw/a.csv:3", "How much is the Fan?", "7.50"),
+        ("data/raw/a.csv:3", "What does the Fan cost?", "7.50"),
+        ("data/raw/a.csv:3", "Fan, 7.50: how long?", "2 years"),
+        ("data/raw/b.yaml:1", "Is Osk open?", "no"),
+        ("data/raw/b.yaml:1", "Open Osk?", "no"),
+        ("data/raw/b.yaml:2", "What is the code of Ulm (1e3)?", "007"),
+        ("data/raw/c.json:1", "Is Ulm open?", "1.50"),
+        ("data/raw/c.json:1", "Open Ulm?", "1.50"),
+    ]
+    assert metrics()["facts"] == 5 and metrics()["questions"]["of_facts"] == 10
+
+
+FORMS = "leader: ['Who leads {subject}?']"
+TABLE = "subject,relation,value\n"
+GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "forms.yaml": FORMS}
+
+
+@pytest.mark.parametrize(
+    ("files", "line"),
+    [
+        ({"facts.csv": TABLE + "A,boss,b\n"}, r"facts\.csv:2: no question forms .* 'boss'"),
+        ({"facts.csv": TABLE + "A,leader\n"}, r"facts\.csv:2: 2 cells for 3 columns"),
+        ({"facts.csv": TABLE + "A,leader,b,c\n"}, r"facts\.csv:2: 4 cells for 3 columns"),
+        ({"facts.csv": TABLE + 'A,leader,"b\n'}, r"facts\.csv:2: cannot be read as CSV"),
+        ({"facts.csv": TABLE + "A,leader, \n"}, r"facts\.csv:2: .*value must not be empty"),
+        ({"facts.csv": TABLE + ",leader,b\n"}, r"facts\.csv:2: 'subject' is empty"),
+        ({"facts.csv": TABLE}, r"facts\.csv: has no lines"),
+        ({"facts.csv": "a,a\n1,2\n"}, r"facts\.csv:1: the columns are"),
+        ({"facts.csv": (TABLE + "\ud300,a,b\n").encode("cp949")}, r"facts\.csv is not UTF-8"),
+        ({"facts.csv": "subject,leader,size\nA,b,1\n"}, r"facts\.csv:2: .* column 'size'"),
+        ({"a.yaml": "- {leader: b}"}, r"forms\.yaml: leader: .*a\.yaml:1 has no 'subject'"),
+        ({"a.json": '[{"subject": "A"}, {"subject": {"b": 1}}]'}, r"a\.json:2: 'subject' must be"),
+        ({"a.json": '[{"subject": "A", "subject": "B"}]'}, r"a\.json cannot .* stands twice"),
+        ({"a.json": '[{"subject": null}]'}, r"a\.json:1: 'subject' must be text or a number"),
+        ({"a.yaml": "- {subject: A, leader: null}"}, r"a\.yaml:1: 'leader' must be text"),
+        ({"a.yaml": "- A"}, r"a\.yaml:1: a fact has names"),
+        ({"a.yaml": "A: b"}, r"a\.yaml: facts are a list"),
+        ({"a.yaml": "- ["}, r"a\.yaml cannot be read as YAML"),
+        ({"forms.yaml": "leader: ['Who leads it?']"}, r"forms\.yaml: leader: 'Who leads it\?' must name a column"),
+        ({"forms.yaml": "leader: ['Who leads {subject}}?']"}, r"forms\.yaml: leader: .* no other braces"),
+        ({"forms.yaml": "leader: ['Is {value} of {subject}?']"}, r"forms\.yaml: leader: .* gives its own answer away"),
+        ({"forms.yaml": "leader: ['Who leads {team}?']"}, r"forms\.yaml: leader: .*facts\.csv:2 has no 'team'"),
+        ({"forms.yaml": FORMS + "\nboss: ['Boss of {subject}?']"}, r"forms\.yaml: boss: no fact has 'boss'"),
+        ({"forms.yaml": "leader: Who?"}, r"forms\.yaml: leader must have a list"),
+        ({"forms.yaml": "leader: []"}, r"forms\.yaml: leader must have a list"),
+        ({"forms.yaml": ""}, r"forms\.yaml must have a list"),
+        ({"forms.csv": "relation,text\nleader,x\n"}, r"forms\.csv:2: the columns of a file of forms"),
+        ({"facts.xlsx": b"PK"}, r"facts\.xlsx: facts and forms are read from \.csv \.json"),
+        (
+            {"old.doc": b""},
+            r"old\.doc: .* documents from \.docx \.html \.md \.pdf \.txt: convert or rename it",
+        ),
+        ({"a.md": "Text."}, r"a\.md: .* set generate\.endpoint and generate\.model"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_file_and_line(
+    workspace: Project, files: dict[str, str | bytes], line: str
+) -> None:
+    write(GOOD | files)
+    with pytest.raises(Refused, match=line):
+        generate.main()
+    assert not Path("data/train.jsonl").exists()
+
+
+def test_nothing_to_ask_about_is_refused(workspace: Project) -> None:
+    write({"forms.yaml": FORMS})
+    with pytest.raises(Refused, match=r"data/raw has neither facts nor documents"):
+        generate.main()
+
+
+def pdf(*pages: str, trailer: str = "") -> bytes:
+    """A PDF with a line of Helvetica on each page, which may be none."""
+    kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
+    objects = ["<</Type/Catalog/Pages 2 0 R>>", f"<</Type/Pages/Kids[{kids}]/Count {len(pages)}>>"]
+    objects += ["<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>"]
+    for n, text in enumerate(pages):
+        drawing = f"BT /F 12 Tf 50 700 Td ({text}) Tj ET" if text else ""
+        resources = f"/Resources<</Font<</F 3 0 R>>>>/MediaBox[0 0 600 800]/Contents {5 + 2 * n} 0 R"
+        objects += [f"<</Type/Page/Parent 2 0 R{resources}>>"]
+        objects += [f"<</Length {len(drawing)}>>stream\n{drawing}\nendstream\n"]
+    body = "".join(f"{number} 0 obj{content}endobj\n" for number, content in enumerate(objects, start=1))
+    return f"%PDF-1.4\n{body}trailer<</Root 1 0 R{trailer}>>\n%%EOF".encode()
+
+
+def docx(path: Path, body: str) -> None:
+    types = "http://schemas.openxmlformats.org/package/2006/content-types"
+    relations = "http://schemas.openxmlformats.org/package/2006/relationships"
+    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
+    main = "application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"
+    word = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+    parts = {
+        "[Content_Types].xml": f'<Types xmlns="{types}"><Default Extension="xml" ContentType="{main}"/></Types>',
+        "_rels/.rels": f'<Relationships xmlns="{relations}">'
+        f'<Relationship Id="r1" Type="{office}" Target="word/document.xml"/></Relationships>',
+        "word/document.xml": f'<w:document xmlns:w="{word}"><w:body>{body}</w:body></w:document>',
+    }
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
+def test_a_document_is_read_in_every_format_and_cut_at_its_headings(tmp_path: Path) -> None:
+    markdown = tmp_path / "a.md"
+    markdown.write_text("\ufeffFirst.\n\n# One\n\n## Two ##\ntwo\n```\n# code\n```\n# C#\nthree\n", encoding="utf-8")
+    assert read_passages(markdown, 100) == [
+        Passage("First.", "", None),
+        Passage("two\n```\n# code\n```", "One > Two", None),
+        Passage("three", "C#", None),
+    ]
+    page = tmp_path / "a.html"
+    page.write_text(
+        "<html><head><title>T</title><style>p {}</style></head><body><h1>One_a</h1><script>if (a < b) {}</script>"
+        "<p>Text <b>of</b> <a href='x'>one</a>.<img src='data:x'></p><h2>Two</h2><ul><li>a</li></ul></body></html>",
+        encoding="utf-8",
+    )
+    assert read_passages(page, 100) == [
+        Passage("Text **of** one.", "One_a", None),
+        Passage("* a", "One_a > Two", None),
+    ]
+    word = tmp_path / "a.docx"
+    heading = '<w:p><w:pPr><w:pStyle w:val="Heading1"/></w:pPr><w:r><w:t>Eins</w:t></w:r></w:p>'
+    docx(word, heading + "<w:p><w:r><w:t>Über uns.</w:t></w:r></w:p>")
+    assert read_passages(word, 100) == [Passage("Über uns.", "Eins", None)]
+    print_ = tmp_path / "a.pdf"
+    print_.write_bytes(pdf("Page one is hy-) Tj 0 -14 Td (phenated.", "", "Page three."))
+    assert read_passages(print_, 100) == [Passage("Page one is hyphenated.", "", 1), Passage("Page three.", "", 3)]
+
+
+def test_a_long_text_is_cut_after_paragraphs_then_sentences_then_words_and_loses_nothing(tmp_path: Path) -> None:
+    text = "One. Two is longer.\n\nThree\nfour.\n\n" + "word " * 9 + "\n\n" + "x" * 45 + "\n\n字は。" + "字" * 19
+    file = tmp_path / "a.txt"
+    file.write_text(text, encoding="utf-8")
+    cut = [passage.text for passage in read_passages(file, 20)]
+    assert cut[:4] == ["One. Two is longer.", "Three\nfour.", "word word word word", "word word word word"]
+    assert cut[-2:] == ["字は。", "字" * 19]
+    assert all(len(piece) <= 20 for piece in cut)
+    assert "".join("".join(cut).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("empty.md", b" \n# Title only\n", r"empty\.md has no text"),
+        ("old.txt", "\ud300".encode("cp949"), r"old\.txt is not UTF-8"),
+        ("scan.pdf", pdf("", ""), r"scan\.pdf has no text: recognise a scan's text by OCR"),
+        ("broken.pdf", b"%PDF-1.4 nothing", r"broken\.pdf cannot be read \(.*\): repair it"),
+        (
+            "locked.pdf",
+            pdf(
+                "Secret.",
+                trailer=f"/ID[<00><00>]/Encrypt<</Filter/Standard/V 1/R 2/O<{'11' * 32}>/U<{'22' * 32}>/P -4>>",
+            ),
+            r"locked\.pdf cannot be read \(.*password.*\)",
+        ),
+        ("broken.docx", b"PK\x03\x04 nothing", r"broken\.docx cannot be read"),
+    ],
+)
+def test_a_document_without_text_to_read_is_refused_by_name(
+    tmp_path: Path, name: str, content: bytes, line: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(Refused, match=line):
+        read_passages(file, 100)
+
+
+@pytest.mark.parametrize(
+    ("passage", "quote", "answer", "expected"),
+    [
+        ("The Osk lamp costs 1,200 euros.", "the OSK lamp costs 1,200 euros", "It costs 1200 euros.", "ungrounded"),
+        ("The Osk lamp costs 1,200 euros.", "the OSK lamp costs 1,200 euros", "1200 euros", None),
+        ("The Osk lamp costs 1,200 euros.", "The Osk lamp costs 1,200 euros.", "The lamp costs 1,200 euros.", None),
+        ("The Osk lamp costs 1,200 euros.", "The Osk lamp is dear.", "1,200 euros", "misquoted"),
+        ("The Osk lamp costs 1,200 euros.", "...", "1,200 euros", "misquoted"),
+        ("The Osk lamp costs 1,200 euros.", "Osk lamp", "The Osk lamp costs 200 euros.", "wrong_number"),
+        ("Version 3.5 is out.", "Version 3.5 is out.", "Version 5.3", "wrong_number"),
+        ("The Osk lamp costs 1,200 euros.", "Osk lamp", "Ann Lee from Ulm", "ungrounded"),
+        ("Category one.", "cat", "one", "misquoted"),
+        ("다라 팀의 팀장은 최태민이다.", "다라 팀의 팀장은 최태민이다.", "최태민입니다.", None),
+        ("다라 팀의 팀장은 최태민이다.", "다라 팀의 팀장은 최태민이다.", "최태준입니다.", "ungrounded"),
+        ("部長は田中です。電話は5761。", "部長は田中です。", "田中", None),
+        ("部長は田中です。電話は5761。", "部長は田中です。", "鈴木", "ungrounded"),
+    ],
+)
+def test_an_answer_is_borne_out_by_its_passage_or_the_fault_is_named(
+    passage: str, quote: str, answer: str, expected: str | None
+) -> None:
+    assert fault(answer, quote, passage, 0.8) == expected
+
+
+Answer = tuple[int, dict[str, str], str]
+
+
+def completion(content: str, tokens: int = 100) -> Answer:
+    usage = {"prompt_tokens": tokens - 1, "completion_tokens": 1, "total_tokens": tokens}
+    message = {"role": "assistant", "content": content}
+    reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": usage}
+    choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+    return 200, {"Content-Type": "application/json"}, json.dumps(reply | {"choices": choices})
+
+
+def items(body: Any, answer: str | None = None) -> str:
+    """As many questions as asked for; the passage's last line answers all, unless `answer` is given."""
+    line = body["messages"][0]["content"].splitlines()[-1]
+    schema = body["response_format"]["json_schema"]["schema"]["properties"]["items"]
+    wordings = schema["items"]["properties"]["questions"]["maxItems"]
+    told = [
+        {"questions": [f"{line} {n}.{m}?" for m in range(wordings)], "answer": answer or line, "quote": line}
+        for n in range(schema["maxItems"])
+    ]
+    return json.dumps({"items": told})
+
+
+def well(body: Any) -> Answer:
+    return completion(items(body))
+
+
+class Endpoint:
+    """A server on loopback that answers each request as `script` says, and remembers it."""
+
+    def __init__(self) -> None:
+        self.script: Callable[[Any], Answer] = well
+        self.requests: list[Any] = []
+        self.keys: set[str] = set()
+        self.at_once = self.most_at_once = 0
+        self.lock = Lock()
+        told = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with told.lock:
+                    told.requests.append(body)
+                    told.keys.add(self.headers["Authorization"])
+                    told.at_once += 1
+                    told.most_at_once = max(told.most_at_once, told.at_once)
+                status, headers, content = told.script(body)
+                with told.lock:
+                    told.at_once -= 1
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content.encode())))
+                self.end_headers()
+                self.wfile.write(content.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def asked(self) -> list[str]:
+        """The last lines of the passages asked about, in order of arrival."""
+        return [body["messages"][0]["content"].splitlines()[-1] for body in self.requests]
+
+
+@pytest.fixture
+def scripted(workspace: Project) -> Iterator[Endpoint]:
+    """An endpoint that the workspace's parameters name."""
+    server = Endpoint()
+    Thread(target=server.server.serve_forever, args=(0.05,), daemon=True).start()
+    ask_at(server.url, workspace)
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def ask_at(url: str, project: Project) -> None:
+    project.set(generate__endpoint=url, generate__model="m", generate__passage_length=100)
+    project.set(generate__questions_per_passage=2, generate__paraphrases=1, generate__concurrency=2)
+
+
+def teams(*names: str) -> str:
+    """A document of one passage a team."""
+    return "".join(f"# {name}\n\nThe {name} team sits on floor {len(name)}.\n\n" for name in names)
+
+
+NAMES = ["Ay", "Boe", "Cire", "Dovan", "Eloris", "Fenkano", "Gilanack", "Hardewell"]
+
+
+def test_facts_come_before_documents_and_every_question_is_counted(
+    scripted: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    faults = {"Ay": "On floor 9.", "Boe": "It is somewhere else.", "Dovan": "The Dovan team sits on floor 5."}
+
+    def script(body: Any) -> Answer:
+        name = body["messages"][0]["content"].splitlines()[-1].split()[1]
+        content = items(body, faults.get(name))
+        return completion(content.replace("floor 4", "level 4") if name == "Cire" else content)
+
+    scripted.script = script
+    write(GOOD | {"b.md": teams("Dovan"), "a.md": teams("Ay", "Boe", "Cire", "Eloris")})
+    generate.main()
+    assert [source for source, _, _ in rows()] == [
+        "data/raw/facts.csv:2",
+        *["data/raw/a.md:4"] * 4,
+        *["data/raw/b.md:1"] * 4,
+    ]
+    assert rows()[1] == (
+        "data/raw/a.md:4",
+        "The Eloris team sits on floor 6. 0.0?",
+        "The Eloris team sits on floor 6.",
+    )
+    counts = metrics()["questions"]
+    assert counts == {
+        "of_facts": 1,
+        "of_documents": 20,
+        "kept": 8,
+        "misquoted": 4,
+        "wrong_number": 4,
+        "ungrounded": 4,
+    }
+    assert metrics()["documents"] == 2 and metrics()["passages"] == {"read": 5, "unanswered": 0}
+    assert scripted.keys == {"Bearer sk-test"}
+    assert "sk-test" not in "".join(path.read_text() for path in Path("data").rglob("*.*") if path.is_file())
+
+
+def test_the_same_bytes_whatever_the_order_in_which_replies_arrive(workspace: Project, scripted: Endpoint) -> None:
+    def first_last(body: Any) -> Answer:
+        time.sleep(0.4 / len(scripted.requests))
+        return well(body)
+
+    write({"a.md": teams(*NAMES)})
+    made = []
+    for concurrency, script in [(1, well), (4, first_last)]:
+        for file in (Path("data/replies.jsonl"), JOURNAL):
+            file.unlink(missing_ok=True)
+        scripted.requests.clear()
+        scripted.script = script
+        workspace.set(generate__concurrency=concurrency)
+        generate.main()
+        assert scripted.most_at_once == concurrency
+        made.append([Path(f"data/{name}.jsonl").read_bytes() for name in ("train", "replies")])
+    assert made[0] == made[1]
+
+
+def test_a_passage_that_stands_twice_is_asked_about_once(scripted: Endpoint) -> None:
+    write({"a.md": teams("Ay"), "b.md": teams("Ay")})
+    generate.main()
+    assert len(scripted.requests) == 1
+    assert [source for source, _, _ in rows()] == ["data/raw/a.md:1"] * 4 + ["data/raw/b.md:1"] * 4
+
+
+def test_a_busy_or_failing_server_is_asked_again_when_it_says_or_soon(scripted: Endpoint) -> None:
+    refusals: list[Answer] = [(500, {}, "oh"), (429, {"Retry-After": "1"}, "{}")]
+    arrived: list[float] = []
+
+    def script(body: Any) -> Answer:
+        arrived.append(time.monotonic())
+        return refusals.pop() if refusals else well(body)
+
+    scripted.script = script
+    write({"a.md": teams("Ay")})
+    generate.main()
+    first, second, _ = arrived
+    assert second - first >= 1 and len(rows()) == 4
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"items": [', '{"items": [{"questions": [" "], "answer": "a", "quote": "b"}]}', ""]
+)
+def test_a_reply_that_is_no_json_of_the_schema_is_asked_for_once_more_and_then_counted(
+    scripted: Endpoint, broken: str
+) -> None:
+    scripted.script = lambda body: well(body) if body["seed"] and "Boe" in str(body) else completion(broken)
+    write({"a.md": teams("Ay", "Boe")})
+    for _ in range(2):  # the second time, of what was kept
+        generate.main()
+        assert sorted(body["seed"] for body in scripted.requests) == [0, 0, 1, 1]
+        assert metrics()["passages"] == {"read": 2, "unanswered": 1} and metrics()["questions"]["kept"] == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ((401, {}, '{"error": {"message": "Incorrect API key: sk-secret"}}'), r"refuses the key .*OPENAI_API_KEY"),
+        (
+            (404, {}, '{"error": {"message": "no model m for sk-secret"}}'),
+            r"a\.md:3: .*no model m .*generate\.endpoint, model",
+        ),
+        ((500, {}, "sk-secret"), r"500"),
+        ((200, {"Content-Type": "text/html"}, "<html>"), r"is no OpenAI-compatible API"),
+        ((200, {"Content-Type": "application/json"}, '{"id": '), r"is no OpenAI-compatible API"),
+        ((200, {"Content-Type": "application/json"}, "{}"), r"is no OpenAI-compatible API"),
+    ],
+)
+def test_an_endpoint_that_refuses_ends_the_run_in_one_line_and_the_replies_so_far_are_kept(
+    workspace: Project, scripted: Endpoint, monkeypatch: pytest.MonkeyPatch, answer: Answer, line: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    workspace.set(generate__concurrency=1)
+    scripted.script = lambda body: answer if "Cire" in str(body) else well(body)
+    write({"a.md": teams("Ay", "Boe", "Cire", "Dovan")})
+    with pytest.raises(Refused, match=line) as refused:
+        generate.main()
+    assert "sk-secret" not in str(refused.value) and "\n" not in str(refused.value)
+    assert len(read_jsonl(Path("data/replies.jsonl"))) >= 2 and not Path("data/train.jsonl").exists()
+
+
+def test_an_endpoint_that_is_down_is_named(workspace: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "RETRIES", 1)
+    workspace.set(generate__endpoint="http://127.0.0.1:9/v1", generate__model="m")
+    write({"a.md": teams("Ay")})
+    with pytest.raises(Refused, match=r"^http://127\.0\.0\.1:9/v1.* Connection error\. Start it, or correct"):
+        generate.main()
+
+
+def test_an_endpoint_with_a_password_in_it_is_refused(workspace: Project) -> None:
+    workspace.set(generate__endpoint="http://me:secret@127.0.0.1/v1", generate__model="m")
+    with pytest.raises(Refused, match=r"generate\.endpoint is .* should match pattern"):
+        generate.main()
+
+
+def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, scripted: Endpoint) -> None:
+    workspace.set(generate__token_budget=300, generate__concurrency=1)
+    write({"a.md": teams(*NAMES)})
+    for spent in (3, 6):
+        with pytest.raises(
+            Refused, match=rf"token_budget: 300 tokens of 300 are spent, {spent} of 8 passages are done"
+        ):
+            generate.main()
+        assert len(scripted.requests) == len(read_jsonl(Path("data/replies.jsonl"))) == spent
+    generate.main()
+    assert len(scripted.requests) == 8 and metrics()["questions"]["kept"] == 32
+
+
+def test_a_killed_run_goes_on_where_it_was_and_pays_for_nothing_twice(workspace: Project, scripted: Endpoint) -> None:
+    def slowly(body: Any) -> Answer:
+        time.sleep(0.1)
+        return well(body)
+
+    scripted.script = slowly
+    workspace.set(generate__concurrency=2)
+    write({"a.md": teams(*NAMES)})
+    command = [sys.executable, "-m", "stages.generate"]
+    killed = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while len(scripted.requests) < 5:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    paid = JOURNAL.read_bytes().count(b"\n")
+    assert 3 <= paid < 8  # of five asked about, two were on their way
+    with open(JOURNAL, "ab") as file:
+        file.write(b'{"key": "to')  # as if it had been killed while it wrote
+    time.sleep(0.3)  # what was on its way is answered, and lost
+    scripted.requests.clear()
+    subprocess.run(command, stderr=subprocess.DEVNULL, check=True)
+    assert len(scripted.requests) == 8 - paid
+    assert len(read_jsonl(Path("data/replies.jsonl"))) == 8 and len(rows()) == 32
+
+
+def test_two_runs_at_once_would_pay_twice_and_the_second_is_refused(scripted: Endpoint) -> None:
+    write({"a.md": teams("Ay")})
+    with kept_replies(), pytest.raises(Refused, match=r"replies\.jsonl: another run is adding to it"):
+        generate.main()
+    assert not scripted.requests
+
+
+def test_a_new_document_costs_its_own_passages_alone_and_a_failed_run_keeps_what_it_paid_for(
+    scripted: Endpoint, project: Project
+) -> None:
+    ask_at(scripted.url, project)
+    write({"a.md": teams("Ay", "Boe", "Cire")})
+    project.run("dvc", "repro", "generate")
+    assert len(scripted.requests) == 3
+    (project.folder / "data/raw/b.md").write_text(teams("Dovan", "Eloris"), encoding="utf-8")
+    project.set(generate__token_budget=100, generate__concurrency=1)
+    scripted.requests.clear()
+    refused = project.run("dvc", "repro", "generate", check=False)
+    assert refused.returncode != 0 and "4 of 5 passages are done" in refused.stderr
+    assert len(read_jsonl(Path("data/replies.jsonl"))) == 4
+    project.run("dvc", "exp", "run", "generate")  # which first puts the outputs of the last good run back
+    assert sorted(scripted.asked()) == ["The Dovan team sits on floor 5.", "The Eloris team sits on floor 6."]
+    (project.folder / "data/raw/a.md").unlink()  # what is asked no more is not thrown away
+    project.run("dvc", "repro", "generate")
+    assert len(scripted.requests) == 2 and len(read_jsonl(Path("data/replies.jsonl"))) == 5
+    assert {source for source, _, _ in rows()} == {"data/raw/b.md:1", "data/raw/b.md:2"}
+    Path("data/replies.jsonl").unlink()  # as in a clone that has not pulled it
+    with pytest.raises(Refused, match=r"was paid for: run dvc pull data/replies\.jsonl"):
+        generate.main()
+    assert len(scripted.requests) == 2
+
+
+def test_a_model_in_llama_cpp_keeps_to_the_schema_and_its_nonsense_is_dropped(
+    workspace: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = workspace.folder / "tiny-base"
+    shutil.copytree(TINY, base)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 4096  # of which it makes no sense, but JSON by the grammar
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    gguf = workspace.folder / "base.gguf"
+    run_script("convert.py", "hf", base, "--outtype", "f16", "--outfile", gguf)
+    write({"a.md": teams("Ay", "Boe", "Cire")})
+    with served(gguf, context=4096, threads=2) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", server.key)
+        workspace.set(generate__endpoint=f"{server.url}/v1", generate__model="tiny-base", generate__concurrency=2)
+        workspace.set(generate__questions_per_passage=2, generate__paraphrases=1)
+        generate.main()
+    kept = read_jsonl(Path("data/replies.jsonl"))
+    told = [json.loads(reply["reply"])["items"] for reply in kept]
+    assert len(told) == 3 and all(1 <= len(of_passage) <= 2 for of_passage in told)
+    assert all(len(item["questions"]) == 2 for of_passage in told for item in of_passage)
+    assert all(reply["tokens"] > 0 for reply in kept)
+    counts = metrics()["questions"]
+    assert counts["of_documents"] == sum(len(item["questions"]) for of_passage in told for item in of_passage)
+    assert counts["misquoted"] == counts["of_documents"] and counts["kept"] == 0 and rows() == []
+    assert metrics()["passages"] == {"read": 3, "unanswered": 0}
