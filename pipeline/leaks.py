@@ -23,15 +23,15 @@ class Exam:
 
     A text leaks a question if it holds it word by word, case and punctuation apart; or nearly: it holds all the words
     that are the question's own, misspelt ones too, and a stretch of it is as similar to the question as `near` says,
-    measured as 2 * shared words / (words of both). A question's own words are those with a digit, and those that few
-    other questions have: what it asks about. Without them, a question about another thing would be a leak.
+    measured as 2 * shared words / (words of both). A question's own words are those with a digit, and those that less
+    than a quarter of the exam has: what it asks about. Without them a question about another thing would be a leak.
     """
 
     def __init__(self, questions: list[Question], near: float) -> None:
         self.near = near
         self.questions = [(question.id, words(question.question).split()) for question in questions]
         asking = Counter(word for _, asked in self.questions for word in set(asked))
-        few = max(2, len(questions) // 20)
+        few = max(2, len(questions) // 4)
         self.own = {word for word, count in asking.items() if count <= few} | set(with_digit(list(asking)))
         self.vocabulary = {word: at for at, word in enumerate(sorted(asking))}
         self.holds = np.zeros((len(asking), len(questions)), np.int32)

@@ -64,6 +64,8 @@ def curated_files() -> list[Path]:
     """Hand-written rows come first, so that they and not their generated duplicates are kept."""
     files = sorted(path for path in Path("data/curated").rglob("*") if path.is_file() and path.name[0] != ".")
     for file in files:
+        if not str(file).isprintable():
+            raise Refused(f"{str(file)!r}: a source cannot be named by it: rename it")
         if kind(file) not in KINDS:
             raise Refused(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
     return files

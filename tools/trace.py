@@ -14,7 +14,7 @@ import orjson
 from pipeline.documents import DOCUMENTS, read_passages
 from pipeline.facts import read_facts
 from pipeline.formats import records
-from pipeline.parameters import Parameters, check
+from pipeline.parameters import check
 from pipeline.refusal import Refused
 
 FATES = {
@@ -27,16 +27,23 @@ FATES = {
 def main() -> None:
     if len(sys.argv) != 2:
         raise Refused("usage: python -m tools.trace ID, or FILE:NUMBER")
-    found = list(rows_of(sys.argv[1]))
+    trace(sys.argv[1])
+
+
+def trace(wanted: str) -> None:
+    """Print the rows that have that id or source, what became of them, and what stands at their sources."""
+    found = list(rows_of(wanted))
     if not found:
-        raise Refused(f"no row has the id or the source {sys.argv[1]!r}: ids and sources are in {', '.join(FATES)}")
+        raise Refused(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}")
     for file, row in found:
-        print(f"{row.get('id', 'a row')} {FATES[file]} ({file}){': ' + row['explanation'] if 'reason' in row else ''}")
-        for message in row.get("messages", []):
-            print(f"  {message['role']}: {message['content']}")
-        print(f"  row: {row['row']}" if "row" in row else "", end="\n" * ("row" in row))
+        if "reason" in row:
+            print(f"a row {FATES[file]} ({file}): {row['explanation']}")
+        else:
+            print(f"{row['id']} {FATES[file]} ({file})")
+            print(*(f"  {message['role']}: {message['content']}" for message in row["messages"]), sep="\n")
+    passage_length = check(Path("params.yaml")).generate.passage_length
     for source in dict.fromkeys(row["source"] for _, row in found):
-        print(f"from {source}\n  {origin(source, check(Path('params.yaml')))}")
+        print(f"from {source}\n  {origin(source, passage_length)}")
 
 
 def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -46,25 +53,25 @@ def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise Refused(f"{file} is missing: run dvc repro merge, or dvc pull")
         with open(file, "rb") as lines:
             for row in map(orjson.loads, lines):
-                if row["source"] == wanted or row.get("id", "").startswith(wanted):
+                if row["source"] == wanted or (wanted and row.get("id", "").startswith(wanted)):
                     yield file, row
 
 
-def origin(source: str, parameters: Parameters) -> str:
+def origin(source: str, passage_length: int) -> str:
     """What stands at a source: a record of a hand-written file, a fact, or a passage with its place."""
     name, _, number = source.rpartition(":")
     file = Path(name)
     if not file.exists():
         raise Refused(f"{file} is not there any more: git log -- {file}")
     if not file.is_relative_to("data/raw"):
-        record = next(record for at, record in records(file, {}) if at == int(number))
+        record = next((record for at, record in records(file, {}) if at == int(number)), "nothing any more")
         return record.decode(errors="backslashreplace") if isinstance(record, bytes) else str(record)
-    if file.suffix.lower() not in DOCUMENTS:
-        fact = next(fact for fact in read_facts([file]) if fact.place == source)
-        return ", ".join(f"{column}: {value}" for column, value in fact.values.items())
-    passage = read_passages(file, parameters.generate.passage_length)[int(number) - 1]
-    place = [f"page {passage.page}"] * bool(passage.page) + [passage.heading] * bool(passage.heading)
-    return "\n  ".join([*place, passage.text])
+    if file.suffix.lower() in DOCUMENTS:
+        passage = read_passages(file, passage_length)[int(number) - 1]
+        page = f"page {passage.page}" if passage.page else ""
+        return "\n  ".join(filter(None, [page, passage.heading, passage.text]))
+    fact = next(fact for fact in read_facts([file]) if fact.place == source)
+    return ", ".join(f"{column}: {value}" for column, value in fact.values.items())
 
 
 if __name__ == "__main__":
