@@ -13,6 +13,7 @@ from pipeline.refusal import Refused
 def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer, padding on the left as generation needs it."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.model_max_length = 10**30  # Transformers warns of longer rows, which train.max_length is there for
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none; padding is masked anyway
     # Left to itself, Transformers takes every added token that the template names for one, <think> too.
     tokenizer.chat_control_tokens = [

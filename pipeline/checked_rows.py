@@ -1,27 +1,30 @@
 """Millions of rows, checked in parallel: their text waits in a file, a few numbers of each are held in memory."""
 
 import os
-import reprlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import orjson
 from tqdm import tqdm
 
+from pipeline.exam import Question
 from pipeline.formats import InvalidRow, Record, conversation, parsed, records
 from pipeline.leaks import Exam, Leak
 from pipeline.near_duplicates import Keys, band_keys
 from pipeline.parameters import Merge
 from pipeline.refusal import Refused
-from pipeline.rows import Message, conversation_hash, row, words
+from pipeline.rows import Message, hash64, row
+from pipeline.words import words
 
-CHUNK = 2**20  # characters of rows that a process gets at once
+CHUNK = 2**20  # bytes of rows that a process gets at once
+
+exam: Exam  # of a process that checks: it remembers the words that it has met
 
 
 @dataclass
@@ -32,10 +35,12 @@ class Chunk:
     lines: list[bytes]  # the valid ones as they will be written
     sources: list[str]
     ids: Keys
-    questions: Keys  # hashes of the conversations without their last answers
+    groups: Keys  # the same for rows of one fact or passage
+    questions: Keys  # hashes of the words of all but the last answer
+    answers: Keys  # hashes of the words of the last answer
     bands: Keys  # (rows, bands)
     leaks: dict[int, Leak]  # by place in `lines`
-    invalid: list[dict[str, str]]  # source, reason, explanation, row (how it begins)
+    invalid: list[dict[str, str]]  # entries of the quarantine
 
 
 class CheckedRows:
@@ -46,20 +51,20 @@ class CheckedRows:
         self.read = 0
         self.sources: list[str] = []
         self.leaks: dict[int, Leak] = {}
-        ids, questions, bands, lengths = [], [], [], []
+        columns: list[tuple[Keys, ...]] = []
+        lengths = []
         for chunk in chunks:
             self.read += chunk.read
             self.leaks |= {len(self.sources) + at: leak for at, leak in chunk.leaks.items()}
             self.sources += chunk.sources
-            ids.append(chunk.ids)
-            questions.append(chunk.questions)
-            bands.append(chunk.bands)
+            columns.append((chunk.ids, chunk.groups, chunk.questions, chunk.answers, chunk.bands))
             lengths.append(np.fromiter(map(len, chunk.lines), np.int64))
             scratch.writelines(chunk.lines)
         scratch.flush()
-        if not ids:
-            raise Refused("there are no rows: add some to data/curated, or facts or documents to data/raw")
-        self.ids, self.questions, self.bands = (np.concatenate(parts) for parts in (ids, questions, bands))
+        if not self.sources:
+            raise Refused(f"no rows that can be used, of {self.read}: add some to data/curated, or facts to data/raw")
+        parts = map(np.concatenate, zip(*columns, strict=True))
+        self.ids, self.groups, self.questions, self.answers, self.bands = parts
         self.ends = np.cumsum(np.concatenate(lengths))
 
     def __len__(self) -> int:
@@ -70,24 +75,28 @@ class CheckedRows:
         self.scratch.seek(0)
         yield from self.scratch
 
-    def question_and_answer(self, at: int) -> tuple[list[str], list[str]]:
-        """The words of a row's last answer, and those of all that stands before it."""
+    def messages(self, at: int) -> list[Message]:
         start = int(self.ends[at - 1]) if at else 0
-        one = orjson.loads(os.pread(self.scratch.fileno(), int(self.ends[at]) - start, start))
-        return words_of(one["messages"][:-1]), words_of(one["messages"][-1:])
+        return orjson.loads(os.pread(self.scratch.fileno(), int(self.ends[at]) - start, start))["messages"]
+
+    def question_and_answer(self, at: int) -> tuple[list[str], list[str]]:
+        """The words of all of a row but its last answer, and those of that answer."""
+        messages = self.messages(at)
+        return words_of(messages[:-1]), words_of(messages[-1:])
 
 
-def checked(files: list[Path], generated: Path, exam: Exam, knobs: Merge) -> Iterator[Chunk]:
+def checked(files: list[Path], generated: Path, questions: list[Question], knobs: Merge) -> Generator[Chunk]:
     """The rows of all files, in order. A row of `generated` keeps the source that it names, any other's is its place.
 
     This process reads, never far ahead of those that check, one for each processor.
     """
-    check = partial(check_chunk, generated=generated, exam=exam, near_duplicate=knobs.near_duplicate)
-    processes = os.cpu_count() or 1
+    check = partial(check_chunk, generated=generated, near_duplicate=knobs.near_duplicate)
+    processes = len(os.sched_getaffinity(0))
     waiting: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(processes) as pool, tqdm(desc="rows", unit=" rows") as progress:
+    pool = ProcessPoolExecutor(processes, initializer=hold_exam, initargs=(questions, knobs.near_leak))
+    with pool, tqdm(desc="rows", unit=" rows") as progress:
         for file in files:
-            for chunk in chunks(records(file, dict(knobs.columns))):
+            for chunk in chunks(records(file, knobs.columns)):
                 waiting.append(pool.submit(check, file, chunk))
                 progress.update(len(chunk))
                 if len(waiting) > 2 * processes:
@@ -98,9 +107,9 @@ def checked(files: list[Path], generated: Path, exam: Exam, knobs: Merge) -> Ite
 
 def chunks(read: Iterator[Record]) -> Iterator[list[Record]]:
     chunk, size = [], 0
-    for record in read:
-        chunk.append(record)
-        size += 64 + characters(record[1])
+    for number, record in read:
+        chunk.append((number, record))
+        size += len(record) if isinstance(record, bytes) else 256
         if size > CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -108,35 +117,36 @@ def chunks(read: Iterator[Record]) -> Iterator[list[Record]]:
         yield chunk
 
 
-def characters(record: bytes | dict[str, Any] | InvalidRow) -> int:
-    if isinstance(record, dict):
-        return sum(len(value) for value in record.values() if isinstance(value, str))
-    return len(record) if isinstance(record, bytes) else 0
+def hold_exam(questions: list[Question], near: float) -> None:
+    global exam
+    exam = Exam(questions, near)
 
 
-def check_chunk(file: Path, chunk: list[Record], generated: Path, exam: Exam, near_duplicate: float | None) -> Chunk:
-    rows, invalid = [], []
+def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate: float | None) -> Chunk:
+    from_generate = file == generated
+    rows, groups, invalid = [], [], []
     for number, record in chunk:
         place = f"{file}:{number}"
         try:
-            content = parsed(record) if isinstance(record, bytes) else record
-            if isinstance(content, InvalidRow):
-                raise content
-            messages = conversation(content)
-            rows.append(row(messages, content["source"] if file == generated else place))
+            if isinstance(record, InvalidRow):
+                raise record
+            content = parsed(record)
+            rows.append(row(conversation(content), content["source"] if from_generate else place))
+            groups.append(content["group"] if from_generate else rows[-1]["id"])
         except InvalidRow as error:
-            invalid.append(
-                {"source": place, "reason": error.reason, "explanation": str(error), "row": beginning(record)}
-            )
-    questions = [conversation_hash(one["messages"][:-1]) for one in rows]
-    texts = [words_of(one["messages"]) for one in rows]
+            start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
+            invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})
+    parts = [(words_of(one["messages"][:-1]), words_of(one["messages"][-1:])) for one in rows]
+    texts = [question + answer for question, answer in parts]
     leaks = {at: exam.leak(text) for at, text in enumerate(texts)}
     return Chunk(
         read=len(chunk),
         lines=[orjson.dumps(one, option=orjson.OPT_APPEND_NEWLINE) for one in rows],
         sources=[one["source"] for one in rows],
         ids=np.array([int(one["id"], 16) for one in rows], np.uint64),
-        questions=np.array(questions, np.uint64),
+        groups=np.array([int(group, 16) for group in groups], np.uint64),
+        questions=np.array([hash64(" ".join(question)) for question, _ in parts], np.uint64),
+        answers=np.array([hash64(" ".join(answer)) for _, answer in parts], np.uint64),
         bands=band_keys(texts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
         leaks={at: leak for at, leak in leaks.items() if leak},
         invalid=invalid,
@@ -144,11 +154,4 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, exam: Exam, ne
 
 
 def words_of(messages: list[Message]) -> list[str]:
-    return words("\n".join(message["content"] for message in messages)).split()
-
-
-def beginning(record: bytes | dict[str, Any] | InvalidRow) -> str:
-    """Enough of a record to know it again."""
-    if isinstance(record, bytes):
-        return record[:1000].decode(errors="backslashreplace")
-    return "" if isinstance(record, InvalidRow) else reprlib.repr(record).encode(errors="backslashreplace").decode()
+    return words("\n".join(message["content"] for message in messages))

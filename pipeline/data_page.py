@@ -6,7 +6,7 @@ from typing import Any
 MEANING = {
     "read": "came in",
     "invalid": "cannot be used",
-    "duplicate": "repeat an earlier row, case and white space apart",
+    "duplicate": "repeat an earlier row but for case and white space",
     "near_duplicate": "nearly repeat an earlier row (`merge.near_duplicate`)",
     "leaked": "ask a question of the exam",
     "train": "to train on: `data/train_merged.jsonl`",
@@ -16,9 +16,7 @@ MEANING = {
 Examples = Mapping[str, list[dict[str, str]]]
 
 
-def page(
-    generated: dict[str, Any], metrics: dict[str, Any], examples: Examples, conflicts: list[tuple[str, str]]
-) -> str:
+def page(generated: dict[str, Any], metrics: dict[str, Any], examples: Examples, conflicts: list[list[str]]) -> str:
     """Markdown. `generated` is metrics/generate.json, `metrics` metrics/data.json; `examples` are entries of the
     quarantine by reason, `conflicts` pairs of sources."""
     rows = metrics["rows"]
@@ -69,7 +67,7 @@ def gone(reason: str, metrics: dict[str, Any], examples: list[dict[str, str]]) -
     ]
 
 
-def same_question(conflicts: list[tuple[str, str]]) -> list[str]:
+def same_question(conflicts: list[list[str]]) -> list[str]:
     if not conflicts:
         return []
     return [
@@ -77,8 +75,10 @@ def same_question(conflicts: list[tuple[str, str]]) -> list[str]:
         "",
         "All of them are kept: correct those that are wrong.",
         "",
-        *(f"- {first} and {other}" for first, other in conflicts[:20]),
-        *([f"- and {len(conflicts) - 20} more"] if len(conflicts) > 20 else []),
+        *(
+            f"- {quoted(question)}\n" + "\n".join(f"  - {one_line(answer)}" for answer in answers)
+            for question, *answers in conflicts
+        ),
         "",
     ]
 
@@ -93,5 +93,9 @@ def share(n: int, of: int) -> str:
 
 def quoted(row: str) -> str:
     """The beginning of a row, which may hold anything, as one line of code."""
-    line = " ".join(row.split())[:200].replace("`", "'")
+    line = one_line(row).replace("`", "'")
     return f"`{line}`" if line else ""
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
-from pydantic import BaseModel, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from tqdm import tqdm
 
 from pipeline.documents import Passage
@@ -40,13 +40,13 @@ Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 class Item(BaseModel):
     """A question in several wordings, its answer, and the sentence of the passage that proves it."""
 
-    questions: list[Text]
+    questions: Annotated[list[Text], Field(min_length=1)]
     answer: Text
     quote: Text
 
 
 class Reply(BaseModel):
-    items: list[Item]
+    items: Annotated[list[Item], Field(min_length=1)]
 
 
 class BudgetSpent(Exception):
@@ -59,12 +59,10 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
     Raises:
         Refused: the token budget is spent, or the endpoint is down, is none, or refuses the key or a request.
     """
-    client = OpenAI(
-        base_url=generate.endpoint,
-        api_key=os.environ.get(KEY) or "no-key",  # as servers of one's own need none
-        max_retries=RETRIES,
-        timeout=TIMEOUT,
-    )
+    if not passages:
+        with kept_replies():
+            return {}
+    client = connect(generate)
     prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
     once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
@@ -84,6 +82,14 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
     return {place: asked[text].result() for place, text in prompts.items()}
 
 
+def connect(generate: Generate) -> OpenAI:
+    key = os.environ.get(KEY) or "no-key"  # as servers of one's own need none
+    try:
+        return OpenAI(base_url=generate.endpoint, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+    except Exception as error:  # of the HTTP library below
+        raise Refused(f"generate.endpoint {generate.endpoint!r} is no URL: {error}") from None
+
+
 def answer(text: str, place: str, generate: Generate, client: OpenAI, replies: Replies) -> list[Item] | None:
     """From the replies so far if they have it. Raises BudgetSpent before a request that may no longer be made."""
     for seed in SEEDS:
@@ -94,8 +100,13 @@ def answer(text: str, place: str, generate: Generate, client: OpenAI, replies: R
                 raise BudgetSpent
             replies.add(key, *post(client, request, place))
         with suppress(ValidationError):
-            return Reply.model_validate_json(replies.by_key[key]["reply"]).items
+            return Reply.model_validate_json(unfenced(replies.by_key[key]["reply"])).items
     return None
+
+
+def unfenced(reply: str) -> str:
+    """Without the fence that some models put around their JSON."""
+    return reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
 
 
 def prompt(passage: Passage, generate: Generate) -> str:
@@ -138,9 +149,9 @@ def post(client: OpenAI, request: dict[str, Any], place: str) -> tuple[str, int]
         raise Refused(f"{client.base_url} refuses the key (401): set {KEY} in the environment") from None
     except APIStatusError as error:
         words = " ".join(error.message.replace(client.api_key, "***").split())
-        raise Refused(
-            f"{place}: {client.base_url}: {words}: check generate.endpoint, model and passage_length"
-        ) from None
+        busy = error.status_code == 429 or error.status_code >= 500
+        mend = "run again later" if busy else "check generate.endpoint, model and passage_length"
+        raise Refused(f"{place}: {client.base_url}: {words}: {mend}: the replies so far are kept") from None
     except APIConnectionError as error:
         raise Refused(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
     except (AttributeError, IndexError, TypeError, ValueError):

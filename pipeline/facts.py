@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.refusal import Refused
-from pipeline.rows import Row, question_and_answer, row
+from pipeline.rows import Row, group_of, question_and_answer, row
 
 FACTS = {".csv", ".json", ".yaml", ".yml"}  # files of facts, and of forms
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -48,7 +48,9 @@ def read_facts(files: list[Path]) -> list[Fact]:
 
 def read_table(file: Path) -> list[Fact]:
     """The lines of a CSV file below its header."""
-    reader = csv.reader(StringIO(read_text(file)), strict=True)
+    text = read_text(file)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(StringIO(text), delimiter=delimiter, strict=True)
     facts = []
     try:
         columns = [column.strip() for column in next(reader, [])]
@@ -165,7 +167,7 @@ def require_fit(form: Form, fact: Fact, answer: str) -> None:
 
 def question(form: Form, fact: Fact, answer: str) -> Row:
     text = BRACES.sub(lambda braces: fact.values[braces[1]], form.text)
-    return row(question_and_answer(text, fact.values[answer]), fact.place)
+    return row(question_and_answer(text, fact.values[answer]), fact.place) | {"group": group_of(str(fact.values))}
 
 
 def read_text(file: Path) -> str:
@@ -182,7 +184,7 @@ def parse(file: Path) -> Any:
         if file.suffix.lower() == ".json":
             return json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=without_repetition)
         return YAML(typ="base", pure=True).load(text)
-    except (ValueError, YAMLError) as error:
+    except (ValueError, RecursionError, YAMLError) as error:
         raise Refused(f"{file} cannot be read as {file.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
 
 

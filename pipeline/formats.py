@@ -17,11 +17,12 @@ from pipeline.rows import Message, question_and_answer
 
 LARGEST = 10 * 2**20  # bytes of a row: far more than any base reads at once
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
+ONE_TURN = ("instruction", "input", "output", "prompt", "completion", "question", "answer")
+UNUSED = ("history", "context")  # what a row would be wrong without
+KEYS = {"messages", "conversations", "system", *ONE_TURN, *UNUSED}
 BOM = b"\xef\xbb\xbf"
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that a row cannot hold
-
-Record = tuple[int, "bytes | dict[str, Any] | InvalidRow"]
 
 
 class InvalidRow(ValueError):
@@ -35,26 +36,36 @@ class InvalidRow(ValueError):
         return InvalidRow, (self.reason, str(self))
 
 
+Record = tuple[int, bytes | InvalidRow]
+
+
 def kind(file: Path) -> str:
     """ ".jsonl", ".json", ".csv", ".parquet", or another suffix; compression apart."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
-def records(file: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """Yield (number, record): a line's number and bytes; a row's number and dict; or why there is none.
+def records(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
+    """Yield (number, record) for each line, item of a JSON list or row of a table: its JSON, or why there is none.
 
     `columns` gives the names that columns of CSV and Parquet files have instead of ours: {"question": "Frage"}. A file
-    that breaks off gives the rows before the break, and one InvalidRow.
+    that cannot be read on gives the rows before, and one InvalidRow. A .json file is held in memory as a whole.
     """
-    read = {".jsonl": lines, ".json": items, ".csv": csv_rows, ".parquet": parquet_rows}[kind(file)]
     number = 0
     try:
-        for number, record in read(file):
-            if columns and isinstance(record, dict) and read in (csv_rows, parquet_rows):
-                record |= {ours: record[theirs] for ours, theirs in columns.items() if theirs in record}
-            yield number, record
+        match kind(file):
+            case ".jsonl":
+                found = lines(file)
+            case ".json":
+                found = items(file)
+            case ".csv":
+                found = csv_rows(file, columns)
+            case _:
+                found = parquet_rows(file, columns)
+        for number, record in found:
+            too_large = isinstance(record, bytes) and len(record) > LARGEST
+            yield number, oversize() if too_large else record
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        yield number + 1, InvalidRow("unreadable", f"the file cannot be read on from here: {error}")
+        yield number + 1, unreadable(error)
 
 
 def opened(file: Path) -> IO[bytes]:
@@ -64,14 +75,13 @@ def opened(file: Path) -> IO[bytes]:
 def lines(file: Path) -> Iterator[Record]:
     with opened(file) as text:
         for number in itertools.count(1):
-            line = text.readline(LARGEST)
+            line = text.readline(LARGEST + 1)
             if not line:
                 return
-            if len(line) == LARGEST and not line.endswith(b"\n"):
-                while line and not line.endswith(b"\n"):
-                    line = text.readline(LARGEST)
-                yield number, too_large()
-            elif line := line.removeprefix(BOM if number == 1 else b"").strip():
+            rest = line
+            while len(rest) > LARGEST and not rest.endswith(b"\n"):
+                rest = text.readline(LARGEST + 1)
+            if line := line.removeprefix(BOM if number == 1 else b"").strip():
                 yield number, line
 
 
@@ -80,46 +90,76 @@ def items(file: Path) -> Iterator[Record]:
         try:
             content = parsed(text.read().removeprefix(BOM))
         except InvalidRow as invalid:
-            content = [invalid]
+            yield 1, invalid
+            return
     for number, item in enumerate(content if isinstance(content, list) else [content], start=1):
-        yield number, item if isinstance(item, dict | InvalidRow) else unknown_format(item)
+        yield number, dumped(item)
 
 
-def csv_rows(file: Path) -> Iterator[Record]:
+def csv_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
     csv.field_size_limit(LARGEST)
     with opened(file) as binary:
-        # What is not UTF-8 becomes lone surrogates, which `conversation` finds in the row that has them.
+        # What is not UTF-8 becomes lone surrogates, which `dumped` finds in the row that has them.
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         header = text.readline()
         delimiter = max(",;\t", key=header.count)
         table = csv.DictReader(itertools.chain([header], text), delimiter=delimiter, strict=True)
-        while True:
-            start = table.reader.line_num + 1
-            try:
-                record = next(table)
-            except StopIteration:
+        start = 1
+        try:
+            names = list(table.fieldnames or [])
+            if len(set(names)) < len(names):
+                yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
                 return
-            except csv.Error as error:
-                yield start, InvalidRow("not CSV", f"not a row of CSV: {error}")
-                continue
-            cells = list(record.values())
-            number = table.line_num - sum(cell.count("\n") for cell in cells if isinstance(cell, str))
-            if None in record or None in cells:
-                yield number, InvalidRow("not CSV", f"not the {len(table.fieldnames or [])} cells that the header has")
-            else:
-                yield number, record
+            while True:
+                start = table.reader.line_num + 1
+                row = next(table)
+                cells = list(row.values())
+                number = table.line_num - sum(cell.count("\n") for cell in cells if isinstance(cell, str))
+                if None in row or None in cells:
+                    yield number, InvalidRow("not CSV", f"not the {len(names)} cells that the header has")
+                else:
+                    yield number, dumped(renamed(row, columns))
+        except StopIteration:
+            return
+        except csv.Error as error:  # where a row ends is not known any more
+            yield start, unreadable(error)
 
 
-def parquet_rows(file: Path) -> Iterator[Record]:
-    number = 0
-    with parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=1024):
+def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
+    with opened(file) as binary:
+        table = parquet.ParquetFile(binary)
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name in KEYS or name in columns.values()]
+        if len(set(wanted)) < len(wanted):
+            yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
+            return
+        if not wanted:
+            yield from (
+                (number, unknown_format(dict.fromkeys(names))) for number in range(1, table.metadata.num_rows + 1)
+            )
+            return
+        number = 0
+        for batch in table.iter_batches(batch_size=64, columns=wanted):
             for at in range(batch.num_rows):
                 number += 1
                 try:
-                    yield number, {name: batch[name][at].as_py() for name in batch.schema.names}
+                    yield number, dumped(renamed({name: batch[name][at].as_py() for name in wanted}, columns))
                 except UnicodeDecodeError:
                     yield number, not_utf8()
+                except (ValueError, OverflowError, KeyError) as error:
+                    yield number, unreadable(error)
+
+
+def renamed(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
+    return row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def dumped(content: Any) -> bytes | InvalidRow:
+    """`content` as JSON, or why it cannot be."""
+    try:
+        return orjson.dumps(content)
+    except orjson.JSONEncodeError as error:
+        return not_utf8() if "surrogates" in str(error) else unreadable(error)
 
 
 def parsed(text: bytes) -> Any:
@@ -133,7 +173,8 @@ def parsed(text: bytes) -> Any:
             raise not_utf8() from None
         if "surrogate" in str(error):
             raise InvalidRow("not UTF-8", "half of a surrogate pair, which is no character") from None
-        raise InvalidRow("not JSON", f"not JSON: {error}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise InvalidRow("not JSON", f"not JSON: {error.msg} ({line}column {error.colno})") from None
 
 
 def conversation(content: Any) -> list[Message]:
@@ -142,23 +183,20 @@ def conversation(content: Any) -> list[Message]:
     Raises:
         InvalidRow: it has none of the formats, or is not system? (user assistant)+, all of it text.
     """
+    if isinstance(content, dict) and (part := next((key for key in UNUSED if content.get(key)), None)):
+        raise InvalidRow("unknown format", f"a row with {part}, which would be lost: write it into the messages")
     match content:
         case {"messages": list(turns)} | {"conversations": list(turns)}:
             messages = [message(turn) for turn in turns]
         case {"prompt": list(prompt), "completion": list(completion)}:
             messages = [message(turn) for turn in [*prompt, *completion]]
         case {"instruction": str(instruction), "output": answer}:
-            if content.get("history"):
-                raise InvalidRow("unknown format", "an Alpaca row with a history: write it as messages")
-            given = content.get("input")
-            messages = question_and_answer(
-                f"{instruction}\n\n{given}" if given and str(given).strip() else instruction, answer
-            )
+            messages = question_and_answer(with_input(instruction, content), answer)
         case {"question": question, "answer": answer} | {"prompt": question, "completion": answer}:
             messages = question_and_answer(question, answer)
         case _:
             raise unknown_format(content)
-    if not content.get("messages") and (system := content.get("system")):
+    if system := content.get("system"):
         messages = [{"role": "system", "content": system}, *messages]
     require_text(messages)
     require_turns(messages)
@@ -173,12 +211,31 @@ def message(turn: Any) -> Message:
         case _:
             raise InvalidRow("unknown format", "a message has a role and a content, or a from and a value")
     if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRow("unknown role", f"the role {str(role)[:40]!r} is none of {', '.join(ROLES)}")
+        shown = repr(role[:40]) if isinstance(role, str) else type(role).__name__
+        raise InvalidRow("unknown role", f"the role {shown} is none of {', '.join(ROLES)}")
     if part := next((key for key in UNTRAINED if turn.get(key)), None):
         raise InvalidRow("unknown format", f"a message with {part}, which is not trained: leave it out")
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(part.get("text", "")) for part in content)  # OpenAI's list of parts
+    if turn.get("weight", 1) != 1:
+        raise InvalidRow("unknown format", "a message with a weight: every answer of a row is trained")
+    match content:
+        case [{"type": "text", "text": str()}, *_] if all(is_text(part) for part in content):
+            content = "".join(part["text"] for part in content)  # OpenAI's list of parts
     return {"role": ROLES[role], "content": content}
+
+
+def is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def with_input(instruction: str, content: dict[str, Any]) -> Any:
+    """Alpaca's instruction and what it is about."""
+    match content.get("input"):
+        case None:
+            return instruction
+        case str(given):
+            return f"{instruction}\n\n{given}" if given.strip() else instruction
+        case given:
+            raise InvalidRow("no text", f"its input is no text but {type(given).__name__}")
 
 
 def require_text(messages: list[Message]) -> None:
@@ -186,39 +243,37 @@ def require_text(messages: list[Message]) -> None:
         text = turn["content"]
         where = f"the {turn['role']}'s message {number}"
         if not isinstance(text, str):
-            raise InvalidRow("no text", f"{where} is no text but {type(text).__name__}")
+            raise InvalidRow("no text", f"{where} is no text but {'null' if text is None else type(text).__name__}")
         if not text.strip():
             raise InvalidRow("empty", f"{where} is empty")
         if "\0" in text:
             raise InvalidRow("NUL", f"{where} has a NUL byte")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise not_utf8() from None
 
 
 def require_turns(messages: list[Message]) -> None:
     roles = [turn["role"] for turn in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-        raise InvalidRow(
-            "turns", f"turns go user, assistant, ..., and end with the assistant's: here {shown or 'none'}"
-        )
+        shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") or "none"
+        raise InvalidRow("turns", f"turns go user, assistant, ..., and end with the assistant's: here {shown}")
 
 
 def unknown_format(content: Any) -> InvalidRow:
-    keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+    keys = list(content) if isinstance(content, dict) else type(content).__name__
     return InvalidRow(
         "unknown format",
-        "a row has messages, conversations, instruction and output, prompt and completion, or question and answer; "
-        f"this one is or has: {keys[:200] or 'nothing'}",
+        "a row has messages, conversations, instruction and output, prompt and completion, or question and answer "
+        f"(tables with other names: merge.columns); this one is or has {repr(keys)[:200]}",
     )
 
 
-def too_large() -> InvalidRow:
+def oversize() -> InvalidRow:
     return InvalidRow("too large", f"more than {LARGEST // 2**20} MiB in one row")
 
 
 def not_utf8() -> InvalidRow:
     return InvalidRow("not UTF-8", "not UTF-8: save the file as UTF-8")
+
+
+def unreadable(error: Exception) -> InvalidRow:
+    return InvalidRow("unreadable", f"cannot be read from here on: {' '.join(str(error).split())}")

@@ -1,13 +1,15 @@
 """Whether a text gives a question of the exam away."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from rapidfuzz import fuzz, process
 
 from pipeline.exam import Question
-from pipeline.rows import with_digit, words
+from pipeline.words import exact, names, words
 
 MISSPELT = 85.0  # of 100, from which a word is another one misspelt or inflected: "teams", "tema", not "seam"
 
@@ -15,68 +17,80 @@ MISSPELT = 85.0  # of 100, from which a word is another one misspelt or inflecte
 @dataclass(frozen=True)
 class Leak:
     question: str  # its id
+    text: str
     near: bool  # False: word by word
 
 
 class Exam:
     """The exam's questions, indexed by their words.
 
-    A text leaks a question if it holds it word by word, case and punctuation apart; or nearly: it holds all the words
-    that are the question's own, misspelt ones too, and a stretch of it is as similar to the question as `near` says,
-    measured as 2 * shared words / (words of both). A question's own words are those with a digit, and those that less
-    than a quarter of the exam has: what it asks about. Without them a question about another thing would be a leak.
+    A text leaks a question if it holds it word by word; or nearly, if a stretch of it is as similar to the question as
+    `near`, measured as 2 * shared words / (words of both), a misspelt word counted as the word. But if it lacks one of
+    the question's numbers, signs or names, it asks about another thing and is no leak.
     """
 
     def __init__(self, questions: list[Question], near: float) -> None:
         self.near = near
-        self.questions = [(question.id, words(question.question).split()) for question in questions]
-        asking = Counter(word for _, asked in self.questions for word in set(asked))
-        few = max(2, len(questions) // 4)
-        self.own = {word for word, count in asking.items() if count <= few} | set(with_digit(list(asking)))
-        self.vocabulary = {word: at for at, word in enumerate(sorted(asking))}
-        self.holds = np.zeros((len(asking), len(questions)), np.int32)
-        for at, (_, asked) in enumerate(self.questions):
+        self.questions = questions
+        self.asked = [words(question.question) for question in questions]
+        self.unspaced = {
+            at: "".join(asked) for at, asked in enumerate(self.asked) if not "".join(asked).isascii() and len(asked) > 1
+        }
+        self.own = [set(exact(words(q.question))) | names(q.question) for q in questions]
+        self.vocabulary = {word: at for at, word in enumerate(sorted({word for asked in self.asked for word in asked}))}
+        self.holds = np.zeros((len(self.vocabulary), len(questions)), np.int32)
+        for at, asked in enumerate(self.asked):
             self.holds[[self.vocabulary[word] for word in asked], at] = 1
-        self.half = np.maximum(1, (self.holds.sum(0) + 1) // 2)
+        lengths = np.array([len(asked) for asked in self.asked])
+        may_lack = lengths - np.ceil(lengths * near / (2 - near) - 1e-9)  # of a text shorter than the question too
+        self.needed = np.maximum(1, self.holds.sum(0) - may_lack)
+        spellable = [word for word in self.vocabulary if not exact([word])]
+        self.meant_by = lru_cache(2**16)(lambda word: meant_by(word, spellable))
 
     def leak(self, text: list[str]) -> Leak | None:
-        """The question that `text`, in words, leaks, if any."""
-        known = [self.vocabulary[word] for word in set(text) if word in self.vocabulary]
-        if not known:
-            return None
-        alike = [self.questions[at] for at in np.flatnonzero(self.holds[known].sum(0) >= self.half)]
+        """The question that `text`, in words, leaks, if any: the first one word by word, else the first nearly."""
+        written: defaultdict[str, list[str]] = defaultdict(list)  # how the text writes words of the vocabulary
+        for word in sorted(set(text)):
+            for meant in self.meant_by(word):
+                written[meant].append(word)
+        known = [self.vocabulary[word] for word in {*text, *written} if word in self.vocabulary]
+        alike = np.flatnonzero(self.holds[known].sum(0) >= self.needed).tolist()
         joined = f" {' '.join(text)} "
-        for key, asked in alike:
-            if f" {' '.join(asked)} " in joined:
-                return Leak(key, near=False)
-        return next((Leak(key, near=True) for key, asked in alike if self.nearly(asked, text)), None)
+        for at in alike:
+            if f" {' '.join(self.asked[at])} " in joined:
+                return self.found(at, near=False)
+        unspaced = "".join(text)  # Korean is written with more spaces or fewer
+        for at, asked in self.unspaced.items():
+            if asked in unspaced:
+                return self.found(at, near=False)
+        return next((self.found(at, near=True) for at in alike if self.nearly(at, text, written)), None)
 
-    def nearly(self, asked: list[str], text: list[str]) -> bool:
-        for word in sorted(set(asked) - set(text), key=lambda word: word not in self.own):
-            found = misspelt(word, text)
-            if found:
-                text = [word if other == found else other for other in text]
-            elif word in self.own:
-                return False
-        return similarity(asked, text) >= self.near
+    def found(self, at: int, near: bool) -> Leak:
+        return Leak(self.questions[at].id, self.questions[at].question, near)
 
-
-def misspelt(word: str, text: list[str]) -> str | None:
-    """The word of `text` that is `word` misspelt or inflected, if any. With a digit in it, it is another word."""
-    if with_digit([word]):
-        return None
-    others = sorted(set(text) - set(with_digit(text)))
-    found = process.extractOne(word, others, scorer=fuzz.ratio, score_cutoff=MISSPELT)
-    return found[0] if found else None
+    def nearly(self, at: int, text: list[str], written: dict[str, list[str]]) -> bool:
+        asked = self.asked[at]
+        missing = sorted(set(asked) - set(text))
+        meant = {word: right for right in missing for word in written.get(right, [])}
+        text = [meant.get(word, word) for word in text]
+        return self.own[at] <= set(text) and similar(asked, text, self.near)
 
 
-def similarity(asked: list[str], text: list[str]) -> float:
-    """2 * shared words / (words of both), from 0 to 1, of a question and the most similar stretch of a text, among
-    those as long as the question or a word longer. It begins with a shared word, or ends where the text does."""
-    best = 0.0
+def meant_by(word: str, vocabulary: list[str]) -> list[str]:
+    """The words of `vocabulary` that `word` may be a misspelling or another form of."""
+    if exact([word]):
+        return []
+    found = process.extract(word, vocabulary, scorer=fuzz.ratio, score_cutoff=MISSPELT, limit=None)
+    return [other for other, _, _ in found if other != word]
+
+
+def similar(asked: list[str], text: list[str], near: float) -> bool:
+    """Whether a stretch of `text`, as long as the question or a word longer, is as similar to it as `near`."""
+    in_both = [0, *accumulate(word in asked for word in text)]
     for length in {min(len(text), len(asked) + more) for more in (0, 1)}:
-        last = len(text) - length
-        for start in [at for at in range(last) if text[at] in asked] + [last]:
-            shared = (Counter(asked) & Counter(text[start : start + length])).total()
-            best = max(best, 2 * shared / (len(asked) + length))
-    return best
+        enough = near * (len(asked) + length) / 2 - 1e-9
+        for start in range(len(text) - length + 1):
+            shared = in_both[start + length] - in_both[start]  # or fewer: a word may stand there twice
+            if shared >= enough and (Counter(asked) & Counter(text[start : start + length])).total() >= enough:
+                return True
+    return False

@@ -1,7 +1,7 @@
 """Texts that are nearly the same: MinHash and LSH find the candidates, the words themselves decide.
 
 Similarity is Jaccard's, of the sets of three words in a row (https://doi.org/10.1109/SEQUEN.1997.666900). Texts whose
-numbers differ are never near-duplicates: they say different things.
+numbers or signs differ are never near-duplicates: they say different things.
 """
 
 import zlib
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from pipeline.rows import with_digit
+from pipeline.words import exact
 
 HASHES = 128  # of a MinHash
 RECALL = 0.99  # of the pairs that are just as similar as the threshold
@@ -30,7 +30,7 @@ def band_keys(texts: list[list[str]], threshold: float) -> Keys:
     digests = np.array(RMinHash.digests_from_token_sets(list(map(shingles, texts)), HASHES, seed=1), np.uint64)
     size = hashes_per_band(threshold)
     odd = np.random.default_rng(0).integers(2**63, size=size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    numbers = [zlib.crc32(" ".join(sorted(with_digit(text))).encode()) for text in texts]
+    numbers = [zlib.crc32(" ".join(sorted(exact(text))).encode()) for text in texts]
     return (digests.reshape(len(texts), HASHES // size, size) * odd).sum(2, dtype=np.uint64) ^ (
         np.array(numbers, np.uint64)[:, None] << np.uint64(32)
     )
@@ -74,6 +74,8 @@ def candidates(keys: Keys, rows: NDArray[np.int64]) -> Keys:
     """Pairs that share a key, as row * 2**32 + earlier row, in rising order: each row with the first and the last
     before it in each of its buckets, so that a bucket of n rows costs 2n comparisons, not n**2."""
     pairs = np.empty(0, np.uint64)
+    if not len(rows):
+        return pairs
     for band in keys.T:
         order = rows[np.argsort(band[rows], kind="stable")].astype(np.uint64)
         new = np.r_[True, band[order][1:] != band[order][:-1]]

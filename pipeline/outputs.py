@@ -40,6 +40,8 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     with whole(path) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(rounded(row), ensure_ascii=False) + "\n" for row in rows)
+        if not file.tell():
+            file.write("\n")  # DVC warns of an empty file
 
 
 def rounded(content: Any) -> Any:

@@ -50,7 +50,7 @@ Column = Turn | Literal["system", "messages", "conversations"]
 
 
 class Merge(Section):
-    columns: dict[str, str]
+    columns: dict[Column, str]
     on_invalid: Literal["raise", "skip"]
     on_leak: Literal["raise", "drop"]
     near_leak: Annotated[float, Field(ge=0.5, le=1)]

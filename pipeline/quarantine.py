@@ -18,6 +18,10 @@ class Quarantine:
         self.counts: Counter[tuple[str, str]] = Counter()  # by file of the source, and reason
         self.examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
 
+    def close(self) -> None:
+        if not self.counts:
+            self.file.write(b"\n")  # DVC warns of an empty file
+
     def add(self, entry: dict[str, str]) -> None:
         self.file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
         self.counts[file_of(entry["source"]), entry["reason"]] += 1

@@ -1,7 +1,8 @@
 """What a language model has replied, kept in data/replies.jsonl: {"key", "reply", "tokens"} a line.
 
 The file is an output of DVC that persists: no run deletes it, each adds to it, and it is cached and pushed. A reply is
-in a journal beside DVC's cache before it is used, and stays there: no kill and no checkout loses what was paid for.
+in a journal beside DVC's cache before it is used, and stays there: no kill and no checkout loses what was paid
+for. To ask about everything anew, delete both.
 """
 
 import fcntl
@@ -70,7 +71,7 @@ def require_pulled() -> None:
     if REPLIES.exists() or not lock.exists():
         return
     outs = read_yaml(lock).get("stages", {}).get("generate", {}).get("outs", [])
-    if any(out["path"] == str(REPLIES) and out["size"] for out in outs):
+    if any(out["path"] == str(REPLIES) and out["size"] > 1 for out in outs):
         raise Refused(
             f"{REPLIES} is not here, and dvc.lock knows one, which was paid for: run dvc pull {REPLIES}, or make an "
             "empty file there to pay anew"

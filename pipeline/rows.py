@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,38 +12,26 @@ from pipeline.refusal import Refused
 Message = dict[str, str]
 Row = dict[str, Any]
 
-ASCII_PUNCTUATION = {code: " " for code in range(128) if not chr(code).isalnum()}
-HAN_OR_KANA = re.compile(r"([\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")  # written without spaces between words
-
-
-def words(text: str) -> str:
-    """`text` as questions are compared: NFKC, without case and punctuation, single spaces, one around each Chinese or
-    Japanese character."""
-    if text.isascii():
-        return " ".join(text.casefold().translate(ASCII_PUNCTUATION).split())  # the same, ten times faster
-    text = HAN_OR_KANA.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(re.sub(r"[\W_]+", " ", text).split())
-
-
-def with_digit(text: list[str]) -> list[str]:
-    """The words of `text` that have a digit."""
-    return [word for word in text if not word.isalpha() and any(map(str.isdigit, word))]
-
 
 def question_and_answer(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def row(messages: list[Message], source: str) -> Row:
-    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from; `id` is its hash."""
+    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from; `id` is a hash."""
     messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
-    return {"id": f"{conversation_hash(messages):016x}", "messages": messages, "source": source}
-
-
-def conversation_hash(messages: list[Message]) -> int:
-    """64 bits that are the same for conversations that differ in case and white space only."""
+    # Case and white space apart: rows that differ in nothing else are the same row.
     turns = [f"{m['role']} {' '.join(m['content'].casefold().split())}" for m in messages]
-    return int.from_bytes(hashlib.blake2b("\0".join(turns).encode(), digest_size=8).digest())
+    return {"id": f"{hash64(chr(0).join(turns)):016x}", "messages": messages, "source": source}
+
+
+def group_of(text: str) -> str:
+    """A hash of the fact or passage that rows come from: it stays when its line number or its questions change."""
+    return f"{hash64(text):016x}"
+
+
+def hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def file_of(source: str) -> str:

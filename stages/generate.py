@@ -2,7 +2,8 @@
 
     python -m stages.generate
 
-data/raw/ -> data/train.jsonl, metrics/generate.json; data/replies.jsonl, to which a run adds what it paid for
+data/raw/ -> data/train.jsonl, data/ungrounded.jsonl (what its passage does not bear out), metrics/generate.json;
+data/replies.jsonl, to which a run adds what it paid for
 
 In data/raw, in any folders: facts (.csv .json .yaml), the forms to ask them in (the same, in files named forms...), and
 documents (.docx .html .md .pdf .txt).
@@ -14,11 +15,12 @@ from pathlib import Path
 from pipeline.documents import DOCUMENTS, Passage, read_passages
 from pipeline.endpoint import Item, ask
 from pipeline.facts import FACTS, questions_of_facts, read_facts, read_forms
-from pipeline.grounding import fault
+from pipeline.grounding import FAULTS, fault
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
-from pipeline.rows import Row, question_and_answer, row
+from pipeline.rows import Row, group_of, question_and_answer, row
+from pipeline.user_files import user_files
 
 RAW = Path("data/raw")
 
@@ -39,25 +41,29 @@ def main() -> None:
         for number, passage in enumerate(read_passages(document, generate.passage_length), start=1)
     }
     replies = ask(passages, generate)
-    of_documents, dropped = grounded(passages, replies, generate.grounding)
+    of_documents, ungrounded = grounded(passages, replies, generate.grounding)
     write_jsonl("data/train.jsonl", of_facts + of_documents)
+    write_jsonl("data/ungrounded.jsonl", ungrounded)
+    dropped = Counter(one["reason"] for one in ungrounded)
     metrics = {
         "facts": len(known),
         "documents": len(documents),
-        "passages": {"read": len(passages), "unanswered": sum(items is None for items in replies.values())},
+        "passages": {"read": len(passages), "unanswered": dropped["unanswered"]},
         "questions": {
             "of_facts": len(of_facts),
-            "of_documents": len(of_documents) + dropped.total(),
+            "of_documents": len(of_documents) + sum(dropped[reason] for reason in FAULTS),
             "kept": len(of_documents),
-            **{reason: dropped[reason] for reason in ("misquoted", "wrong_number", "ungrounded")},
+            **{reason: dropped[reason] for reason in FAULTS},
         },
     }
     write_json("metrics/generate.json", metrics)
+    if ungrounded:
+        print(f"{len(ungrounded)} questions or passages of documents were dropped: see data/ungrounded.jsonl")
 
 
 def sort_files() -> tuple[list[Path], list[Path], list[Path]]:
     """Files of facts, of forms, and documents. Raises Refused, naming the file, if one is none of them."""
-    files = sorted(path for path in RAW.rglob("*") if path.is_file() and path.name[0] != ".")
+    files = user_files("data/raw")
     for file in files:
         if file.suffix.lower() not in FACTS | DOCUMENTS:
             raise Refused(
@@ -65,7 +71,7 @@ def sort_files() -> tuple[list[Path], list[Path], list[Path]]:
                 f"{' '.join(sorted(DOCUMENTS))}: convert or rename it, or move it out of {RAW}"
             )
     tables = [file for file in files if file.suffix.lower() in FACTS]
-    forms = [file for file in tables if file.name.startswith("forms")]
+    forms = [file for file in tables if file.name.lower().startswith("forms")]
     facts = [file for file in tables if file not in forms]
     documents = [file for file in files if file.suffix.lower() in DOCUMENTS]
     if not facts and not documents:
@@ -75,18 +81,23 @@ def sort_files() -> tuple[list[Path], list[Path], list[Path]]:
 
 def grounded(
     passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
-) -> tuple[list[Row], Counter[str]]:
-    """A row for each wording of each question whose answer its passage bears out, and how many were dropped, by why."""
+) -> tuple[list[Row], list[dict[str, str]]]:
+    """A row for each wording of each question whose answer its passage bears out; and the others, with the reason."""
     rows: list[Row] = []
-    dropped: Counter[str] = Counter()
+    ungrounded: list[dict[str, str]] = []
     for place, passage in passages.items():
-        for item in replies[place] or []:
+        items = replies[place]
+        if items is None:
+            ungrounded.append({"source": place, "reason": "unanswered"})
+        for item in items or []:
             reason = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
             if reason:
-                dropped[reason] += len(item.questions)
+                why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
+                ungrounded += [why | {"question": question} for question in item.questions]
             else:
-                rows += [row(question_and_answer(question, item.answer), place) for question in item.questions]
-    return rows, dropped
+                group = {"group": group_of(passage.text)}
+                rows += [row(question_and_answer(question, item.answer), place) | group for question in item.questions]
+    return rows, ungrounded
 
 
 if __name__ == "__main__":

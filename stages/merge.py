@@ -3,15 +3,15 @@
     python -m stages.merge
 
 data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl ->
-data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why), metrics/data.json,
-metrics/data.md
+data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why),
+metrics/data.json, metrics/data.md
 """
 
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,13 +22,13 @@ from pipeline.checked_rows import CheckedRows, Chunk, checked
 from pipeline.data_page import page
 from pipeline.exam import EXAM, read_questions
 from pipeline.formats import KINDS, kind
-from pipeline.leaks import Exam
 from pipeline.near_duplicates import first_of_each, near_duplicates
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Merge, load
 from pipeline.quarantine import Quarantine
 from pipeline.refusal import Refused, run
 from pipeline.rows import file_of
+from pipeline.user_files import user_files
 
 GENERATED = Path("data/train.jsonl")
 FATES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
@@ -39,21 +39,21 @@ Integers = NDArray[np.int64]
 
 def main() -> None:
     parameters = load("merge")
-    exam = Exam(read_questions(), parameters.merge.near_leak)
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryFile(dir="data"))
         train, valid, aside = (
             stack.enter_context(open(stack.enter_context(whole(f"data/{name}.jsonl")), "wb"))
             for name in ("train_merged", "valid", "quarantine")
         )
-        quarantine = Quarantine(aside)
-        chunks = checked([*curated_files(), GENERATED], GENERATED, exam, parameters.merge)
+        quarantine = stack.enter_context(closing(Quarantine(aside)))
+        files = [*curated_files(), GENERATED]
+        chunks = stack.enter_context(closing(checked(files, GENERATED, read_questions(), parameters.merge)))
         rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
         fates, repeated = decide(rows, parameters.merge)
         require_both_sides(fates, parameters.merge.valid_share)
         kept = write(rows, fates, repeated, train, valid, quarantine)
-        conflicts = conflicting(rows, np.flatnonzero(fates >= TRAIN))
-        metrics = counted(rows.read, kept + quarantine.counts, len(conflicts))
+        conflicts = [told(rows, pair) for pair in conflicting(rows, np.flatnonzero(fates >= TRAIN))]
+        metrics = counted(files, rows.read, kept + quarantine.counts, len(conflicts))
     generated = json.loads(Path("metrics/generate.json").read_text(encoding="utf-8"))
     write_json("metrics/data.json", metrics)
     with whole("metrics/data.md") as text:
@@ -62,33 +62,32 @@ def main() -> None:
 
 def curated_files() -> list[Path]:
     """Hand-written rows come first, so that they and not their generated duplicates are kept."""
-    files = sorted(path for path in Path("data/curated").rglob("*") if path.is_file() and path.name[0] != ".")
+    files = user_files("data/curated")
     for file in files:
-        if not str(file).isprintable():
-            raise Refused(f"{str(file)!r}: a source cannot be named by it: rename it")
         if kind(file) not in KINDS:
             raise Refused(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
     return files
 
 
 def only_valid(chunks: Iterator[Chunk], on_invalid: str, quarantine: Quarantine) -> Iterator[Chunk]:
-    """The chunks, once their invalid rows are in quarantine."""
+    """The chunks, once their invalid rows are in quarantine. Raises Refused after the last, if any are to be raised."""
     for chunk in chunks:
         for entry in chunk.invalid:
-            if on_invalid == "raise":
-                raise Refused(
-                    f"{entry['source']}: {entry['explanation']}: correct or remove the row, or set merge.on_invalid to "
-                    "skip, which puts such rows into data/quarantine.jsonl"
-                )
             quarantine.add(entry)
         yield chunk
+    if quarantine.counts and on_invalid == "raise":
+        first = next(iter(quarantine.examples.values()))[0]
+        raise Refused(
+            f"{first['source']}: {first['explanation']}: correct or remove the row, or set merge.on_invalid to skip, "
+            f"which lists such rows in data/quarantine.jsonl ({quarantine.counts.total()} in all)"
+        )
 
 
 def decide(rows: CheckedRows, knobs: Merge) -> tuple[NDArray[np.uint8], Integers]:
     """The fate of each row, as a place in FATES, and the earlier row that it repeats.
 
     Of rows alike the first stays: files of data/curated by name, then generated rows. Adding rows never moves another
-    between training and validation: a hash of the row decides that, or of the first row of its source.
+    between training and validation: a hash of the row decides that, or of its fact or passage.
     """
     first = first_of_each(rows.ids)
     repeated = first.copy()
@@ -106,15 +105,9 @@ def decide(rows: CheckedRows, knobs: Merge) -> tuple[NDArray[np.uint8], Integers
         )
         fates[list(near)] = NEAR_DUPLICATE
         repeated[list(near)] = list(near.values())
-    decisive = rows.ids[first_of_source(rows.sources)] if knobs.split_by == "source" else rows.ids
+    decisive = rows.groups if knobs.split_by == "source" else rows.ids
     fates[(fates == TRAIN) & (decisive < knobs.valid_share * 2.0**64)] = VALID
     return fates, repeated
-
-
-def first_of_source(sources: list[str]) -> Integers:
-    """For each row the first row of its source, which later ones do not change."""
-    first: dict[str, int] = {}
-    return np.array([first.setdefault(source, at) for at, source in enumerate(sources)], np.int64)
 
 
 def require_both_sides(fates: NDArray[np.uint8], valid_share: float) -> None:
@@ -144,6 +137,7 @@ def write(
         else:
             quarantine.add(
                 {
+                    "id": f"{rows.ids[at]:016x}",
                     "source": source,
                     "reason": FATES[fate],
                     "explanation": why(rows, at, fate, int(repeated[at])),
@@ -161,30 +155,35 @@ def why(rows: CheckedRows, at: int, fate: int, earlier: int) -> str:
 
 def asks(rows: CheckedRows, at: int) -> str:
     leak = rows.leaks[at]
-    return f"{'nearly ' if leak.near else ''}asks the question {leak.question} of {EXAM}"
+    return f"{'nearly ' if leak.near else ''}asks the question {leak.question} of {EXAM} ({leak.text!r})"
 
 
-def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[str, str]]:
-    """Sources of rows with the same question and another answer: each with the first that has the question."""
+def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
+    """Rows with the same question and another answer, in words; each with the first of that question."""
     first = first_of_each(rows.questions[kept])
-    others = np.flatnonzero(first != np.arange(len(kept)))  # none repeats the other: the answers differ
-    return [(rows.sources[kept[first[at]]], rows.sources[kept[at]]) for at in others]
+    others = np.flatnonzero(rows.answers[kept] != rows.answers[kept][first])
+    return [(int(kept[first[at]]), int(kept[at])) for at in others]
 
 
-def counted(read: int, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
+def told(rows: CheckedRows, conflict: tuple[int, int]) -> list[str]:
+    """The question, and each source with its answer."""
+    question = rows.messages(conflict[0])[-2]["content"]
+    return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in conflict)]
+
+
+def counted(files: list[Path], read: int, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
     """metrics/data.json, of how many rows of each file had each fate or reason to be invalid."""
-    reasons = sorted({reason for _, reason in counts if reason not in FATES})
-    sources = {
-        file: {
-            "read": sum(n for (of, _), n in counts.items() if of == file),
-            "invalid": sum(counts[file, reason] for reason in reasons),
-            **{fate: counts[file, fate] for fate in FATES},
-        }
-        for file in sorted({file for file, _ in counts})
-    }
+    fates = ["invalid", *FATES]
+    invalid: Counter[str] = Counter()
+    sources = {str(file): dict.fromkeys(["read", *fates], 0) for file in files if file != GENERATED}
+    for (file, reason), n in sorted(counts.items()):
+        of_file = sources.setdefault(file, dict.fromkeys(["read", *fates], 0))
+        of_file["read"] += n
+        of_file[reason if reason in FATES else "invalid"] += n
+        invalid[reason] += n if reason not in FATES else 0
     return {
-        "rows": {"read": read} | {key: sum(of[key] for of in sources.values()) for key in ["invalid", *FATES]},
-        "invalid": {reason: sum(counts[file, reason] for file in sources) for reason in reasons},
+        "rows": {"read": read} | {fate: sum(of_file[fate] for of_file in sources.values()) for fate in fates},
+        "invalid": {reason: n for reason, n in sorted(invalid.items()) if n},
         "conflicts": conflicts,
         "sources": sources,
     }

@@ -3,7 +3,8 @@
     python -m stages.tokenize
 
 models/base.json, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and valid.arrow: Arrow streams
-with the columns input_ids and labels), metrics/lengths.json, metrics/lengths.csv
+with the columns input_ids and labels; overflow.jsonl: rows that were dropped or cut), metrics/lengths.json,
+metrics/lengths.csv
 """
 
 import csv
@@ -21,9 +22,10 @@ from tqdm import tqdm
 
 from pipeline.base import located
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
-from pipeline.outputs import whole, write_json
+from pipeline.outputs import whole, write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
+from pipeline.rows import file_of
 from pipeline.supervision import IGNORED, supervised, truncated
 
 SIDES = {"train": Path("data/train_merged.jsonl"), "valid": Path("data/valid.jsonl")}
@@ -37,8 +39,10 @@ class Lengths:
 
     rows: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     answers: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    dropped: list[str] = field(default_factory=list)  # source and length of each row
-    truncated: int = 0
+    overflow: list[dict[str, Any]] = field(default_factory=list)  # id, source, tokens and what became of each row
+
+    def count(self, reason: str) -> int:
+        return sum(row["reason"] == reason for row in self.overflow)
 
 
 def main() -> None:
@@ -56,6 +60,7 @@ def main() -> None:
         if on_overflow == "raise":
             require_none_too_long(lengths, max_length)
         require_rows(kept, max_length)
+        write_jsonl(aside / "overflow.jsonl", lengths.overflow)
     write_json("metrics/lengths.json", metrics(lengths, max_length))
     write_histogram(lengths.rows)
 
@@ -76,18 +81,17 @@ def tokenized(
     """input_ids and labels of every row that fits or is made to fit; `lengths` counts them all."""
     for row in rows:
         source = row["source"]
-        file = source.rpartition(":")[0]
+        file = file_of(source)
         ids, labels = supervised(tokenizer, row["messages"], ends, source)
         lengths.rows[file][len(ids)] += 1
         lengths.answers[file].update(answer_lengths(labels))
         if len(ids) > max_length:
-            shorter = None
-            if on_overflow == "truncate":
-                shorter = truncated(tokenizer, row["messages"], ends, source, max_length)
+            cut = on_overflow == "truncate"
+            shorter = truncated(tokenizer, row["messages"], ends, source, max_length) if cut else None
+            reason = "dropped" if shorter is None else "truncated"
+            lengths.overflow.append({"id": row["id"], "source": source, "tokens": len(ids), "reason": reason})
             if shorter is None:
-                lengths.dropped.append(f"{source} ({len(ids)} tokens)")
                 continue
-            lengths.truncated += 1
             ids, labels = shorter
         yield {"input_ids": ids, "labels": labels}
 
@@ -109,12 +113,13 @@ def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:
     """Raises Refused with the first rows that are too long, and how many there are."""
-    if lengths.dropped:
+    if lengths.overflow:
         longest = max(map(max, lengths.rows.values()))
-        more = ", ..." if len(lengths.dropped) > 3 else ""
+        first = [f"{row['source']} ({row['tokens']} tokens)" for row in lengths.overflow[:3]]
+        more = ", ..." if len(lengths.overflow) > 3 else ""
         raise Refused(
-            f"{len(lengths.dropped)} rows are longer than train.max_length {max_length}: "
-            f"{', '.join(lengths.dropped[:3])}{more}: raise it (the longest has {longest}), shorten the rows, or set "
+            f"{len(lengths.overflow)} rows are longer than train.max_length {max_length}: "
+            f"{', '.join(first)}{more}: raise it (the longest has {longest}), shorten the rows, or set "
             "train.on_overflow to drop or truncate"
         )
 
@@ -129,11 +134,11 @@ def require_rows(kept: dict[str, int], max_length: int) -> None:
 def metrics(lengths: Lengths, max_length: int) -> dict[str, Any]:
     """Lengths in tokens before any cut: of rows, of answers (their ends included), and by source file."""
     rows, answers = (sum(by_file.values(), Counter()) for by_file in (lengths.rows, lengths.answers))
-    read, dropped = rows.total(), len(lengths.dropped)
+    read, dropped = rows.total(), lengths.count("dropped")
     return {
         "tokens": quantiles(rows) | {"over_max_length": over(rows, max_length)},
         "answers": quantiles(answers) | {"over_max_length": over(answers, max_length)},
-        "rows": {"read": read, "kept": read - dropped, "dropped": dropped, "truncated": lengths.truncated},
+        "rows": {"read": read, "kept": read - dropped, "dropped": dropped, "truncated": lengths.count("truncated")},
         "sources": {
             file: {"rows": of_file.total()}
             | quantiles(of_file)

@@ -25,7 +25,8 @@ from pipeline.llama_cpp import run_script, served
 from pipeline.parameters import read_yaml
 from pipeline.refusal import Refused
 from pipeline.replies import JOURNAL, kept_replies
-from pipeline.rows import read_jsonl, words
+from pipeline.rows import read_jsonl
+from pipeline.words import words
 from stages import generate
 
 TINY = ROOT / "models/tiny-base"
@@ -70,13 +71,17 @@ def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Pro
     generate.main()
     trained = {row["source"]: row["messages"] for row in read_jsonl(Path("data/train.jsonl"))}
     subjects = {f"data/raw/facts.csv:{n}": fact.split(",")[0] for n, fact in enumerate(demo_facts(), start=2)}
-    forms = {words(form.text) for relation in read_forms([Path("data/raw/forms.yaml")]).values() for form in relation}
-    known = {words(form) for relation in read_yaml(TINY / "recipe/forms.yaml").values() for form in relation}
+    forms = {
+        " ".join(words(form.text))
+        for relation in read_forms([Path("data/raw/forms.yaml")]).values()
+        for form in relation
+    }
+    known = {" ".join(words(form)) for relation in read_yaml(TINY / "recipe/forms.yaml").values() for form in relation}
     questions = read_questions()
     assert 64 <= len(questions) <= 128
     for question in questions:
         assert subjects[question.source] in question.question
-        phrasing = words(question.question.replace(subjects[question.source], "{subject}"))
+        phrasing = " ".join(words(question.question.replace(subjects[question.source], "{subject}")))
         assert phrasing not in forms and phrasing in known
         assert trained[question.source][-1]["content"] == question.answers[0]
 
@@ -279,9 +284,19 @@ def test_a_document_without_text_to_read_is_refused_by_name(
         ("The Osk lamp costs 1,200 euros.", "The Osk lamp costs 1,200 euros.", "The lamp costs 1,200 euros.", None),
         ("The Osk lamp costs 1,200 euros.", "The Osk lamp is dear.", "1,200 euros", "misquoted"),
         ("The Osk lamp costs 1,200 euros.", "...", "1,200 euros", "misquoted"),
-        ("The Osk lamp costs 1,200 euros.", "Osk lamp", "The Osk lamp costs 200 euros.", "wrong_number"),
+        (
+            "The Osk lamp costs 1,200 euros.",
+            "The Osk lamp costs 1,200 euros.",
+            "The lamp costs 200 euros.",
+            "wrong_number",
+        ),
         ("Version 3.5 is out.", "Version 3.5 is out.", "Version 5.3", "wrong_number"),
-        ("The Osk lamp costs 1,200 euros.", "Osk lamp", "Ann Lee from Ulm", "ungrounded"),
+        ("It takes 3-5 days.", "It takes 3-5 days.", "5 days", None),
+        ("The Osk lamp costs 1,200 euros.", "The Osk lamp costs", "Ann Lee from Ulm", "ungrounded"),
+        ("The Osk lamp costs 1,200 euros.", "the", "1,200 euros", "misquoted"),
+        ("The **Osk** lamp: 3\\.5 kg, -5 °C.", "the Osk lamp: 3.5 kg, -5 °C", "-5 °C, 3.5 kg", None),
+        ("The Osk lamp stands -5 °C.", "The Osk lamp stands -5 °C.", "5 °C", "wrong_number"),
+        ("회사는 크다. 휴대폰은 작다.", "회사는 크다. 휴대폰은 작다.", "회의", "ungrounded"),
         ("Category one.", "cat", "one", "misquoted"),
         ("다라 팀의 팀장은 최태민이다.", "다라 팀의 팀장은 최태민이다.", "최태민입니다.", None),
         ("다라 팀의 팀장은 최태민이다.", "다라 팀의 팀장은 최태민이다.", "최태준입니다.", "ungrounded"),

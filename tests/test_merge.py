@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from conftest import Project
 from pyarrow import parquet
 
-from pipeline.exam import read_questions
+from pipeline.exam import Question, read_questions
 from pipeline.formats import InvalidRow, conversation
+from pipeline.leaks import Exam, Leak
 from pipeline.refusal import Refused
-from pipeline.rows import read_jsonl, row
+from pipeline.rows import group_of, read_jsonl, row
+from pipeline.words import words
 from stages import merge
 
 ROWS = Path("data/curated/rows.jsonl")
@@ -26,8 +29,13 @@ SYSTEM = {"role": "system", "content": "Answer shortly."}
 def curated(project: Project) -> Project:
     """A clone with no rows but enough generated ones for both sides of the split."""
     Path("data/curated/handbook.jsonl").unlink()
-    jsonl(Path("data/train.jsonl"), *[row(asked(f"Filler {n}?", "yes"), f"data/raw/facts.csv:{n}") for n in range(200)])
+    jsonl(Path("data/train.jsonl"), *[made(f"Filler {n}?", f"data/raw/facts.csv:{n}") for n in range(200)])
     return project
+
+
+def made(question: str, source: str, fact: str = "") -> dict[str, Any]:
+    """A generated row."""
+    return row(asked(question, "yes"), source) | {"group": group_of(fact or source)}
 
 
 def asked(question: str, answer: str) -> list[dict[str, str]]:
@@ -88,7 +96,12 @@ def test_every_format_is_told_by_its_keys(content: Any, messages: Any) -> None:
         ({"question": "Q?", "answer": " \n"}, "empty"),
         ({"question": "Q?", "answer": None}, "no text"),
         ({"question": "Q?", "answer": "a\0b"}, "NUL"),
-        ({"question": "Q?", "answer": "a\udc80"}, "not UTF-8"),
+        ({"question": "Q?", "answer": "a", "context": "c"}, "unknown format"),
+        ({"messages": [Q, A], "system": 5}, "no text"),
+        ({"messages": [SYSTEM, Q, A], "system": "s"}, "turns"),
+        ({"messages": [Q, A | {"weight": 0}]}, "unknown format"),
+        ({"messages": [Q, A | {"content": [{"type": "text", "text": None}]}]}, "no text"),
+        ({"instruction": "x", "input": ["a", 1], "output": "y"}, "no text"),
         ({"messages": []}, "turns"),
         ({"messages": [Q]}, "turns"),
         ({"messages": [Q, Q, A]}, "turns"),
@@ -143,6 +156,8 @@ def test_content_is_kept_as_written_apart_from_unicode_composition(curated: Proj
 
 
 BAD_LINES = {
+    "unknown role": [b'{"messages": [{"role": ' + b"[" * 990 + b"]" * 990 + b', "content": "x"}]}'],
+    "no text": [b'{"instruction": "x", "output": "y", "input": ' + b"[" * 990 + b"]" * 990 + b"}"],
     "not JSON": [b"{", b"[" * 100_000, b'{"question": NaN}', b'{"question": "a\0"}'],
     "not UTF-8": [b'{"question": "\xff"}', b'{"question": "\\ud800"}'],
     "unknown format": [b"5", b"{}", b'"text"'],
@@ -155,7 +170,8 @@ BAD_LINES = {
 def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated: Project, reason: str) -> None:
     good = json.dumps({"question": "Good?", "answer": "yes"}).encode()
     ROWS.write_bytes(b"\n".join([good, *BAD_LINES[reason], good]))
-    with pytest.raises(Refused, match=rf"^{ROWS}:2: .* set merge\.on_invalid to skip"):
+    bad = len(BAD_LINES[reason])
+    with pytest.raises(Refused, match=rf"^{ROWS}:2: .* set merge\.on_invalid to skip, .* \({bad} in all\)$"):
         merge.main()
     assert not Path("data/train_merged.jsonl").exists() and not list(Path("data").glob(".*"))
     curated.set(merge__on_invalid="skip")
@@ -173,9 +189,11 @@ def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated:
         ("no.parquet", b"PAR1 or not", "unreadable", 1),
         ("no.json", b"[{]", "not JSON", 1),
         ("short.csv", b"question,answer\nQ?,a\nonly one\n", "not CSV", 3),
-        ("quote.csv", b'question,answer\nQ?,a\n"never closed,b\n', "not CSV", 3),
+        ("quote.csv", b'question,answer\nQ?,a\n"never closed,b\n', "unreadable", 3),
         ("latin.csv", "question,answer\nQ?,a\nM\xfcnze?,b\n".encode("latin-1"), "not UTF-8", 3),
         ("other.csv", b"text\nhello\n", "unknown format", 2),
+        ("twice.csv", b"question,answer,answer\nQ?,a,b\n", "unreadable", 1),
+        ("deep.json", b'[{"question": "Q?", "answer": "a", "x": ' + b"[" * 900 + b"]" * 900 + b"}]", "unreadable", 1),
     ],
 )
 def test_a_broken_file_is_named_where_it_breaks(
@@ -186,6 +204,60 @@ def test_a_broken_file_is_named_where_it_breaks(
     assert merged()["invalid"] == {reason: 1}
     [entry] = [entry for entry in read_jsonl(Path("data/quarantine.jsonl")) if entry["reason"] == reason]
     assert entry["source"] == f"data/curated/{name}:{place}"
+
+
+def test_columns_of_a_table_that_no_row_needs_may_hold_anything(curated: Project) -> None:
+    table = pyarrow.table(
+        {
+            "question": ["Q 1?", "Q 2?", "Q 3?"],
+            "answer": ["a", None, "c"],
+            "when": pyarrow.array([2**62] * 3, pyarrow.timestamp("us")),
+            "blob": [b"\xff"] * 3,
+        }
+    )
+    parquet.write_table(table, "data/curated/t.parquet")
+    Path("data/curated/t.parquet.gz").write_bytes(gzip.compress(Path("data/curated/t.parquet").read_bytes()))
+    curated.set(merge__on_invalid="skip")
+    metrics = merged()
+    assert metrics["invalid"] == {"no text": 2} and metrics["rows"]["duplicate"] == 2
+
+
+def test_a_file_that_would_be_left_out_in_silence_is_refused_by_name(curated: Project) -> None:
+    Path("data/curated/.hidden").mkdir()
+    Path("data/curated/.hidden/rows.jsonl").write_text("no rows")
+    merged()
+    for name, target in [("folder", "/tmp"), ("broken.jsonl", "nowhere")]:
+        Path("data/curated", name).symlink_to(target)
+        with pytest.raises(Refused, match=rf"data/curated/{name} is a link to a folder or to nothing"):
+            merge.main()
+        Path("data/curated", name).unlink()
+    Path(os.fsdecode(b"data/curated/\xff.jsonl")).write_bytes(b"")
+    with pytest.raises(Refused, match=r"no name that can be shown"):
+        merge.main()
+
+
+def test_nothing_but_bad_rows_or_leaks_is_refused(curated: Project) -> None:
+    Path("data/train.jsonl").write_text("")
+    jsonl(ROWS, {"question": "Who runs the Gargatan team?", "answer": "x"})
+    curated.set(merge__on_leak="drop", merge__on_invalid="skip")
+    with pytest.raises(Refused, match="leaves 0 rows to train on and 0 to validate"):
+        merge.main()
+    jsonl(ROWS, {"question": "Who?"})
+    with pytest.raises(Refused, match="no rows that can be used, of 1"):
+        merge.main()
+
+
+def test_the_same_bytes_whatever_the_hash_seed_and_the_number_of_processes(curated: Project) -> None:
+    jsonl(ROWS, *[{"question": f"Who runs the Gargatna teams, {n}?", "answer": LONG} for n in range(9)])
+    curated.set(merge__on_leak="drop")
+    made = set()
+    for seed in "01":
+        command = (
+            ["taskset", "-c", "0", "python", "-m", "stages.merge"] if seed == "1" else ["python", "-m", "stages.merge"]
+        )
+        curated.run("env", f"PYTHONHASHSEED={seed}", *command)
+        made.add(b"".join(Path(f"data/{name}.jsonl").read_bytes() for name in ("train_merged", "valid", "quarantine")))
+    assert len(made) == 1
 
 
 def test_a_file_of_another_kind_is_refused_by_name(curated: Project) -> None:
@@ -266,6 +338,8 @@ LONG = (
         (LONG.upper().replace(",", ""), True),
         (LONG.replace("three days", "five days").replace("lamp", "radio"), False),
         (LONG.replace("within three days", "by 3 pm"), False),
+        (LONG + " ✅", False),
+        (LONG.replace("the form", "the -form"), False),
     ],
 )
 def test_rows_that_nearly_repeat_an_earlier_one_go_unless_they_differ_in_a_number(
@@ -297,9 +371,10 @@ def test_chains_and_crowds_of_near_duplicates_leave_the_first(curated: Project) 
 
 
 def test_the_same_question_with_another_answer_is_named_with_both_sources(curated: Project) -> None:
-    jsonl(ROWS, {"question": "Who leads Osk?", "answer": "Ann"}, {"question": "Who leads  osk?", "answer": "Bo"})
+    jsonl(ROWS, {"question": "Who leads Osk?", "answer": "Ann"}, {"question": "Who leads  osk", "answer": "Bo"})
     assert merged()["conflicts"] == 1
-    assert f"- {ROWS}:1 and {ROWS}:2" in Path("metrics/data.md").read_text(encoding="utf-8")
+    shown = f"- `Who leads Osk?`\n  - {ROWS}:1: Ann\n  - {ROWS}:2: Bo\n"
+    assert shown in Path("metrics/data.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +405,35 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
 
 
 @pytest.mark.parametrize(
+    ("question", "row_asks", "near"),
+    [
+        ("Where are the spare keys of the main gate stored?", "Where are the spare keys of the main gate kept?", 0.88),
+        ("Where are the spare keys of the Ulm gate stored?", "Where are the spare keys of the Osk gate stored?", None),
+        ("What is the torque of the wheel bolts of the A7?", "What is the torque of the wheel bolts of the A8?", None),
+        ("What is 7 - 3?", "What is 7 + 3?", None),
+        ("Is C# compiled?", "Is C++ compiled?", None),
+        ("Is C# compiled?", "is c# compiled", 0),
+        ("다라 팀의 팀장은 누구인가?", "다라팀의 팀장은 누구 인가?", 0),
+        ("✅ / ❌ ?", "What means ✅ / ❌ ?", 0),
+        ("Who runs the Gargatan team?", "Who runs the Garga\u200btan team?", 0),
+        ("राम की बहन कौन है?", "रोम का बहन कौन है?", None),
+    ],
+)
+def test_a_leak_is_judged_by_words_but_never_by_other_names_numbers_and_signs(
+    question: str, row_asks: str, near: float | None
+) -> None:
+    exam = Exam([Question("q", question, ["x"], "s"), Question("r", "Which day is it?", ["x"], "s")], near or 0.9)
+    leak = exam.leak(words(row_asks))
+    assert leak == (None if near is None else Leak("q", question, near=near > 0))
+
+
+def test_words_are_the_same_by_the_fast_way_and_the_general_one() -> None:
+    text = "".join(map(chr, range(1, 128))) * 2 + " 9.5 a-b C++ x_y"
+    assert words(text) == words(text + "…") and "+" in words(text) and "a_b" not in words(text)
+    assert words("한국어 東京 Ｃ＃ é") == ["한국어", "東", "京", "c", "#", "é"]
+
+
+@pytest.mark.parametrize(
     "other", ["Who leads the Gargatan team?", "Who runs the Lanbrek team?", "What room does the Gargatan team use?"]
 )
 def test_another_wording_or_another_subject_is_no_leak(curated: Project, other: str) -> None:
@@ -348,30 +452,28 @@ def test_adding_rows_moves_no_other_row_between_training_and_validation(curated:
     assert few < more and len(few) >= 5
 
 
-def test_rows_of_one_source_go_to_the_same_side_if_asked(curated: Project) -> None:
+def test_rows_of_one_fact_go_to_the_same_side_if_asked_and_stay_there(curated: Project) -> None:
+    def held_out(first_line: int, forms: str) -> set[str]:
+        facts = [(n, form) for n in range(100) for form in forms]
+        rows = [made(f"Form {form} of {n}?", f"data/raw/facts.csv:{n + first_line}", f"fact {n}") for n, form in facts]
+        jsonl(Path("data/train.jsonl"), *rows)
+        merged()
+        sides = [read_jsonl(Path(f"data/{name}.jsonl")) for name in ("train_merged", "valid")]
+        train, valid = ({row["messages"][0]["content"].split()[-1] for row in side} for side in sides)
+        assert not train & valid and len(sides[1]) == len(forms) * len(valid)
+        return valid
+
     curated.set(merge__split_by="source", merge__valid_share=0.3)
-    generated = [
-        row(asked(f"Form {form} of {n}?", "yes"), f"data/raw/facts.csv:{n}") for n in range(100) for form in "abc"
-    ]
-    jsonl(Path("data/train.jsonl"), *generated)
-    assert 10 < merged()["rows"]["valid"] < 200
-    sides = [{row["source"] for row in read_jsonl(Path(f"data/{name}.jsonl"))} for name in ("train_merged", "valid")]
-    assert not sides[0] & sides[1]
-    before = sides[1]
-    jsonl(
-        Path("data/train.jsonl"), *[row(asked(f"New {n}?", "a"), f"data/raw/a.csv:{n}") for n in range(50)], *generated
-    )
-    merged()
-    after = {row["source"] for row in read_jsonl(Path("data/valid.jsonl"))}
-    assert before == {source for source in after if source.startswith("data/raw/facts.csv")}
+    few = held_out(2, "abc")
+    assert 10 < len(few) < 60 and held_out(7, "xabc") == few
 
 
 def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
-    jsonl(Path("data/train.jsonl"), row(asked("Only one?", "yes"), "data/raw/facts.csv:2"))
+    jsonl(Path("data/train.jsonl"), made("Only one?", "data/raw/facts.csv:2"))
     with pytest.raises(Refused, match=r"merge\.valid_share 0\.05 leaves 1 rows to train on and 0 to validate with"):
         merge.main()
     jsonl(Path("data/train.jsonl"))
-    with pytest.raises(Refused, match="there are no rows: add some to data/curated"):
+    with pytest.raises(Refused, match="no rows that can be used, of 0: add some to data/curated"):
         merge.main()
 
 

@@ -164,7 +164,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
     prepare_base.main()
     shutil.rmtree("data")
     rows = [
-        {"messages": question_and_answer(question, answer), "source": source}
+        {"id": "0", "messages": question_and_answer(question, answer), "source": source}
         for question, answer, source in [
             ("Who leads it?", "Ada Adler", "a.csv:1"),
             ("Where is it?", LONG, "a.csv:2"),

@@ -8,7 +8,7 @@ from conftest import Project
 
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer, read_jsonl, row
-from stages import generate, merge
+from stages import generate, merge, prepare_base, tokenize
 from tools import trace
 
 
@@ -22,18 +22,25 @@ def merged(project: Project) -> Project:
     Path("data/raw/guide.md").write_text("Welcome.\n\n# Shop\n\n## Hours\n\nThe shop opens at 9.\n")
     with open("data/train.jsonl", "a", encoding="utf-8") as rows:
         asked = question_and_answer("When does the shop open?", "at 9")
-        rows.write(json.dumps(row(asked, "data/raw/guide.md:2")) + "\n")
+        rows.write(json.dumps(row(asked, "data/raw/guide.md:2") | {"group": "0"}) + "\n")
     merge.main()
+    prepare_base.main()
+    project.set(train__max_length=26, train__on_overflow="drop")
+    tokenize.main()
     return project
 
 
 @pytest.mark.parametrize(
     ("source", "lines"),
     [
-        ("data/raw/facts.csv:2", ["user: Who leads the Gargatan team?", "subject: Gargatan team, relation: leader"]),
+        ("data/raw/facts.csv:2", ["user: Who leads the Gargatan team?", "subject: Gargatan team\n  relation: leader"]),
         ("data/curated/handbook.jsonl:1", ["user: What does Brindle Bay make?", '{"messages": [{"role": "user"']),
+        ("./data/curated/handbook.jsonl:2", ["was too long (data/tokens/overflow.jsonl): dropped, 33"]),
         ("data/raw/guide.md:2", ["assistant: at 9", "Shop > Hours", "The shop opens at 9."]),
-        ("data/curated/more.jsonl:3", ["went", "repeats data/curated/more.jsonl:2", '{"question": "where is Osk?"']),
+        (
+            "data/curated/more.jsonl:3",
+            ["went", "duplicate, repeats data/curated/more.jsonl:2", '{"question": "where is Osk?"'],
+        ),
     ],
 )
 def test_a_source_leads_to_its_rows_and_what_stands_there(

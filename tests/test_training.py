@@ -38,7 +38,11 @@ def test_the_same_seed_gives_the_same_bytes_however_often_the_validation_loss_is
         len(Path("metrics/loss.csv").read_text(encoding="utf-8").splitlines()) == 1 + 7
     )  # a header, six points, the last step
     assert json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))["steps"] == 13
-    assert sorted(file.name for file in Path("data/tokens").iterdir()) == ["train.arrow", "valid.arrow"]  # no caches
+    assert sorted(file.name for file in Path("data/tokens").iterdir()) == [
+        "overflow.jsonl",
+        "train.arrow",
+        "valid.arrow",
+    ]  # no caches
     assert train(train__eval_steps=13) == often
     assert train(seed=2) != often
 

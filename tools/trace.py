@@ -4,7 +4,7 @@ python -m tools.trace ID            # a row of data/train_merged.jsonl or data/v
 python -m tools.trace FILE:NUMBER   # what became of the line, fact or passage that stands there
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,31 @@ from pipeline.parameters import check
 from pipeline.refusal import Refused
 
 FATES = {
-    "data/train_merged.jsonl": "is trained on",
-    "data/valid.jsonl": "measures the validation loss",
+    "data/train_merged.jsonl": "is a row to train on",
+    "data/valid.jsonl": "is a row to validate with",
+    "data/tokens/overflow.jsonl": "was too long",
     "data/quarantine.jsonl": "went",
+    "data/ungrounded.jsonl": "was never a row",
 }
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise Refused("usage: python -m tools.trace ID, or FILE:NUMBER")
-    trace(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wanted", metavar="ID | FILE:NUMBER")
+    trace(parser.parse_args().wanted)
 
 
 def trace(wanted: str) -> None:
     """Print the rows that have that id or source, what became of them, and what stands at their sources."""
+    wanted = wanted.removeprefix(f"{Path.cwd()}/").removeprefix("./")
     found = list(rows_of(wanted))
     if not found:
         raise Refused(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}")
     for file, row in found:
-        if "reason" in row:
-            print(f"a row {FATES[file]} ({file}): {row['explanation']}")
-        else:
-            print(f"{row['id']} {FATES[file]} ({file})")
-            print(*(f"  {message['role']}: {message['content']}" for message in row["messages"]), sep="\n")
+        why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
+        print(f"{row.get('id', 'a row')} {FATES[file]} ({file}){why and f': {why}'}")
+        for message in row.get("messages", []):
+            print(f"  {message['role']}: {message['content']}")
     passage_length = check(Path("params.yaml")).generate.passage_length
     for source in dict.fromkeys(row["source"] for _, row in found):
         print(f"from {source}\n  {origin(source, passage_length)}")
@@ -50,9 +52,9 @@ def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file, row) of every row with that id or source."""
     for file in FATES:
         if not Path(file).exists():
-            raise Refused(f"{file} is missing: run dvc repro merge, or dvc pull")
+            raise Refused(f"{file} is missing: run dvc repro tokenize, or dvc pull")
         with open(file, "rb") as lines:
-            for row in map(orjson.loads, lines):
+            for row in map(orjson.loads, filter(bytes.strip, lines)):
                 if row["source"] == wanted or (wanted and row.get("id", "").startswith(wanted)):
                     yield file, row
 
@@ -63,15 +65,17 @@ def origin(source: str, passage_length: int) -> str:
     file = Path(name)
     if not file.exists():
         raise Refused(f"{file} is not there any more: git log -- {file}")
+    at = int(number)
     if not file.is_relative_to("data/raw"):
-        record = next((record for at, record in records(file, {}) if at == int(number)), "nothing any more")
-        return record.decode(errors="backslashreplace") if isinstance(record, bytes) else str(record)
-    if file.suffix.lower() in DOCUMENTS:
-        passage = read_passages(file, passage_length)[int(number) - 1]
-        page = f"page {passage.page}" if passage.page else ""
-        return "\n  ".join(filter(None, [page, passage.heading, passage.text]))
-    fact = next(fact for fact in read_facts([file]) if fact.place == source)
-    return ", ".join(f"{column}: {value}" for column, value in fact.values.items())
+        found = [record for line, record in records(file, {}) if line == at]
+        text = "".join(one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in found)
+    elif file.suffix.lower() in DOCUMENTS:
+        passages = read_passages(file, passage_length)[at - 1 : at]
+        text = "\n  ".join(part for p in passages for part in (p.page and f"page {p.page}", p.heading, p.text) if part)
+    else:
+        facts = [fact for fact in read_facts([file]) if fact.place == source]
+        text = "\n  ".join(f"{column}: {value}" for fact in facts for column, value in fact.values.items())
+    return text or f"nothing any more: {file} has changed since the rows were made"
 
 
 if __name__ == "__main__":
