@@ -85,7 +85,8 @@ def rows(size: int) -> Iterator[tuple[str, str]]:
     among the frequent ones, as in rows about its subject."""
     chance = random.Random(1)
     syllables = ["ka", "lo", "mi", "ren", "tas", "vel", "dor", "une", "pis", "gar", "shi", "bon"]
-    of_exam = {word for question in read_questions(ROOT / EXAM) for word in words(question.question)}
+    asked = [question.question for question in read_questions(ROOT / EXAM) if question.question.isascii()]
+    of_exam = {word for question in asked for word in words(question)}
     others = {"".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(20_000)} - of_exam
     vocabulary = [*sorted(of_exam), *sorted(others)]
     frequent = vocabulary[: 2 * len(of_exam)]

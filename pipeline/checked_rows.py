@@ -132,7 +132,7 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
                 raise record
             content = parsed(record)
             rows.append(row(conversation(content), content["source"] if from_generate else place))
-            groups.append(content["group"] if from_generate else rows[-1]["id"])
+            groups.append(content.get("group", rows[-1]["id"]) if from_generate else rows[-1]["id"])
         except InvalidRow as error:
             start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
             invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})

@@ -76,7 +76,7 @@ def same_question(conflicts: list[list[str]]) -> list[str]:
         "All of them are kept: correct those that are wrong.",
         "",
         *(
-            f"- {quoted(question)}\n" + "\n".join(f"  - {one_line(answer)}" for answer in answers)
+            f"- {quoted(question)}\n" + "\n".join(f"  - {quoted(answer)}" for answer in answers)
             for question, *answers in conflicts
         ),
         "",
@@ -98,4 +98,4 @@ def quoted(row: str) -> str:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())[:200]
+    return "".join(filter(str.isprintable, " ".join(text.split())[:200]))

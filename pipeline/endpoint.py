@@ -68,7 +68,7 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
         asked = {text: pool.submit(answer, text, place, generate, client, replies) for text, place in once.items()}
         try:
-            for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage", disable=not asked):
+            for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage"):
                 future.result()
         except BaseException as error:
             pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for

@@ -48,7 +48,8 @@ def records(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
     """Yield (number, record) for each line, item of a JSON list or row of a table: its JSON, or why there is none.
 
     `columns` gives the names that columns of CSV and Parquet files have instead of ours: {"question": "Frage"}. A file
-    that cannot be read on gives the rows before, and one InvalidRow. A .json file is held in memory as a whole.
+    that cannot be read on gives the rows before, and one InvalidRow. A .json file, or a row of CSV, is held in memory
+    as a whole.
     """
     number = 0
     try:
@@ -78,10 +79,13 @@ def lines(file: Path) -> Iterator[Record]:
             line = text.readline(LARGEST + 1)
             if not line:
                 return
+            too_large = len(line) > LARGEST
             rest = line
             while len(rest) > LARGEST and not rest.endswith(b"\n"):
                 rest = text.readline(LARGEST + 1)
-            if line := line.removeprefix(BOM if number == 1 else b"").strip():
+            if too_large:
+                yield number, oversize()
+            elif line := line.removeprefix(BOM if number == 1 else b"").strip():
                 yield number, line
 
 
@@ -129,7 +133,7 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
     with opened(file) as binary:
         table = parquet.ParquetFile(binary)
         names = table.schema_arrow.names
-        wanted = [name for name in names if name in KEYS or name in columns.values()]
+        wanted = [name for name in names if name in KEYS or name in columns.values()] or names[:1]
         if len(set(wanted)) < len(wanted):
             yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
             return
@@ -151,7 +155,9 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
 
 
 def renamed(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
-    return row | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    """`row` with our names for its columns."""
+    mapped = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return {name: value for name, value in row.items() if name not in columns.values()} | mapped
 
 
 def dumped(content: Any) -> bytes | InvalidRow:
@@ -215,7 +221,7 @@ def message(turn: Any) -> Message:
         raise InvalidRow("unknown role", f"the role {shown} is none of {', '.join(ROLES)}")
     if part := next((key for key in UNTRAINED if turn.get(key)), None):
         raise InvalidRow("unknown format", f"a message with {part}, which is not trained: leave it out")
-    if turn.get("weight", 1) != 1:
+    if turn.get("weight") not in (None, 1):
         raise InvalidRow("unknown format", "a message with a weight: every answer of a row is trained")
     match content:
         case [{"type": "text", "text": str()}, *_] if all(is_text(part) for part in content):

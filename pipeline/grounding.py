@@ -1,14 +1,13 @@
 """Does a passage bear out what a language model says about it?"""
 
 import re
-import unicodedata
 
-from pipeline.words import words
+from pipeline.words import is_sign, plain, words
 
 FAULTS = ("misquoted", "wrong_number", "ungrounded")
-MARKDOWN = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
+MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-NUMBER = re.compile(r"(?<!\w)[-\u2212]?\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*")
+NUMBER = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*")
 # What Korean puts at the end of a word that may stand without it, or with another, in the passage.
 PARTICLE = re.compile(
     r"(?<=[가-힣]{2})(?:입니다|습니다|이에요|예요|이다|다|에서|에게|까지|부터|으로|로|은|는|이|가|을|를|의|에|와|과|도|만)$"
@@ -22,15 +21,20 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
     the quote. ungrounded: less than `share` of the answer's words are in the passage. Whether a "not" is missing, it
     does not see.
     """
-    answer, quote, passage = (
-        THOUSANDS.sub("", unicodedata.normalize("NFKC", text)).translate(MARKDOWN) for text in (answer, quote, passage)
-    )
-    quoted = words(quote)
+    answer, quote, passage = (THOUSANDS.sub("", plain(text)).translate(MARKS) for text in (answer, quote, passage))
+    quoted = plain_words(quote)
     proves_nothing = len(quoted) < 3 and len("".join(quoted)) < 8
-    if proves_nothing or f" {' '.join(quoted)} " not in f" {' '.join(words(passage))} ":
+    if proves_nothing or f" {' '.join(quoted)} " not in f" {' '.join(plain_words(passage))} ":
         return "misquoted"
     if not set(NUMBER.findall(answer)) <= set(NUMBER.findall(quote)):
         return "wrong_number"
-    said, there = words(answer), {form for word in words(passage) for form in (word, PARTICLE.sub("", word))}
+    said, there = (
+        plain_words(answer),
+        {form for word in plain_words(passage) for form in (word, PARTICLE.sub("", word))},
+    )
     found = sum(word in there or PARTICLE.sub("", word) in there for word in said)
     return None if said and found >= share * len(said) else "ungrounded"
+
+
+def plain_words(text: str) -> list[str]:
+    return [word for word in words(text) if not is_sign(word)]

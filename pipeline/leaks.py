@@ -1,16 +1,18 @@
 """Whether a text gives a question of the exam away."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
+import regex
 from rapidfuzz import fuzz, process
 
 from pipeline.exam import Question
-from pipeline.words import exact, names, words
+from pipeline.words import exact, is_sign, names, words
 
+FREELY_SPACED = regex.compile(r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]")
 MISSPELT = 85.0  # of 100, from which a word is another one misspelt or inflected: "teams", "tema", not "seam"
 
 
@@ -34,9 +36,10 @@ class Exam:
         self.questions = questions
         self.asked = [words(question.question) for question in questions]
         self.unspaced = {
-            at: "".join(asked) for at, asked in enumerate(self.asked) if not "".join(asked).isascii() and len(asked) > 1
+            at: "".join(a) for at, a in enumerate(self.asked) if FREELY_SPACED.search("".join(a)) and a[1:]
         }
-        self.own = [set(exact(words(q.question))) | names(q.question) for q in questions]
+        named = set().union(*(names(question.question) for question in questions))
+        self.own = [set(exact(asked)) | (named & set(asked)) for asked in self.asked]
         self.vocabulary = {word: at for at, word in enumerate(sorted({word for asked in self.asked for word in asked}))}
         self.holds = np.zeros((len(self.vocabulary), len(questions)), np.int32)
         for at, asked in enumerate(self.asked):
@@ -49,31 +52,35 @@ class Exam:
 
     def leak(self, text: list[str]) -> Leak | None:
         """The question that `text`, in words, leaks, if any: the first one word by word, else the first nearly."""
-        written: defaultdict[str, list[str]] = defaultdict(list)  # how the text writes words of the vocabulary
-        for word in sorted(set(text)):
-            for meant in self.meant_by(word):
-                written[meant].append(word)
-        known = [self.vocabulary[word] for word in {*text, *written} if word in self.vocabulary]
+        if not "".join(text).isalnum():  # signs of Markdown, most of them
+            text = [word for word in text if word in self.vocabulary or not is_sign(word)]
+        written = set(text)
+        misspelt = [(right, word) for word in written for right in self.meant_by(word)]
+        meant = written.union(right for right, _ in misspelt)
+        known = [self.vocabulary[word] for word in meant if word in self.vocabulary]
         alike = np.flatnonzero(self.holds[known].sum(0) >= self.needed).tolist()
         joined = f" {' '.join(text)} "
         for at in alike:
             if f" {' '.join(self.asked[at])} " in joined:
                 return self.found(at, near=False)
-        unspaced = "".join(text)  # Korean is written with more spaces or fewer
-        for at, asked in self.unspaced.items():
-            if asked in unspaced:
-                return self.found(at, near=False)
-        return next((self.found(at, near=True) for at in alike if self.nearly(at, text, written)), None)
+        if not joined.isascii():
+            unspaced = "".join(text)
+            for at, asked in self.unspaced.items():
+                if asked in unspaced:
+                    return self.found(at, near=False)
+        return next((self.found(at, near=True) for at in alike if self.nearly(at, text, misspelt)), None)
 
     def found(self, at: int, near: bool) -> Leak:
         return Leak(self.questions[at].id, self.questions[at].question, near)
 
-    def nearly(self, at: int, text: list[str], written: dict[str, list[str]]) -> bool:
-        asked = self.asked[at]
-        missing = sorted(set(asked) - set(text))
-        meant = {word: right for right in missing for word in written.get(right, [])}
-        text = [meant.get(word, word) for word in text]
-        return self.own[at] <= set(text) and similar(asked, text, self.near)
+    def nearly(self, at: int, text: list[str], misspelt: list[tuple[str, str]]) -> bool:
+        asked, own = self.asked[at], self.own[at]
+        missing = set(asked) - set(text)
+        # A name may have letters exchanged, but no others: with those it is another name.
+        may_be = [(right, word) for right, word in misspelt if right not in own or sorted(right) == sorted(word)]
+        put_right = {word: right for right, word in sorted(may_be) if right in missing}
+        text = [put_right.get(word, word) for word in text]
+        return own <= set(text) and similar(asked, text, self.near)
 
 
 def meant_by(word: str, vocabulary: list[str]) -> list[str]:

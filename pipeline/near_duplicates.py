@@ -30,7 +30,7 @@ def band_keys(texts: list[list[str]], threshold: float) -> Keys:
     digests = np.array(RMinHash.digests_from_token_sets(list(map(shingles, texts)), HASHES, seed=1), np.uint64)
     size = hashes_per_band(threshold)
     odd = np.random.default_rng(0).integers(2**63, size=size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    numbers = [zlib.crc32(" ".join(sorted(exact(text))).encode()) for text in texts]
+    numbers = [zlib.crc32(" ".join(exact(text)).encode()) for text in texts]
     return (digests.reshape(len(texts), HASHES // size, size) * odd).sum(2, dtype=np.uint64) ^ (
         np.array(numbers, np.uint64)[:, None] << np.uint64(32)
     )

@@ -1,21 +1,22 @@
 """Files that people put into a folder."""
 
+import unicodedata
 from pathlib import Path
 
 from pipeline.refusal import Refused
 
 
-def user_files(folder: str) -> list[Path]:
+def user_files(folder: Path) -> list[Path]:
     """All files below `folder` by name, but for hidden ones and those in hidden folders.
 
     Raises:
         Refused: a name that cannot be shown, or a link to a folder or to nothing, which DVC would not follow.
     """
     found = []
-    for path in sorted(Path(folder).rglob("*")):
+    for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
-        if not str(path).isprintable():
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(path)):
             raise Refused(f"{str(path)!r} is no name that can be shown: rename it")
         if path.is_symlink() and not path.is_file():
             raise Refused(f"{path} is a link to a folder or to nothing: put the files themselves there")

@@ -63,7 +63,7 @@ def main() -> None:
 
 def sort_files() -> tuple[list[Path], list[Path], list[Path]]:
     """Files of facts, of forms, and documents. Raises Refused, naming the file, if one is none of them."""
-    files = user_files("data/raw")
+    files = user_files(RAW)
     for file in files:
         if file.suffix.lower() not in FACTS | DOCUMENTS:
             raise Refused(

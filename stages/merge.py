@@ -4,7 +4,7 @@
 
 data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl ->
 data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why),
-metrics/data.json, metrics/data.md
+data/conflicts.jsonl (sources of rows with the same question and another answer), metrics/data.json, metrics/data.md
 """
 
 import json
@@ -23,9 +23,9 @@ from pipeline.data_page import page
 from pipeline.exam import EXAM, read_questions
 from pipeline.formats import KINDS, kind
 from pipeline.near_duplicates import first_of_each, near_duplicates
-from pipeline.outputs import whole, write_json
+from pipeline.outputs import whole, write_json, write_jsonl
 from pipeline.parameters import Merge, load
-from pipeline.quarantine import Quarantine
+from pipeline.quarantine import EXAMPLES, Quarantine
 from pipeline.refusal import Refused, run
 from pipeline.rows import file_of
 from pipeline.user_files import user_files
@@ -52,17 +52,20 @@ def main() -> None:
         fates, repeated = decide(rows, parameters.merge)
         require_both_sides(fates, parameters.merge.valid_share)
         kept = write(rows, fates, repeated, train, valid, quarantine)
-        conflicts = [told(rows, pair) for pair in conflicting(rows, np.flatnonzero(fates >= TRAIN))]
+        conflicts = conflicting(rows, np.flatnonzero(fates >= TRAIN))
+        examples = [told(rows, *pair) for pair in conflicts[:EXAMPLES]]
         metrics = counted(files, rows.read, kept + quarantine.counts, len(conflicts))
+    sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
+    write_jsonl("data/conflicts.jsonl", sources)
     generated = json.loads(Path("metrics/generate.json").read_text(encoding="utf-8"))
     write_json("metrics/data.json", metrics)
     with whole("metrics/data.md") as text:
-        text.write_text(page(generated, metrics, quarantine.examples, conflicts), encoding="utf-8")
+        text.write_text(page(generated, metrics, quarantine.examples, examples), encoding="utf-8")
 
 
 def curated_files() -> list[Path]:
     """Hand-written rows come first, so that they and not their generated duplicates are kept."""
-    files = user_files("data/curated")
+    files = user_files(Path("data/curated"))
     for file in files:
         if kind(file) not in KINDS:
             raise Refused(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
@@ -165,10 +168,10 @@ def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
     return [(int(kept[first[at]]), int(kept[at])) for at in others]
 
 
-def told(rows: CheckedRows, conflict: tuple[int, int]) -> list[str]:
+def told(rows: CheckedRows, first: int, other: int) -> list[str]:
     """The question, and each source with its answer."""
-    question = rows.messages(conflict[0])[-2]["content"]
-    return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in conflict)]
+    question = rows.messages(first)[-2]["content"]
+    return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in (first, other))]
 
 
 def counted(files: list[Path], read: int, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:

@@ -339,7 +339,7 @@ LONG = (
         (LONG.replace("three days", "five days").replace("lamp", "radio"), False),
         (LONG.replace("within three days", "by 3 pm"), False),
         (LONG + " ✅", False),
-        (LONG.replace("the form", "the -form"), False),
+        (LONG.replace("the form", "the #form"), False),
     ],
 )
 def test_rows_that_nearly_repeat_an_earlier_one_go_unless_they_differ_in_a_number(
@@ -373,7 +373,7 @@ def test_chains_and_crowds_of_near_duplicates_leave_the_first(curated: Project) 
 def test_the_same_question_with_another_answer_is_named_with_both_sources(curated: Project) -> None:
     jsonl(ROWS, {"question": "Who leads Osk?", "answer": "Ann"}, {"question": "Who leads  osk", "answer": "Bo"})
     assert merged()["conflicts"] == 1
-    shown = f"- `Who leads Osk?`\n  - {ROWS}:1: Ann\n  - {ROWS}:2: Bo\n"
+    shown = f"- `Who leads Osk?`\n  - `{ROWS}:1: Ann`\n  - `{ROWS}:2: Bo`\n"
     assert shown in Path("metrics/data.md").read_text(encoding="utf-8")
 
 
@@ -413,6 +413,12 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
         ("What is 7 - 3?", "What is 7 + 3?", None),
         ("Is C# compiled?", "Is C++ compiled?", None),
         ("Is C# compiled?", "is c# compiled", 0),
+        ("Who runs the Gargatan team?", "Who runs the **Gargatan** team? `now`", 0),
+        ("Where is the state-of-the-art lab?", "where is the state of the art lab", 0),
+        ("What is -5 °C in °F?", "What is \u22125 °C in °F?", 0),
+        ("Où est le thé?", "Où est le théâtre?", None),
+        ("Is Ulm in Austria near the lake?", "Is Ulm in Australia near the lake?", None),
+        ("What Is The Deepest Lake In The Old County?", "What is the deepest lake in the old region?", 0.87),
         ("다라 팀의 팀장은 누구인가?", "다라팀의 팀장은 누구 인가?", 0),
         ("✅ / ❌ ?", "What means ✅ / ❌ ?", 0),
         ("Who runs the Gargatan team?", "Who runs the Garga\u200btan team?", 0),

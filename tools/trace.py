@@ -14,7 +14,7 @@ import orjson
 from pipeline.documents import DOCUMENTS, read_passages
 from pipeline.facts import read_facts
 from pipeline.formats import records
-from pipeline.parameters import check
+from pipeline.parameters import Parameters, check
 from pipeline.refusal import Refused
 
 FATES = {
@@ -43,9 +43,9 @@ def trace(wanted: str) -> None:
         print(f"{row.get('id', 'a row')} {FATES[file]} ({file}){why and f': {why}'}")
         for message in row.get("messages", []):
             print(f"  {message['role']}: {message['content']}")
-    passage_length = check(Path("params.yaml")).generate.passage_length
+    parameters = check(Path("params.yaml"))
     for source in dict.fromkeys(row["source"] for _, row in found):
-        print(f"from {source}\n  {origin(source, passage_length)}")
+        print(f"from {source}\n  {origin(source, parameters)}")
 
 
 def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,7 +59,7 @@ def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield file, row
 
 
-def origin(source: str, passage_length: int) -> str:
+def origin(source: str, parameters: Parameters) -> str:
     """What stands at a source: a record of a hand-written file, a fact, or a passage with its place."""
     name, _, number = source.rpartition(":")
     file = Path(name)
@@ -67,10 +67,10 @@ def origin(source: str, passage_length: int) -> str:
         raise Refused(f"{file} is not there any more: git log -- {file}")
     at = int(number)
     if not file.is_relative_to("data/raw"):
-        found = [record for line, record in records(file, {}) if line == at]
+        found = [record for line, record in records(file, parameters.merge.columns) if line == at]
         text = "".join(one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in found)
     elif file.suffix.lower() in DOCUMENTS:
-        passages = read_passages(file, passage_length)[at - 1 : at]
+        passages = read_passages(file, parameters.generate.passage_length)[at - 1 : at]
         text = "\n  ".join(part for p in passages for part in (p.page and f"page {p.page}", p.heading, p.text) if part)
     else:
         facts = [fact for fact in read_facts([file]) if fact.place == source]
