@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,17 +82,17 @@ def prepare(project: Path, size: int) -> None:
 
 
 def rows(size: int) -> Iterator[tuple[str, str]]:
-    """Words as often as in a language, the n-th most frequent 1/n as often as the first (Zipf); those of the exam are
-    among the frequent ones, as in rows about its subject."""
+    """Words as often as in a language: the n-th most frequent 1/n as often as the first (Zipf). Each eighth of the
+    frequent ones is the exam's, its own frequent ones first, as in rows about its subject."""
     chance = random.Random(1)
     syllables = ["ka", "lo", "mi", "ren", "tas", "vel", "dor", "une", "pis", "gar", "shi", "bon"]
     asked = [question.question for question in read_questions(ROOT / EXAM) if question.question.isascii()]
-    of_exam = {word for question in asked for word in words(question)}
-    others = {"".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(20_000)} - of_exam
-    vocabulary = [*sorted(of_exam), *sorted(others)]
-    frequent = vocabulary[: 2 * len(of_exam)]
-    chance.shuffle(frequent)
-    vocabulary[: len(frequent)] = frequent
+    of_exam = [word for word, _ in Counter(word for question in asked for word in words(question)).most_common()]
+    others = sorted({"".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(20_000)} - {*of_exam})
+    chance.shuffle(others)
+    vocabulary = list(others)
+    for at, word in enumerate(of_exam):
+        vocabulary.insert(8 * at, word)
     weights = [1 / n for n in range(1, len(vocabulary) + 1)]
     recent: list[list[str]] = []
     for _ in range(size):

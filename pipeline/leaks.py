@@ -1,11 +1,9 @@
 """Whether a text gives a question of the exam away."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
-import numpy as np
 import regex
 from rapidfuzz import fuzz, process
 
@@ -35,52 +33,70 @@ class Exam:
         self.near = near
         self.questions = questions
         self.asked = [words(question.question) for question in questions]
-        self.unspaced = {
-            at: "".join(a) for at, a in enumerate(self.asked) if FREELY_SPACED.search("".join(a)) and a[1:]
-        }
+        together = {at: "".join(asked) for at, asked in enumerate(self.asked) if len(asked) > 1}
+        self.unspaced = {at: asked for at, asked in together.items() if FREELY_SPACED.search(asked)}
         named = set().union(*(names(question.question) for question in questions))
         self.own = [set(exact(asked)) | (named & set(asked)) for asked in self.asked]
-        self.vocabulary = {word: at for at, word in enumerate(sorted({word for asked in self.asked for word in asked}))}
-        self.holds = np.zeros((len(self.vocabulary), len(questions)), np.int32)
+        self.vocabulary = Counter(word for asked in self.asked for word in set(asked))
+        # A text that leaks a question lacks so many of its words at most, be it shorter than the question.
+        may_lack = [int(len(asked) * (2 - 2 * near) / (2 - near) + 1e-9) for asked in self.asked]
+        self.needed = [max(1, len(set(a)) - lacking) for a, lacking in zip(self.asked, may_lack, strict=True)]
+        # Which questions a text may leak, its two rarest words tell, or as many more as it may lack.
+        self.rare: defaultdict[str, list[int]] = defaultdict(list)
+        self.rare_needed = []
         for at, asked in enumerate(self.asked):
-            self.holds[[self.vocabulary[word] for word in asked], at] = 1
-        lengths = np.array([len(asked) for asked in self.asked])
-        may_lack = lengths - np.ceil(lengths * near / (2 - near) - 1e-9)  # of a text shorter than the question too
-        self.needed = np.maximum(1, self.holds.sum(0) - may_lack)
-        spellable = [word for word in self.vocabulary if not exact([word])]
-        self.meant_by = lru_cache(2**16)(lambda word: meant_by(word, spellable))
+            rarest = sorted(set(asked), key=lambda word: (self.vocabulary[word], word))[: may_lack[at] + 2]
+            self.rare_needed.append(max(1, len(rarest) - may_lack[at]))
+            for word in rarest:
+                self.rare[word].append(at)
+        self.spellable = [word for word in self.vocabulary if not exact([word])]
+        self.met: set[str] = set()  # words of the texts so far
+        self.misspelt: dict[str, list[str]] = {}  # those of them that may mean words of the vocabulary, and which
 
     def leak(self, text: list[str]) -> Leak | None:
         """The question that `text`, in words, leaks, if any: the first one word by word, else the first nearly."""
-        if not "".join(text).isalnum():  # signs of Markdown, most of them
+        joined = " ".join(text)
+        if not joined.replace(" ", "").isalnum():  # signs of Markdown, most of them
             text = [word for word in text if word in self.vocabulary or not is_sign(word)]
+            joined = " ".join(text)
         written = set(text)
-        misspelt = [(right, word) for word in written for right in self.meant_by(word)]
+        self.learn(written - self.met)
+        misspelt = [(right, word) for word in written & self.misspelt.keys() for right in self.misspelt[word]]
         meant = written.union(right for right, _ in misspelt)
-        known = [self.vocabulary[word] for word in meant if word in self.vocabulary]
-        alike = np.flatnonzero(self.holds[known].sum(0) >= self.needed).tolist()
-        joined = f" {' '.join(text)} "
+        rare = Counter(at for word in meant & self.rare.keys() for at in self.rare[word])
+        may_be = sorted(at for at, count in rare.items() if count >= self.rare_needed[at])
+        alike = [at for at in may_be if len(meant.intersection(self.asked[at])) >= self.needed[at]]
         for at in alike:
-            if f" {' '.join(self.asked[at])} " in joined:
+            if f" {' '.join(self.asked[at])} " in f" {joined} ":
                 return self.found(at, near=False)
         if not joined.isascii():
-            unspaced = "".join(text)
+            unspaced = joined.replace(" ", "")
             for at, asked in self.unspaced.items():
                 if asked in unspaced:
                     return self.found(at, near=False)
         return next((self.found(at, near=True) for at in alike if self.nearly(at, text, misspelt)), None)
+
+    def learn(self, new: set[str]) -> None:
+        if len(self.met) > 2**20:
+            self.met.clear()
+        for word in new:
+            if found := meant_by(word, self.spellable):
+                self.misspelt[word] = found
+        self.met |= new
 
     def found(self, at: int, near: bool) -> Leak:
         return Leak(self.questions[at].id, self.questions[at].question, near)
 
     def nearly(self, at: int, text: list[str], misspelt: list[tuple[str, str]]) -> bool:
         asked, own = self.asked[at], self.own[at]
-        missing = set(asked) - set(text)
+        written = set(text)
+        missing = set(asked) - written
         # A name may have letters exchanged, but no others: with those it is another name.
         may_be = [(right, word) for right, word in misspelt if right not in own or sorted(right) == sorted(word)]
         put_right = {word: right for right, word in sorted(may_be) if right in missing}
-        text = [put_right.get(word, word) for word in text]
-        return own <= set(text) and similar(asked, text, self.near)
+        if not own <= written.union(put_right.values()):
+            return False
+        return similar(asked, [put_right.get(word, word) for word in text], self.near)
 
 
 def meant_by(word: str, vocabulary: list[str]) -> list[str]:
@@ -93,7 +109,8 @@ def meant_by(word: str, vocabulary: list[str]) -> list[str]:
 
 def similar(asked: list[str], text: list[str], near: float) -> bool:
     """Whether a stretch of `text`, as long as the question or a word longer, is as similar to it as `near`."""
-    in_both = [0, *accumulate(word in asked for word in text)]
+    sought = set(asked)
+    in_both = [0, *accumulate(word in sought for word in text)]
     for length in {min(len(text), len(asked) + more) for more in (0, 1)}:
         enough = near * (len(asked) + length) / 2 - 1e-9
         for start in range(len(text) - length + 1):

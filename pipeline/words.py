@@ -5,6 +5,8 @@ import unicodedata
 
 import regex
 
+PROSE = {code: " " for code in range(128) if not chr(code).isalnum()}
+SIGN = re.compile(r"[-!#%&*@/\\+<=>|~^`$]")
 # A word; a sign that says something: -5, 7 - 3, a || b, !x, C++, ✅; but not - or ! in prose.
 ASCII = re.compile(r"[a-z0-9]+|[#%&*@/\\+<=>|~^`$]|(?<![a-z0-9])-(?=\s*[0-9])|!(?=[\w=(])")
 TOKEN = regex.compile(r"[\p{L}\p{M}\p{N}]+|[\p{S}#%&*@/\\‰§′″]|(?<![\p{L}\p{N}])-(?=\s*\p{N})|!(?=[\w=(])")
@@ -16,9 +18,9 @@ NAME = regex.compile(r"(?<=[^\s.?!:…][\s\"'“‘(]+)\p{Lu}[\p{L}\p{M}\p{N}]*"
 
 def words(text: str) -> list[str]:
     """The words and signs of `text` without regard to case, punctuation and Unicode's compatibility forms (NFKC)."""
-    return (
-        ASCII.findall(text.lower()) if text.isascii() else TOKEN.findall(UNSPACED.sub(r" \1 ", plain(text).casefold()))
-    )
+    if not text.isascii():
+        return TOKEN.findall(UNSPACED.sub(r" \1 ", plain(text).casefold()))
+    return ASCII.findall(text.lower()) if SIGN.search(text) else text.lower().translate(PROSE).split()
 
 
 def plain(text: str) -> str:
