@@ -18,7 +18,7 @@ Examples = Mapping[str, list[dict[str, str]]]
 
 def page(generated: dict[str, Any], metrics: dict[str, Any], examples: Examples, conflicts: list[list[str]]) -> str:
     """Markdown. `generated` is metrics/generate.json, `metrics` metrics/data.json; `examples` are entries of the
-    quarantine by reason, `conflicts` pairs of sources."""
+    quarantine by reason; `conflicts` are a question each, and two answers with their sources, the first few of all."""
     rows = metrics["rows"]
     return "\n".join(
         [
@@ -35,7 +35,7 @@ def page(generated: dict[str, Any], metrics: dict[str, Any], examples: Examples,
             *table(["file", *rows], [[file, *counts.values()] for file, counts in metrics["sources"].items()]),
             *documents(generated),
             *(line for reason in examples for line in gone(reason, metrics, examples[reason])),
-            *same_question(conflicts),
+            *same_question(metrics["conflicts"], conflicts),
         ]
     )
 
@@ -67,13 +67,13 @@ def gone(reason: str, metrics: dict[str, Any], examples: list[dict[str, str]]) -
     ]
 
 
-def same_question(conflicts: list[list[str]]) -> list[str]:
+def same_question(count: int, conflicts: list[list[str]]) -> list[str]:
     if not conflicts:
         return []
     return [
-        f"## The same question with another answer: {len(conflicts)}",
+        f"## The same question with another answer: {count}",
         "",
-        "All of them are kept: correct those that are wrong.",
+        "All of them are kept: correct those that are wrong. `data/conflicts.jsonl` has the sources of all.",
         "",
         *(
             f"- {quoted(question)}\n" + "\n".join(f"  - {quoted(answer)}" for answer in answers)
@@ -93,9 +93,5 @@ def share(n: int, of: int) -> str:
 
 def quoted(row: str) -> str:
     """The beginning of a row, which may hold anything, as one line of code."""
-    line = one_line(row).replace("`", "'")
+    line = "".join(filter(str.isprintable, " ".join(row.split())[:200])).replace("`", "'")
     return f"`{line}`" if line else ""
-
-
-def one_line(text: str) -> str:
-    return "".join(filter(str.isprintable, " ".join(text.split())[:200]))

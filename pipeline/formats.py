@@ -7,19 +7,19 @@ import itertools
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 import orjson
 import pyarrow
 from pyarrow import parquet
 
+from pipeline.parameters import Column
 from pipeline.rows import Message, question_and_answer
 
 LARGEST = 10 * 2**20  # bytes of a row: far more than any base reads at once
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-ONE_TURN = ("instruction", "input", "output", "prompt", "completion", "question", "answer")
 UNUSED = ("history", "context")  # what a row would be wrong without
-KEYS = {"messages", "conversations", "system", *ONE_TURN, *UNUSED}
+KEYS = {*get_args(Column), *UNUSED}
 BOM = b"\xef\xbb\xbf"
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that a row cannot hold
@@ -133,7 +133,7 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
     with opened(file) as binary:
         table = parquet.ParquetFile(binary)
         names = table.schema_arrow.names
-        wanted = [name for name in names if name in KEYS or name in columns.values()] or names[:1]
+        wanted = [name for name in names if name in KEYS or name in columns.values()]
         if len(set(wanted)) < len(wanted):
             yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
             return

@@ -45,8 +45,19 @@ class Generate(Section):
     token_budget: Positive
 
 
-Turn = Literal["question", "answer", "prompt", "completion", "instruction", "input", "output"]
-Column = Turn | Literal["system", "messages", "conversations"]
+# What merge tells the formats of rows apart by.
+Column = Literal[
+    "messages",
+    "conversations",
+    "system",
+    "question",
+    "answer",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+]
 
 
 class Merge(Section):

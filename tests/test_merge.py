@@ -377,6 +377,21 @@ def test_the_same_question_with_another_answer_is_named_with_both_sources(curate
     assert shown in Path("metrics/data.md").read_text(encoding="utf-8")
 
 
+def test_every_conflict_is_counted_on_the_page_and_named_in_the_file(curated: Project) -> None:
+    jsonl(ROWS, *[{"question": f"Who leads team {n // 2}?", "answer": f"Ann {n}"} for n in range(40)])
+    assert merged()["conflicts"] == 20
+    assert "## The same question with another answer: 20\n" in Path("metrics/data.md").read_text(encoding="utf-8")
+    pairs = [{"first": f"{ROWS}:{n}", "other": f"{ROWS}:{n + 1}"} for n in range(1, 40, 2)]
+    assert read_jsonl(Path("data/conflicts.jsonl")) == pairs
+
+
+def test_a_table_without_a_known_column_says_which_it_has(curated: Project) -> None:
+    when = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"when": when, "Frage": ["Q?"], "Antwort": ["a"]}), "data/curated/t.parquet")
+    with pytest.raises(Refused, match=r"t\.parquet:1: .*merge\.columns.* \['when', 'Frage', 'Antwort'\]"):
+        merge.main()
+
+
 @pytest.mark.parametrize(
     ("asked_row", "near"),
     [
