@@ -75,11 +75,16 @@ class Lora(Section):
     alpha: Positive
     dropout: Share
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    use_rslora: bool
+    use_dora: bool
+    modules_to_save: list[str]
+    trainable_tokens: Literal["auto"] | list[str]
 
 
 class Train(Section):
     max_length: Annotated[int, Field(ge=2)]
     on_overflow: Literal["raise", "drop", "truncate"]
+    mask_history: bool
     learning_rate: Annotated[float, Field(gt=0)]
     epochs: Annotated[float, Field(gt=0)]
     batch_size: Positive
@@ -90,7 +95,10 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)]
     optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
     gradient_checkpointing: Literal["auto"] | bool
+    adapter_dtype: Literal["float32", "bfloat16"]
     eval_steps: Positive
+    early_stopping_patience: Positive | None
+    load_best_model_at_end: bool
 
 
 class Evaluate(Section):

@@ -12,10 +12,10 @@ LEAST = 16  # answer tokens of a truncated row: fewer teach nothing
 
 
 def supervised(
-    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], place: str
+    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], place: str, mask_history: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and their labels: the ids of the assistant's turns, each up to and with its first
-    token in `ends`; IGNORED elsewhere.
+    """Token ids of a conversation, and their labels: the ids of the assistant's turns (with `mask_history`, of the last
+    alone), each up to and with its first token in `ends`; IGNORED elsewhere.
 
     Raises:
         Refused: naming `place`, if the template refuses the conversation, renders a turn's prompt differently once it
@@ -27,7 +27,7 @@ def supervised(
         raise Refused(f"{place}: the base's chat template refuses this row: {error}: reword it for this base") from None
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or (mask_history and i < len(messages) - 1):
             continue
         prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True)
         start = len(prompt)
@@ -53,7 +53,12 @@ def supervised(
 
 
 def truncated(
-    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], place: str, max_length: int
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    ends: set[int],
+    place: str,
+    max_length: int,
+    mask_history: bool = False,
 ) -> tuple[list[int], list[int]] | None:
     """`supervised` in at most `max_length` tokens, or None if the prompt leaves too few of them to the answer.
 
@@ -64,7 +69,7 @@ def truncated(
     turns = messages[len(system) :]
     while len(turns) > 2 and len(token_ids(tokenizer, system + turns)) > max_length:
         turns = turns[2:]
-    ids, labels = supervised(tokenizer, system + turns, ends, place)
+    ids, labels = supervised(tokenizer, system + turns, ends, place, mask_history)
     learnt = [at for at, label in enumerate(labels) if label != IGNORED]
     if max_length - learnt[0] < min(LEAST, len(learnt) - 1):
         return None

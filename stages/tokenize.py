@@ -48,6 +48,7 @@ class Lengths:
 def main() -> None:
     parameters = load("tokenize")
     max_length, on_overflow = parameters.train.max_length, parameters.train.on_overflow
+    mask_history = parameters.train.mask_history
     folder, _ = located()
     tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
     lengths = Lengths()
@@ -55,7 +56,7 @@ def main() -> None:
         aside.mkdir()
         kept = {}
         for side, file in SIDES.items():
-            rows = tokenized(read_rows(file), tokenizer, ends, max_length, on_overflow, lengths)
+            rows = tokenized(read_rows(file), tokenizer, ends, max_length, on_overflow, mask_history, lengths)
             kept[side] = write_arrow(aside / f"{side}.arrow", rows)
         if on_overflow == "raise":
             require_none_too_long(lengths, max_length)
@@ -76,18 +77,19 @@ def tokenized(
     ends: set[int],
     max_length: int,
     on_overflow: str,
+    mask_history: bool,
     lengths: Lengths,
 ) -> Iterator[dict[str, list[int]]]:
     """input_ids and labels of every row that fits or is made to fit; `lengths` counts them all."""
     for row in rows:
         source = row["source"]
         file = file_of(source)
-        ids, labels = supervised(tokenizer, row["messages"], ends, source)
+        ids, labels = supervised(tokenizer, row["messages"], ends, source, mask_history)
         lengths.rows[file][len(ids)] += 1
         lengths.answers[file].update(answer_lengths(labels))
         if len(ids) > max_length:
             cut = on_overflow == "truncate"
-            shorter = truncated(tokenizer, row["messages"], ends, source, max_length) if cut else None
+            shorter = truncated(tokenizer, row["messages"], ends, source, max_length, mask_history) if cut else None
             reason = "dropped" if shorter is None else "truncated"
             lengths.overflow.append({"id": row["id"], "source": source, "tokens": len(ids), "reason": reason})
             if shorter is None:

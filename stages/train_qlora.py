@@ -18,16 +18,17 @@ import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import LoraConfig
+from peft import get_peft_model
 from pyarrow.compute import list_value_length
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from pipeline.adapter import lora_config
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
-from pipeline.parameters import Lora, Parameters, load
+from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
 
 ADAPTER = Path("outputs/adapter")
@@ -44,6 +45,8 @@ def main() -> None:
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     model = load_quantized(folder, device, dtype)
     require_linear_layers(parameters.lora.target_modules, model)
+    model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
+    initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
@@ -52,12 +55,11 @@ def main() -> None:
             train_dataset=train,
             eval_dataset=valid,
             processing_class=load_tokenizer(folder),
-            peft_config=lora(parameters.lora),
             callbacks=[LossAtTheEnd()],
         )
-        for weight in trainer.model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()  # TRL made it bfloat16, in which small updates vanish
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:  # TRL rounded it to bfloat16, in which small updates vanish
+                weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started
@@ -83,16 +85,6 @@ def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> Non
     known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     if names != "all-linear" and (unknown := sorted(set(names) - known)):
         raise Refused(f"lora.target_modules: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
-
-
-def lora(knobs: Lora) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=knobs.r,
-        lora_alpha=knobs.alpha,
-        lora_dropout=knobs.dropout,
-        target_modules=knobs.target_modules,
-    )
 
 
 def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype, scratch: str) -> SFTConfig:

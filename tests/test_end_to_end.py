@@ -34,6 +34,7 @@ RERUN = {
     "train": {"train_qlora"},
     "train.max_length": {"tokenize"},
     "train.on_overflow": {"tokenize"},
+    "train.mask_history": {"tokenize"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
     "gguf": {"convert_gguf"},
 }

@@ -31,7 +31,7 @@ REMOVED = object()
     [
         ("lora.r", "abc", r"lora\.r is 'abc': input should be a valid integer"),
         ("lora.r", 0, r"lora\.r is 0: input should be greater than or equal to 1"),
-        ("lora.rr", 8, r"lora\.rr is not a parameter; accepted here: r, alpha, dropout, target_modules"),
+        ("lora.rr", 8, r"lora\.rr is not a parameter; accepted here: r, alpha, dropout, target_modules, use_rslora"),
         ("lora.r", REMOVED, r"lora\.r is missing"),
         ("lora", 5, r"lora is 5: input should be a valid dictionary"),
         ("lora.target_modules", 5, r"lora\.target_modules is 5: input should be 'all-linear', or .* list"),
