@@ -8,6 +8,7 @@ metrics/train_cost.json beside them, which DVC does not track because no two run
 
 import csv
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,11 @@ def main() -> None:
         model = load_quantized(folder, device, dtype)
         require_linear_layers(parameters.lora.target_modules, model)
         model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
-        arguments = training_arguments(parameters, device, dtype, checkpoints)
+        checkpoint = last_whole(checkpoints)
+        arguments = training_arguments(parameters, device, dtype)
+        arguments.output_dir, arguments.eval_on_start = str(checkpoints), checkpoint is None
         trainer = prepared(model, load_tokenizer(folder), arguments, parameters.train)
-        cost = timed(trainer, last_whole(checkpoints))
+        cost = timed(trainer, checkpoint)
         curve = loss_curve(trainer.state.log_history)
         save_adapter(model, folder, base)
         write_curve(curve)
@@ -80,7 +83,7 @@ def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, knobs: Trai
     """The trainer, with the adapter in `train.adapter_dtype`."""
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
-    callbacks: list[TrainerCallback] = [AtTheEnd(), Seal()]
+    callbacks: list[TrainerCallback] = [Measure(), Seal()]
     if knobs.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(knobs.early_stopping_patience))
     trainer = Trainer(model, arguments, None, train, valid, processing_class=tokenizer, callbacks=callbacks)
@@ -90,15 +93,12 @@ def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, knobs: Trai
     return trainer
 
 
-def training_arguments(
-    parameters: Parameters, device: torch.device, dtype: torch.dtype, checkpoints: Path
-) -> SFTConfig:
+def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> SFTConfig:
     on_gpu = device.type == "cuda"
     optimizer, checkpointing = parameters.train.optimizer, parameters.train.gradient_checkpointing
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
     return SFTConfig(
-        output_dir=str(checkpoints),
         seed=parameters.seed,
         use_cpu=not on_gpu,
         bf16=dtype == torch.bfloat16,
@@ -134,7 +134,12 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         tokens = TrainerState.load_from_json(checkpoint / "trainer_state.json").num_input_tokens_seen
         print(f"going on from {checkpoint.name} of a run that did not end", flush=True)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.OutOfMemoryError:
+        raise Refused("the GPU's memory does not suffice: make check tells which parameter to turn") from None
+    finally:
+        print(file=sys.stderr)  # the progress bar leaves its line open
     seconds = time.monotonic() - started
     return {"seconds": seconds, "tokens_per_second": (trainer.state.num_input_tokens_seen - tokens) / seconds}
 
@@ -152,12 +157,21 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         write_json(aside / "base.json", base)
 
 
-class AtTheEnd(TrainerCallback):
-    """Both losses are measured after the last step too, wherever eval_steps falls."""
+class Measure(TrainerCallback):
+    """Both losses are measured after the last step too, wherever eval_steps falls. A validation loss that rises well
+    above the untrained base's ends the run."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if not losses[-1] <= losses[0] + 1:
+            raise Refused(
+                f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
+                f"before training: {MEND}"
+            )
 
 
 class Seal(TrainerCallback):
@@ -180,12 +194,14 @@ def write_curve(curve: list[tuple[int, float, float]]) -> None:
 
 
 def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str, Any]:
-    """`loss` is that of the adapter that is kept: the one after `best_step` or after the last of all `steps`."""
+    """`loss.before` is the validation loss of the untrained base; the others are those of the adapter that is kept:
+    after `best_step`, or after the last of all `steps`."""
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     best = min(curve, key=lambda point: point[2])
     kept = best if trainer.args.load_best_model_at_end else curve[-1]
     lengths = list_value_length(trainer.train_dataset.with_format("arrow")["input_ids"]).to_numpy()
     return {
-        "loss": {"train": kept[1], "valid": kept[2]},
+        "loss": {"before": before, "train": kept[1], "valid": kept[2]},
         "steps": curve[-1][0],
         "best_step": best[0],
         "tokens": {
