@@ -22,6 +22,8 @@ from pipeline.parameters import Parameters, read_yaml
 from pipeline.refusal import Refused
 
 FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")
+WORKSPACE = Path(".dvc/tmp/train_qlora.lock")
+PATIENCE = 10.0  # seconds that a killed run is given to be gone
 BUDGET = 10 * 2**30  # bytes that the checkpoints of other unfinished runs may keep; the oldest go first
 CHECKSUMS = "checksums.json"  # the last file of a checkpoint
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
@@ -46,8 +48,8 @@ def checkpoint_folder(run: str) -> Iterator[Path]:
     """
     die_with_dvc()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    Path(".dvc/tmp").mkdir(parents=True, exist_ok=True)
-    with locked(Path(".dvc/tmp/train_qlora.lock"), 10), locked(FOLDER / f"{run}.lock", 10):
+    WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
+    with locked(WORKSPACE, PATIENCE), locked(FOLDER / f"{run}.lock", PATIENCE):
         prune(BUDGET, keep=run)
         folder = (FOLDER / run).absolute()  # Transformers notes where the best checkpoint lies
         folder.mkdir(exist_ok=True)
@@ -89,7 +91,7 @@ def prune(budget: int, keep: str) -> None:
     """Remove the oldest unfinished runs but `keep` and those that are at work, until the rest have `budget` bytes."""
     runs = sorted((run for run in FOLDER.iterdir() if run.is_dir() and run.name != keep), key=age, reverse=True)
     for run in runs:
-        budget -= sum(file.stat().st_size for file in run.rglob("*"))
+        budget -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
         if budget < 0:
             try:
                 with locked(run.with_suffix(".lock"), 0):
