@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -24,6 +27,35 @@ class Project:
         done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, env=environment() | self.env)
         assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def kill(self, *command: str, step: int, victim: str = "all", how: int = signal.SIGKILL) -> str:
+        """Start what trains, and when there is a whole checkpoint of `step` or a later one, send a signal to all of its
+        processes or to the first alone; its output. None outlives this."""
+        own = environment() | self.env
+        output = subprocess.PIPE
+        first = psutil.Popen(
+            command,
+            cwd=self.folder,
+            env=own,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        while not any(int(path.name[11:]) >= step for path in self.checkpoints()):
+            assert first.poll() is None, first.stdout.read()
+            time.sleep(0.01)
+        children = first.children(recursive=True)
+        os.killpg(first.pid, how) if victim == "all" else first.send_signal(how)
+        printed: str = first.communicate()[0]
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive, f"{command} was killed, and its children go on"
+        return printed
+
+    def checkpoints(self) -> list[Path]:
+        """Those that are whole, by their steps."""
+        sealed = self.folder.glob(".dvc/tmp/checkpoints/*/checkpoint-*/checksums.json")
+        return sorted((path.parent for path in sealed), key=lambda path: int(path.name[11:]))
 
     def set(self, **values: object) -> None:
         """Set parameters, named with two underscores for the dot: `set(lora__r=2)`."""

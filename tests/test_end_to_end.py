@@ -160,10 +160,14 @@ def test_an_experiment_in_a_temporary_folder_runs_what_its_parameter_changes_alo
     assert ran(done.stdout) == {"convert_gguf", "evaluate_gguf"}
 
 
-def test_a_queued_experiment_with_a_smaller_rank_trains_anew_and_scores_lower(finished: Project) -> None:
+def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_a_smaller_rank_scores_lower(
+    finished: Project,
+) -> None:
+    finished.kill("dvc", "exp", "run", "--temp", "-S", "lora.r=1", step=64)
     finished.run("dvc", "exp", "run", "--queue", "--name", "small", "-S", "lora.r=1")
     finished.run("dvc", "queue", "start")
     log = finished.run("dvc", "queue", "logs", "--follow", "small").stdout
+    assert "going on from checkpoint-" in log
     assert ran(log) == {"train_qlora", "evaluate", "merge_adapter", "convert_gguf", "evaluate_gguf"}
     for _ in range(60):  # the worker gathers the results after the last line of the log
         rows = csv.DictReader(finished.run("dvc", "exp", "show", "--csv").stdout.splitlines())

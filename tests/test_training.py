@@ -3,23 +3,23 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import Project, environment
+from conftest import Project
 
 from pipeline import checkpoints
 from pipeline.models import pick_device, pick_dtype
 from pipeline.refusal import Refused
 from stages import generate, merge, prepare_base, tokenize, train_qlora
+
+TRAIN = (sys.executable, "-m", "stages.train_qlora")
 
 
 @pytest.fixture
@@ -102,90 +102,60 @@ def test_training_ends_early_and_keeps_the_best_adapter(train: Callable[..., str
     assert told()[0] < 13
 
 
-class Killed:
-    """A training process of its own, ended when it has written some checkpoints."""
-
-    def __init__(self, *command: str, whole: int, victim: str = "all", how: int = signal.SIGKILL) -> None:
-        before = set(self.checkpoints())
-        self.process = psutil.Popen(
-            command,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        while len(set(self.checkpoints()) - before) < whole:
-            assert self.process.poll() is None, self.process.stdout.read()
-            time.sleep(0.01)
-        trainers = self.process.children(recursive=True)
-        if victim == "all":
-            os.killpg(self.process.pid, how)
-        else:
-            self.process.send_signal(how)
-        self.output = self.process.communicate()[0]
-        _, alive = psutil.wait_procs(trainers, timeout=10)
-        assert not alive, "an orphan trains on"
-
-    @staticmethod
-    def checkpoints() -> list[Path]:
-        return sorted(Path(".dvc/tmp/checkpoints").glob("*/checkpoint-*/checksums.json"))
-
-
-TRAIN = (sys.executable, "-m", "stages.train_qlora")
-
-
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
     train: Callable[..., str], project: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    def goes_on_from() -> str:
+        found = re.search(r"going on from (\S+) of a run", capfd.readouterr().out)
+        return found[1] if found else "the start"
+
     knobs = {"train__eval_steps": 2, "lora__dropout": 0.1}
     undisturbed = train(**knobs)
-    assert not list(Path(".dvc/tmp/checkpoints").glob("*/*"))  # a run that ends leaves none
-    Killed(*TRAIN, whole=3)
-    *older, newest = sorted((path.parent for path in Killed.checkpoints()), key=lambda path: int(path.name[11:]))
+    assert goes_on_from() == "the start"
+    assert not list(checkpoints.FOLDER.glob("*/*"))  # a run that ends leaves none
+    project.kill(*TRAIN, step=6)
+    *_, older, newest = project.checkpoints()
     with open(newest / "adapter_model.safetensors", "r+b") as file:
         file.truncate(1000)
     half_written = newest.with_name("checkpoint-99")
-    shutil.copytree(older[-1], half_written)
+    shutil.copytree(older, half_written)
     (half_written / "checksums.json").unlink()
-    capfd.readouterr()
     assert train(**knobs) == undisturbed
-    assert f"going on from {older[-1].name} of a run" in capfd.readouterr().out
+    assert goes_on_from() == older.name
 
-    Killed(*TRAIN, whole=1)
-    capfd.readouterr()
+    project.kill(*TRAIN, step=2)
     assert train(**knobs, seed=2) != undisturbed  # other parameters, data or code: from the start
-    assert "going on" not in capfd.readouterr().out
+    assert goes_on_from() == "the start"
     assert train(**knobs, seed=1) == undisturbed
-    assert "going on from checkpoint" in capfd.readouterr().out
+    assert goes_on_from().startswith("checkpoint-")
 
 
-def test_a_run_that_had_ended_but_for_its_outputs_ends_with_the_same_bytes(train: Callable[..., str]) -> None:
-    knobs = {"train__learning_rate": 2.0e-2, "train__eval_steps": 1, "train__early_stopping_patience": 1}
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_bytes(
+    train: Callable[..., str], patience: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    knobs = {"train__learning_rate": 2.0e-2, "train__eval_steps": 4, "train__early_stopping_patience": patience}
     undisturbed = train(**knobs)
-    steps = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))["steps"]
-    assert steps < 13
-    Killed(*TRAIN, whole=steps - 1)  # older ones were pruned: at least the last two but one
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_qlora, "save_adapter", killed)
+        train(**knobs)
     assert train(**knobs) == undisturbed
 
 
-def test_dvc_killed_alone_takes_its_trainer_with_it_and_the_next_repro_goes_on(project: Project) -> None:
-    project.set(train__epochs=1, train__eval_steps=2)
-    project.run("dvc", "repro", "tokenize")
-    Killed("dvc", "repro", "train_qlora", whole=2, victim="dvc")
-    done = project.run("dvc", "repro", "train_qlora")
-    assert "going on from checkpoint-" in done.stdout
-
-
-def test_ctrl_c_leaves_one_line_the_outputs_and_a_run_to_go_on_with(project: Project) -> None:
+def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_on_with(project: Project) -> None:
     project.set(train__epochs=0.5)
     project.run("dvc", "repro", "train_qlora")
-    adapter = Path("outputs/adapter/adapter_model.safetensors").read_bytes()
+    adapter = Path("outputs/adapter/adapter_model.safetensors")
+    before = adapter.read_bytes()
     project.set(train__epochs=1, train__eval_steps=2)
-    output = Killed("dvc", "repro", "train_qlora", whole=1, how=signal.SIGINT).output
-    assert "interrupted: dvc repro goes on from here" in output and "Traceback" not in output
-    assert Path("outputs/adapter/adapter_model.safetensors").read_bytes() == adapter
-    assert "going on from checkpoint-" in project.run("dvc", "repro", "train_qlora").stdout
+    project.kill("dvc", "repro", "train_qlora", step=4, victim="first")
+    printed = project.kill("dvc", "repro", "train_qlora", step=8, how=signal.SIGINT)
+    assert "going on from checkpoint-" in printed
+    assert "interrupted: dvc repro goes on from here" in printed and "Traceback" not in printed
+    assert adapter.read_bytes() == before
 
 
 def test_two_runs_do_not_train_beside_each_other(train: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
