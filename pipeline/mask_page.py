@@ -39,8 +39,8 @@ def page(shown: Shown, tokenizer: Any) -> str:
         [
             "# What is learnt",
             "",
-            "The first row of each file and the first with several answers, in the base's own chat template. Lines with "
-            "`+` are learnt, the others only read; `⏎` is a line break.",
+            f"The first row of each file (of {FILES} at most) and the first with several answers, as the base's chat",
+            "template renders them. Lines with `+` are learnt, the others only read; `⏎` is a line break.",
             "",
             *(line for row in shown.rows for line in section(*row, tokenizer)),
         ]
@@ -50,9 +50,8 @@ def page(shown: Shown, tokenizer: Any) -> str:
 def section(row: dict[str, Any], ids: list[int], labels: list[int], tokenizer: Any) -> Iterator[str]:
     learnt = sum(label != IGNORED for label in labels)
     lines = list(marked(ids, labels, tokenizer))
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", "".join(["`", *lines]))))
-    yield from [f"## {row['source']}", ""]
-    yield from [f"Row `{row['id']}`: {len(ids)} tokens, {learnt} of them learnt.", ""]
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", "\n".join(lines)))]))  # longer than any in the row
+    yield from [f"## {row['source']}", "", f"Row `{row['id']}`: {len(ids)} tokens, {learnt} of them learnt.", ""]
     yield from [f"{fence}diff", *lines, fence, ""]
 
 
