@@ -77,7 +77,7 @@ def go_template(tokenizer: Any) -> str:
         f'{{{{ if eq .Role "system" }}}}{system}'
         f'{{{{ else if eq .Role "user" }}}}{default_system and f"{{{{ if eq $i 0 }}}}{default_system}{{{{ end }}}}"}'
         f"{before_user}{{{{ .Content }}}}{before_old_answer}"
-        f'{opens_last and f"{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{opens_last}{{{{ end }}}}"}'
+        f"{opens_last and f'{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{opens_last}{{{{ end }}}}'}"
         f"{{{{ else }}}}{{{{ .Content }}}}{after_answer}{{{{ end }}}}"
         "{{ end }}"
     )

@@ -48,8 +48,8 @@ def supervised(
         learnt = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
         if learnt.strip() != message["content"].strip():
             changed = (
-                f"the base's chat template turns the answer of turn {i + 1} into {learnt!r}, which the exam would count "
-                "as wrong: choose another base.model"
+                f"the base's chat template turns the answer of turn {i + 1} into {learnt!r}, which the exam would "
+                "count as wrong: choose another base.model"
             )
             raise Refused(f"{place}: {thinking(message, i) or changed}")
         labels[start : end + 1] = ids[start : end + 1]
@@ -67,7 +67,9 @@ def thinking(message: dict[str, str], i: int) -> str:
 def prompt_differs(messages: list[dict[str, str]], i: int) -> str:
     differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
     if i < len(messages) - 1:
-        return f"{differs} and more turns: split the row, or set train.mask_history: true to learn its last answer alone"
+        return (
+            f"{differs} and more turns: split the row, or set train.mask_history: true to learn its last answer alone"
+        )
     return f"{differs}: choose another base.model"
 
 

@@ -108,7 +108,7 @@ SHAPE = {
 
 def llama3(folder: Path) -> None:
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    tokenizer = byte_level(LLAMA3, "{1,3}", special, bos_token=special[0], eos_token=special[4])
+    tokenizer = byte_level(LLAMA3, "{1,3}", special, [], bos_token=special[0], eos_token=special[4])
     tokenizer.save_pretrained(folder)
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     rope = {"rope_type": "llama3", "rope_theta": 500000.0} | scaling
@@ -142,7 +142,9 @@ def gemma3(folder: Path) -> None:
 FAMILIES: dict[str, Callable[[Path], None]] = {made.__name__: made for made in (llama3, qwen2, qwen3, gemma2, gemma3)}
 
 
-def byte_level(template: str, digits: str, special: list[str], plain: list[str] = [], **roles: str) -> PreTrainedTokenizerFast:
+def byte_level(
+    template: str, digits: str, special: list[str], plain: list[str], **roles: str
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT.format(digits=digits)), behavior="isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
