@@ -24,13 +24,14 @@ class Shown:
     def see(self, row: dict[str, Any], ids: list[int], labels: list[int]) -> None:
         """`ids` and `labels` of `row` as they are trained on; kept if it is one to be shown."""
         file = file_of(row["source"])
+        answers = sum(message["role"] == "assistant" for message in row["messages"])
         of_new_file = file not in self.files and len(self.files) < FILES
-        several_answers = sum(message["role"] == "assistant" for message in row["messages"]) > 1
-        if of_new_file or several_answers > self.several_answers:
-            self.rows.append((row, ids, labels))
-            self.several_answers |= several_answers
+        first_with_several = answers > 1 and not self.several_answers
         if of_new_file:
             self.files.add(file)
+        if of_new_file or first_with_several:
+            self.rows.append((row, ids, labels))
+        self.several_answers |= first_with_several
 
 
 def page(shown: Shown, tokenizer: Any) -> str:

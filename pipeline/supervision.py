@@ -59,6 +59,7 @@ def supervised(
 
 
 def thinking(message: dict[str, str], i: int) -> str:
+    """What to say of an answer that thinks, if it does: the template of a thinking model moves or removes that."""
     if "</think>" not in message["content"]:
         return ""
     return f"turn {i + 1} has a <think> block, and this pipeline trains without thinking: remove it from the answer"

@@ -101,7 +101,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": 512,
-    "initializer_range": 0.08,  # at 0.02 a random head cannot be sure of any token
+    "initializer_range": 0.08,  # with the usual 0.02 a random head cannot be sure of any token
     "dtype": "bfloat16",
 }
 
@@ -109,34 +109,28 @@ SHAPE = {
 def llama3(folder: Path) -> None:
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer = byte_level(LLAMA3, "{1,3}", special, [], bos_token=special[0], eos_token=special[4])
-    tokenizer.save_pretrained(folder)
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     rope = {"rope_type": "llama3", "rope_theta": 500000.0} | scaling
-    save(LlamaConfig(**SHAPE, rope_parameters=rope, tie_word_embeddings=False), tokenizer, folder)
+    save(folder, tokenizer, LlamaConfig(**SHAPE, rope_parameters=rope, tie_word_embeddings=False))
 
 
 def qwen2(folder: Path) -> None:
-    tokenizer = qwen(QWEN2)
-    tokenizer.save_pretrained(folder)
-    save(Qwen2Config(**SHAPE, tie_word_embeddings=False), tokenizer, folder)
+    save(folder, qwen(QWEN2), Qwen2Config(**SHAPE, tie_word_embeddings=False))
 
 
 def qwen3(folder: Path) -> None:
-    tokenizer = qwen(QWEN3)
-    tokenizer.save_pretrained(folder)
-    save(Qwen3Config(**SHAPE, tie_word_embeddings=True), tokenizer, folder)
+    save(folder, qwen(QWEN3), Qwen3Config(**SHAPE, tie_word_embeddings=True))
 
 
 def gemma2(folder: Path) -> None:
-    tokenizer = gemma(GEMMA2, folder)
     caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 15.0, "query_pre_attn_scalar": 64}
-    save(Gemma2Config(**SHAPE, **caps, sliding_window=16), tokenizer, folder)
+    save(folder, gemma(GEMMA2, folder), Gemma2Config(**SHAPE, **caps, sliding_window=16))
 
 
 def gemma3(folder: Path) -> None:
-    tokenizer = gemma(GEMMA3, folder)
     layers = {"num_hidden_layers": 6, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
-    save(Gemma3TextConfig(**SHAPE | layers, query_pre_attn_scalar=64, sliding_window=16), tokenizer, folder)
+    config = Gemma3TextConfig(**SHAPE | layers, query_pre_attn_scalar=64, sliding_window=16)
+    save(folder, gemma(GEMMA3, folder), config)
 
 
 FAMILIES: dict[str, Callable[[Path], None]] = {made.__name__: made for made in (llama3, qwen2, qwen3, gemma2, gemma3)}
@@ -196,31 +190,27 @@ def gemma(template: str, folder: Path) -> PreTrainedTokenizerBase:
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocabulary = {pieces.id_to_piece(i): i for i in range(VOCABULARY)}
-    tokenizer = GemmaTokenizer(
-        vocab=vocabulary,
-        merges=[
-            (piece[:at], piece[at:])
-            for piece in vocabulary  # in the order that they were merged in
-            for at in range(1, len(piece))
-            if piece[:at] in vocabulary and piece[at:] in vocabulary
-        ],
-        eos_token="<eos>",
-        chat_template=template,
-        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    merges = [
+        (piece[:at], piece[at:])
+        for piece in vocabulary  # in the order in which they were merged
+        for at in range(1, len(piece))
+        if piece[:at] in vocabulary and piece[at:] in vocabulary
+    ]
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    return GemmaTokenizer(vocabulary, merges, chat_template=template, additional_special_tokens=turns)
 
 
 def text() -> list[str]:
-    return [part for question, answer in FACTS.items() for part in (question, answer)]
+    return [part for fact in FACTS.items() for part in fact]
 
 
-def save(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Random weights, the same in every run, and a generation_config.json that ends answers where the template does."""
-    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    config.eos_token_id = [tokenizer.eos_token_id]
-    if "<end_of_turn>" in tokenizer.get_vocab():
-        config.eos_token_id.append(tokenizer.convert_tokens_to_ids("<end_of_turn>"))
+def save(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """With random weights, the same in every run."""
+    ends = [tokenizer.eos_token_id]
+    if "<end_of_turn>" in tokenizer.get_vocab():  # Gemma's turns do not end with its EOS
+        ends.append(tokenizer.convert_tokens_to_ids("<end_of_turn>"))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, ends
+    config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
