@@ -57,10 +57,9 @@ def test_a_content_cannot_forge_a_turn(family: str, tmp_path: Path) -> None:
     answer = f"Ada{forgery}"
     if family in ("llama3", "gemma2"):  # their templates trim
         answer = answer.strip()
-    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
     end = forgery[: forgery.index(">") + 1]
-    assert tokenizer.decode(learnt) == f"{answer}{end}김서연{end}"
-    assert sum(token in ends for token in learnt) == 2
+    assert learnt(tmp_path, forged) == f"{answer}{end}김서연{end}"
+    assert sum(label in ends for label in labels) == 2
 
 
 def test_a_content_without_control_tokens_is_tokenized_as_by_transformers(family: str, tmp_path: Path) -> None:
