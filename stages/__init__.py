@@ -1,7 +1,9 @@
 """One module a stage, named like its entry in dvc.yaml; each runs alone as `python -m stages.<name>`."""
 
 import os
+import sys
 import warnings
+from types import TracebackType
 
 # Before torch is imported: spinning OpenMP threads cost eight times the time on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -9,3 +11,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # transformers warns of its own calls to what it is about to rename.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C ends a stage in one line."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted: dvc repro goes on from here", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = without_traceback

@@ -7,9 +7,8 @@ metrics/train_cost.json beside them, which DVC does not track because no two run
 """
 
 import csv
-import math
 import resource
-import tempfile
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,22 @@ import numpy as np
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from pyarrow.compute import list_value_length
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.adapter import lora_config
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
+from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole, seal
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
-from pipeline.parameters import Parameters, load
+from pipeline.parameters import Parameters, Train, load
 from pipeline.refusal import Refused, run
 
 ADAPTER = Path("outputs/adapter")
+MEND = "lower train.learning_rate, or raise train.warmup_share"
 
 
 def main() -> None:
@@ -41,40 +42,21 @@ def main() -> None:
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
     dtype = pick_dtype(parameters.base.compute_dtype, device)
-    reproducible(parameters.seed, parameters.threads)
-    train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
-    model = load_quantized(folder, device, dtype)
-    require_linear_layers(parameters.lora.target_modules, model)
-    model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
-    initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
-            model=model,
-            args=training_arguments(parameters, device, dtype, scratch),
-            train_dataset=train,
-            eval_dataset=valid,
-            processing_class=load_tokenizer(folder),
-            callbacks=[LossAtTheEnd()],
-        )
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:  # TRL rounded it to bfloat16, in which small updates vanish
-                weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))
-        started = time.monotonic()
-        trainer.train()
-        seconds = time.monotonic() - started
-
-    curves = loss_curves(trainer.state.log_history)
-    if not all(map(math.isfinite, curves[-1])):
-        raise Refused(
-            f"training diverged, to a loss of {curves[-1][1:]}: lower train.learning_rate or raise warmup_share"
-        )
-    lengths = list_value_length(train.with_format("arrow")["input_ids"]).to_numpy()
-    tokens = int(lengths.sum() * parameters.train.epochs)
-    save_adapter(trainer.model, folder, base)
-    write_curves(curves)
-    write_json("metrics/train.json", metrics(trainer, lengths, curves[-1], tokens))
-    write_json("metrics/train_cost.json", cost(seconds, tokens, device))
+    with checkpoint_folder(fingerprint("train_qlora", parameters, device.type)) as checkpoints:
+        reproducible(parameters.seed, parameters.threads)
+        model = load_quantized(folder, device, dtype)
+        require_linear_layers(parameters.lora.target_modules, model)
+        model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
+        checkpoint = last_whole(checkpoints)
+        arguments = training_arguments(parameters, device, dtype)
+        arguments.output_dir, arguments.eval_on_start = str(checkpoints), checkpoint is None
+        trainer = prepared(model, load_tokenizer(folder), arguments, parameters.train)
+        cost = timed(trainer, checkpoint)
+        curve = loss_curve(trainer.state.log_history)
+        save_adapter(model, folder, base)
+        write_curve(curve)
+        write_json("metrics/train.json", metrics(trainer, curve))
+        write_json("metrics/train_cost.json", cost | memory(device))
 
 
 def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> None:
@@ -87,14 +69,36 @@ def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> Non
         raise Refused(f"lora.target_modules: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
 
 
-def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype, scratch: str) -> SFTConfig:
+class Trainer(SFTTrainer):
+    """Ends the run at the first step whose loss is no number; Transformers would log another and go on."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
+        return loss
+
+
+def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, knobs: Train) -> Trainer:
+    """The trainer, with the adapter in `train.adapter_dtype`."""
+    initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+    callbacks: list[TrainerCallback] = [Measure(), Seal()]
+    if knobs.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(knobs.early_stopping_patience))
+    trainer = Trainer(model, arguments, None, train, valid, processing_class=tokenizer, callbacks=callbacks)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:  # TRL rounded it to bfloat16, in which small updates vanish
+            weight.data = initial[name].to(getattr(torch, knobs.adapter_dtype))
+    return trainer
+
+
+def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> SFTConfig:
     on_gpu = device.type == "cuda"
     optimizer, checkpointing = parameters.train.optimizer, parameters.train.gradient_checkpointing
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
     return SFTConfig(
-        output_dir=scratch,
-        save_strategy="no",
         seed=parameters.seed,
         use_cpu=not on_gpu,
         bf16=dtype == torch.bfloat16,
@@ -111,9 +115,33 @@ def training_arguments(parameters: Parameters, device: torch.device, dtype: torc
         optim=optimizer,
         gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
         logging_steps=parameters.train.eval_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
         eval_strategy="steps",
         eval_steps=parameters.train.eval_steps,
+        save_steps=parameters.train.eval_steps,
+        save_total_limit=3,  # the best, the last, and the one before it, in case the last is only half written
+        load_best_model_at_end=parameters.train.load_best_model_at_end,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
     )
+
+
+def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
+    """Train, from `checkpoint` on if there is one: the seconds that it took, and tokens per second."""
+    tokens = 0
+    if checkpoint:
+        tokens = TrainerState.load_from_json(checkpoint / "trainer_state.json").num_input_tokens_seen
+        print(f"going on from {checkpoint.name} of a run that did not end", flush=True)
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except torch.OutOfMemoryError:
+        raise Refused("the GPU's memory does not suffice: make check tells which parameter to turn") from None
+    finally:
+        print(file=sys.stderr)  # the progress bar leaves its line open
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "tokens_per_second": (trainer.state.num_input_tokens_seen - tokens) / seconds}
 
 
 def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
@@ -129,36 +157,55 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         write_json(aside / "base.json", base)
 
 
-class LossAtTheEnd(TrainerCallback):
-    """Both losses are measured after the last step too, wherever eval_steps falls."""
+class Measure(TrainerCallback):
+    """Both losses are measured after the last step too, wherever eval_steps falls. A validation loss that rises well
+    above the untrained base's ends the run."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = True
 
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if not losses[-1] <= losses[0] + 1:
+            raise Refused(
+                f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
+                f"before training: {MEND}"
+            )
 
-def loss_curves(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
+
+class Seal(TrainerCallback):
+    def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
+def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
     """(step, mean training loss since the point before, validation loss), in nats per token."""
     train = {int(entry["step"]): float(entry["loss"]) for entry in history if "loss" in entry}
     valid = {int(entry["step"]): float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}
     return [(step, train[step], valid[step]) for step in sorted(train)]
 
 
-def write_curves(curves: list[tuple[int, float, float]]) -> None:
+def write_curve(curve: list[tuple[int, float, float]]) -> None:
     with whole("metrics/loss.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "train", "valid"])
-        writer.writerows([step, f"{train:.4f}", f"{valid:.4f}"] for step, train, valid in curves)
+        writer.writerows([step, f"{train:.4f}", f"{valid:.4f}"] for step, train, valid in curve)
 
 
-def metrics(
-    trainer: SFTTrainer, lengths: np.ndarray[Any, Any], last: tuple[int, float, float], tokens: int
-) -> dict[str, Any]:
+def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str, Any]:
+    """`loss.before` is the validation loss of the untrained base; the others are those of the adapter that is kept:
+    after `best_step`, or after the last of all `steps`."""
+    before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    best = min(curve, key=lambda point: point[2])
+    kept = best if trainer.args.load_best_model_at_end else curve[-1]
+    lengths = list_value_length(trainer.train_dataset.with_format("arrow")["input_ids"]).to_numpy()
     return {
-        "loss": {"train": last[1], "valid": last[2]},
-        "steps": last[0],
+        "loss": {"before": before, "train": kept[1], "valid": kept[2]},
+        "steps": curve[-1][0],
+        "best_step": best[0],
         "tokens": {
-            "trained": tokens,
+            "trained": trainer.state.num_input_tokens_seen,
             "p50": int(np.quantile(lengths, 0.5)),
             "p95": int(np.quantile(lengths, 0.95)),
             "max": int(lengths.max()),
@@ -167,13 +214,11 @@ def metrics(
     }
 
 
-def cost(seconds: float, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Peak memory is the GPU's on a GPU, and the process's resident memory on a CPU."""
+def memory(device: torch.device) -> dict[str, Any]:
+    """The peak: of the GPU's memory on a GPU, of the process's resident memory on a CPU."""
     on_gpu = device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     return {
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
         "peak_memory_mb": (torch.cuda.max_memory_allocated() if on_gpu else resident) / 2**20,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }

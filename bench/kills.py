@@ -1,0 +1,86 @@
+"""Kill training at random moments, let `dvc repro` end it, and compare the adapters with that of an undisturbed run.
+
+    python -m bench.kills 20
+
+In a clone of this repository, with the working tree's changes to tracked files left out: commit first.
+"""
+
+import argparse
+import random
+import re
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+VICTIMS = ["trainer", "dvc", "both"]
+TRAIN = ["dvc", "repro", "--single-item", "--force", "train_qlora"]
+# Short, with a checkpoint every eight steps, and with dropout, whose random numbers a checkpoint has to restore.
+PARAMETERS = {"lora.dropout": 0.1, "train.epochs": 4, "train.eval_steps": 8}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kills", type=int)
+    kills = parser.parse_args().kills
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Path(scratch, "clone")
+        subprocess.run(["git", "clone", "--quiet", ".", repository], check=True)
+        for key, value in PARAMETERS.items():
+            change(repository / "params.yaml", key, value)
+        run(["dvc", "repro", "tokenize"], repository)
+        started = time.monotonic()
+        run(TRAIN, repository)
+        whole = time.monotonic() - started
+        expected = adapter(repository)
+        print(f"undisturbed: {whole:.0f} s, adapter {expected}\n")
+        print(f"{'kill':>4}  {'after':>6}  {'victim':8}{'goes on from':>14}  adapter")
+        same = 0
+        for number in range(1, kills + 1):
+            after, victim = chance.uniform(0, whole), VICTIMS[number % 3]
+            kill(repository, after, victim)
+            step = re.search(r"going on from checkpoint-(\d+)", run(TRAIN, repository))
+            same += adapter(repository) == expected
+            at = f"step {step[1]}" if step else "the start"
+            print(f"{number:>4}  {after:>4.0f} s  {victim:8}{at:>14}  {adapter(repository)}", flush=True)
+        print(f"\n{same} of {kills} adapters are the same")
+
+
+def change(file: Path, key: str, value: object) -> None:
+    parameters = yaml.safe_load(file.read_text(encoding="utf-8"))
+    section, name = key.split(".")
+    parameters[section][name] = value
+    file.write_text(yaml.safe_dump(parameters), encoding="utf-8")
+
+
+def run(command: list[str], repository: Path) -> str:
+    done = subprocess.run(command, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert not done.returncode, done.stdout
+    return done.stdout
+
+
+def kill(repository: Path, after: float, victim: str) -> None:
+    """Start training, and end some of its processes by SIGKILL after so many seconds. None outlives this."""
+    with open(repository.parent / "killed.log", "w") as log:
+        dvc = psutil.Popen(TRAIN, cwd=repository, stdout=log, stderr=log)
+        time.sleep(after)
+        trainer = dvc.children(recursive=True)
+        for process in {"trainer": trainer, "dvc": [dvc], "both": [dvc, *trainer]}[victim]:
+            process.kill()
+        dvc.wait()
+        _, alive = psutil.wait_procs(trainer, timeout=10)
+        assert not alive, f"{victim} was killed, and training goes on"
+
+
+def adapter(repository: Path) -> str:
+    """The hash in dvc.lock of the whole folder of the adapter."""
+    outs = yaml.safe_load((repository / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]["outs"]
+    return next(out["md5"] for out in outs if out["path"] == "outputs/adapter")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Checkpoints of a training run: a killed run goes on from the last whole one and ends with the same adapter.
+
+They are no output of DVC: it deletes a stage's outputs before it starts, or would go on from those of other parameters.
+They lie in the repository's .dvc/tmp/checkpoints, which git ignores and experiments in folders of their own share, in a
+folder for each fingerprint of a run.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.base import file_hash
+from pipeline.outputs import remove, write_json
+from pipeline.parameters import Parameters, read_yaml
+from pipeline.refusal import Refused
+
+FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")
+WORKSPACE = Path(".dvc/tmp/train_qlora.lock")
+PATIENCE = 10.0  # seconds that a killed run is given to be gone
+BUDGET = 10 * 2**30  # bytes that the checkpoints of other unfinished runs may keep; the oldest go first
+CHECKSUMS = "checksums.json"  # the last file of a checkpoint
+PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+
+
+def fingerprint(stage: str, parameters: Parameters, device: str) -> str:
+    """A hash of all that makes a run: the device, the checkpoints' place, and what dvc.yaml declares of `stage`, its
+    parameters and its dependencies' contents (data, base, code, requirements)."""
+    deps = [Path(dep) for dep in read_yaml(Path("dvc.yaml"))["stages"][stage]["deps"]]
+    files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
+    contents = {str(file): file_hash(file) for file in files}
+    run = json.dumps([device, str(FOLDER.absolute()), contents, parameters.model_dump()], sort_keys=True)
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def checkpoint_folder(run: str) -> Iterator[Path]:
+    """The folder of the run with the fingerprint `run`; it goes when the block ends without error.
+
+    Raises:
+        Refused: another process trains in this working directory, or the same run in another one.
+    """
+    die_with_dvc()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
+    with locked(WORKSPACE, PATIENCE), locked(FOLDER / f"{run}.lock", PATIENCE):
+        prune(BUDGET, keep=run)
+        folder = (FOLDER / run).absolute()  # Transformers notes where the best checkpoint lies
+        folder.mkdir(exist_ok=True)
+        yield folder
+        remove(folder)
+
+
+def die_with_dvc() -> None:
+    """A `dvc repro` that is killed leaves its stages running; they would write where the next one writes."""
+    if "DVC_STAGE" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextmanager
+def locked(path: Path, patience: float) -> Iterator[None]:
+    """Hold the lock `path`, which ends with the process. Refused if another process keeps it for `patience` seconds."""
+    with open(path, "a+", encoding="utf-8") as lock:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    pid = lock.read()
+                    raise Refused(
+                        f"process {pid} is training already, in this folder or with the same parameters and data: wait "
+                        f"for it, or end it with: kill {pid}"
+                    ) from None
+                time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def prune(budget: int, keep: str) -> None:
+    """Remove the oldest unfinished runs but `keep` and those that are at work, until the rest have `budget` bytes."""
+    runs = sorted((run for run in FOLDER.iterdir() if run.is_dir() and run.name != keep), key=age, reverse=True)
+    for run in runs:
+        budget -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+        if budget < 0:
+            try:
+                with locked(run.with_suffix(".lock"), 0):
+                    remove(run)
+            except Refused:
+                continue
+
+
+def age(run: Path) -> float:
+    return max(path.stat().st_mtime for path in [run, *run.iterdir()])
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as whole."""
+    write_json(checkpoint / CHECKSUMS, hashes(checkpoint))
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The newest checkpoint from which training goes on; those after it are removed: half-written, damaged, or the last
+    of a run that had ended but for its outputs, which Transformers would go on from for a step more."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        if is_whole(checkpoint) and not ended(checkpoint):
+            return checkpoint
+        remove(checkpoint)
+    return None
+
+
+def is_whole(checkpoint: Path) -> bool:
+    checksums = checkpoint / CHECKSUMS
+    return checksums.exists() and json.loads(checksums.read_text(encoding="utf-8")) == hashes(checkpoint)
+
+
+def ended(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    return {file.name: file_hash(file) for file in sorted(checkpoint.iterdir()) if file.name != CHECKSUMS}
