@@ -65,6 +65,7 @@ def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_pro
             messages,
             add_generation_prompt=add_generation_prompt,
             sanitize_control_tokens=forging,
+            enable_thinking=False,  # Qwen 3 writes an empty <think> block before the answer; others do not know it
             return_dict=False,
         )
     except ValueError as error:

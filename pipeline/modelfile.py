@@ -48,7 +48,9 @@ def go_template(tokenizer: Any) -> str:
         """The text before, between and after the contents of the turns (S, U and A: system, user, assistant)."""
         names = {"S": "system", "U": "user", "A": "assistant"}
         messages = [{"role": names[turn], "content": f"<<{i}>>"} for i, turn in enumerate(turns)]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=turns[-1] == "U", tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=turns[-1] == "U", tokenize=False, enable_thinking=False
+        )
         parts = re.split(r"<<\d>>", text.removeprefix(tokenizer.bos_token or ""))  # llama.cpp adds the BOS
         if len(parts) != len(turns) + 1:
             raise ValueError("the chat template does not give each message's content once")
@@ -56,7 +58,8 @@ def go_template(tokenizer: Any) -> str:
 
     first, before_answer = render("U")
     after_answer = render("U", "A")[-1]
-    before_user = render("U", "A", "U")[2].removeprefix(after_answer)
+    _, before_old_answer, before_next, _ = render("U", "A", "U")
+    before_user = before_next.removeprefix(after_answer)
     try:
         before_system, after_system, _ = render("S", "U")
         system = f"{before_system}{{{{ .Content }}}}{after_system.removesuffix(before_user)}"
@@ -64,13 +67,17 @@ def go_template(tokenizer: Any) -> str:
         after_system, system = before_user, ""
     if not (first.endswith(before_user) and after_system.endswith(before_user)):
         raise ValueError("the chat template opens a user's turn in different ways")
+    if not before_answer.startswith(before_old_answer):
+        raise ValueError("the chat template opens the last answer in another way than earlier ones")
     default_system = first.removesuffix(before_user)
+    opens_last = before_answer.removeprefix(before_old_answer)  # the empty <think> block of Qwen 3
     # No {{- or -}}: they would eat the line breaks that belong to the turns.
     return (
         "{{ range $i, $_ := .Messages }}"
         f'{{{{ if eq .Role "system" }}}}{system}'
         f'{{{{ else if eq .Role "user" }}}}{default_system and f"{{{{ if eq $i 0 }}}}{default_system}{{{{ end }}}}"}'
-        f"{before_user}{{{{ .Content }}}}{before_answer}"
+        f"{before_user}{{{{ .Content }}}}{before_old_answer}"
+        f"{opens_last and f'{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{opens_last}{{{{ end }}}}'}"
         f"{{{{ else }}}}{{{{ .Content }}}}{after_answer}{{{{ end }}}}"
         "{{ end }}"
     )

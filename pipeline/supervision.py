@@ -18,13 +18,19 @@ def supervised(
     alone), each up to and with its first token in `ends`; IGNORED elsewhere.
 
     Raises:
-        Refused: naming `place`, if the template refuses the conversation, renders a turn's prompt differently once it
-            is answered, ends a turn with none of `ends`, or adds to an answer (as thinking models' templates do).
+        Refused: naming `place`, if the template refuses the conversation, doubles the BOS, renders a turn's prompt
+            differently once it is answered, ends a turn with none of `ends`, or changes an answer; or if nothing in
+            the conversation is learnt.
     """
     try:
         ids = token_ids(tokenizer, messages)
     except TemplateError as error:
         raise Refused(f"{place}: the base's chat template refuses this row: {error}: reword it for this base") from None
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        raise Refused(
+            f"{place}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from the "
+            "template in a local copy of the base, or choose another base.model"
+        )
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or (mask_history and i < len(messages) - 1):
@@ -32,10 +38,7 @@ def supervised(
         prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True)
         start = len(prompt)
         if ids[:start] != prompt:
-            raise Refused(
-                f"{place}: the base's chat template renders the prompt of turn {i + 1} differently with its answer: "
-                "split the row, or choose another base.model"
-            )
+            raise Refused(f"{place}: {thinking(message, i) or prompt_differs(messages, i)}")
         end = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
         if end is None:
             raise Refused(
@@ -44,12 +47,31 @@ def supervised(
             )
         learnt = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
         if learnt.strip() != message["content"].strip():
-            raise Refused(
-                f"{place}: the base's chat template turns the answer of turn {i + 1} into {learnt!r}, which the exam "
-                "would count as wrong: choose another base.model"
+            changed = (
+                f"the base's chat template turns the answer of turn {i + 1} into {learnt!r}, which the exam would "
+                "count as wrong: choose another base.model"
             )
+            raise Refused(f"{place}: {thinking(message, i) or changed}")
         labels[start : end + 1] = ids[start : end + 1]
+    if all(label == IGNORED for label in labels):
+        raise Refused(f"{place}: nothing in this row is learnt: end it with an answer of the assistant, or remove it")
     return ids, labels
+
+
+def thinking(message: dict[str, str], i: int) -> str:
+    """What to say of an answer that thinks, if it does: the template of a thinking model moves or removes that."""
+    if "</think>" not in message["content"]:
+        return ""
+    return f"turn {i + 1} has a <think> block, and this pipeline trains without thinking: remove it from the answer"
+
+
+def prompt_differs(messages: list[dict[str, str]], i: int) -> str:
+    differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
+    if i < len(messages) - 1:
+        return (
+            f"{differs} and more turns: split the row, or set train.mask_history: true to learn its last answer alone"
+        )
+    return f"{differs}: choose another base.model"
 
 
 def truncated(

@@ -4,7 +4,7 @@
 
 models/base.json, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and valid.arrow: Arrow streams
 with the columns input_ids and labels; overflow.jsonl: rows that were dropped or cut), metrics/lengths.json,
-metrics/lengths.csv
+metrics/lengths.csv, metrics/mask.md
 """
 
 import csv
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from pipeline.base import located
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.mask_page import Shown, page
 from pipeline.outputs import whole, write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
@@ -51,12 +52,12 @@ def main() -> None:
     mask_history = parameters.train.mask_history
     folder, _ = located()
     tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
-    lengths = Lengths()
+    lengths, shown = Lengths(), Shown()
     with whole("data/tokens") as aside:
         aside.mkdir()
         kept = {}
         for side, file in SIDES.items():
-            rows = tokenized(read_rows(file), tokenizer, ends, max_length, on_overflow, mask_history, lengths)
+            rows = tokenized(read_rows(file), tokenizer, ends, max_length, on_overflow, mask_history, lengths, shown)
             kept[side] = write_arrow(aside / f"{side}.arrow", rows)
         if on_overflow == "raise":
             require_none_too_long(lengths, max_length)
@@ -64,6 +65,8 @@ def main() -> None:
         write_jsonl(aside / "overflow.jsonl", lengths.overflow)
     write_json("metrics/lengths.json", metrics(lengths, max_length))
     write_histogram(lengths.rows)
+    with whole("metrics/mask.md") as aside:
+        aside.write_text(page(shown, tokenizer), encoding="utf-8")
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -79,8 +82,9 @@ def tokenized(
     on_overflow: str,
     mask_history: bool,
     lengths: Lengths,
+    shown: Shown,
 ) -> Iterator[dict[str, list[int]]]:
-    """input_ids and labels of every row that fits or is made to fit; `lengths` counts them all."""
+    """input_ids and labels of every row that fits or is made to fit; `lengths` counts them all, `shown` keeps a few."""
     for row in rows:
         source = row["source"]
         file = file_of(source)
@@ -95,6 +99,7 @@ def tokenized(
             if shorter is None:
                 continue
             ids, labels = shorter
+        shown.see(row, ids, labels)
         yield {"input_ids": ids, "labels": labels}
 
 
