@@ -28,7 +28,7 @@ from pipeline.chat_template import load_tokenizer
 from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole, seal
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
-from pipeline.parameters import Parameters, Train, load
+from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
 
 ADAPTER = Path("outputs/adapter")
@@ -50,7 +50,8 @@ def main() -> None:
         checkpoint = last_whole(checkpoints)
         arguments = training_arguments(parameters, device, dtype)
         arguments.output_dir, arguments.eval_on_start = str(checkpoints), checkpoint is None
-        trainer = prepared(model, load_tokenizer(folder), arguments, parameters.train)
+        patience = parameters.train.early_stopping_patience
+        trainer = prepared(model, load_tokenizer(folder), arguments, parameters.train.adapter_dtype, patience)
         cost = timed(trainer, checkpoint)
         curve = loss_curve(trainer.state.log_history)
         save_adapter(model, folder, base)
@@ -79,17 +80,17 @@ class Trainer(SFTTrainer):
         return loss
 
 
-def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, knobs: Train) -> Trainer:
-    """The trainer, with the adapter in `train.adapter_dtype`."""
+def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, dtype: str, patience: int | None) -> Trainer:
+    """The trainer, with the adapter in `dtype`."""
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     callbacks: list[TrainerCallback] = [Measure(), Seal()]
-    if knobs.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(knobs.early_stopping_patience))
+    if patience is not None:
+        callbacks.append(EarlyStoppingCallback(patience))
     trainer = Trainer(model, arguments, None, train, valid, processing_class=tokenizer, callbacks=callbacks)
     for name, weight in model.named_parameters():
         if weight.requires_grad:  # TRL rounded it to bfloat16, in which small updates vanish
-            weight.data = initial[name].to(getattr(torch, knobs.adapter_dtype))
+            weight.data = initial[name].to(getattr(torch, dtype))
     return trainer
 
 
