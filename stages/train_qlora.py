@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import get_peft_model
 from pyarrow.compute import list_value_length
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter import lora_config
+from pipeline.adapter import lora_config, require_possible
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
@@ -44,7 +43,7 @@ def main() -> None:
     reproducible(parameters.seed, parameters.threads)
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     model = load_quantized(folder, device, dtype)
-    require_linear_layers(parameters.lora.target_modules, model)
+    require_possible(parameters.lora, model)
     model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
@@ -75,16 +74,6 @@ def main() -> None:
     write_curves(curves)
     write_json("metrics/train.json", metrics(trainer, lengths, curves[-1], tokens))
     write_json("metrics/train_cost.json", cost(seconds, tokens, device))
-
-
-def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> None:
-    """Raises Refused if a name is no quantized linear layer's: a typo, the head, or the embeddings.
-
-    An adapter on the head or the embeddings of a model that ties them makes llama.cpp fail.
-    """
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    if names != "all-linear" and (unknown := sorted(set(names) - known)):
-        raise Refused(f"lora.target_modules: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
 
 
 def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype, scratch: str) -> SFTConfig:
