@@ -47,7 +47,7 @@ def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
     require_among("lora.modules_to_save", knobs.modules_to_save, others)
     if model.config.tie_word_embeddings and len(set(EMBEDDINGS) & set(knobs.modules_to_save)) == 1:
         raise Refused(
-            f"lora.modules_to_save: this base ties {' and '.join(EMBEDDINGS)}, they are one matrix: name both, or neither"
+            f"lora.modules_to_save: {' and '.join(EMBEDDINGS)} are one matrix in this base: name both, or neither"
         )
 
 
@@ -58,6 +58,7 @@ def require_among(parameter: str, names: list[str], known: set[str]) -> None:
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """`model` with a new adapter on it, for TRL to train."""
+    config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns of it where there is no tie
     tuned = get_peft_model(model, config)
     head = tuned.get_output_embeddings()
     if not hasattr(head, "bias"):  # TRL reads it, and PEFT's wrapper of a head with trained tokens has none

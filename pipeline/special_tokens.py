@@ -88,22 +88,23 @@ def untouched(matrix: Any, ids: list[int], added: list[int], deviation: float) -
     `added` are the ids of all added tokens; `deviation` is that of the normal distribution of new rows.
     """
     tokens, hidden = matrix.get_shape()
-    if ids and ids[-1] >= tokens:
+    if not ids:
+        return []
+    if ids[-1] >= tokens:
         raise Refused(
             f"base.model has {tokens} embeddings, but its chat template writes token {ids[-1]}: choose another"
         )
     step = max(BLOCK, tokens // BLOCKS)
     sample = torch.cat([matrix[start : start + BLOCK] for start in range(0, tokens, step)]).float()
-    mean = sample.mean(0)
+    mean = sample.mean(0, keepdim=True)
     ordinary = (sample - mean).norm(dim=1).median()
-    others = {token: matrix[token : token + 1][0].float() for token in added if token < tokens}
 
-    def is_new(token: int) -> bool:
-        row = others[token]
-        places = [mean, torch.zeros(hidden), *(other for at, other in others.items() if at != token)]
-        nearest = (torch.stack(places) - row).norm(dim=1).min()
-        length, angle = row.norm() / (deviation * math.sqrt(hidden)), torch.cosine_similarity(row, mean, dim=0)
-        by_chance = abs(length - 1) < CHANCE / math.sqrt(2 * hidden) and abs(angle) < CHANCE / math.sqrt(hidden)
-        return bool(nearest < NEAR * ordinary or by_chance)
+    others = [token for token in added if token < tokens]
+    rows, other_rows = (torch.cat([matrix[t : t + 1] for t in of]).float() for of in (ids, others))
+    distances = torch.cdist(rows, torch.cat([other_rows, mean, torch.zeros(1, hidden)]))
+    distances[:, : len(others)][torch.tensor(ids)[:, None] == torch.tensor(others)] = torch.inf  # from themselves
+    nothing_learnt = distances.min(1).values < NEAR * ordinary
 
-    return [token for token in ids if is_new(token)]
+    length, angle = rows.norm(dim=1) / (deviation * math.sqrt(hidden)), torch.cosine_similarity(rows, mean)
+    by_chance = ((length - 1).abs() < CHANCE / math.sqrt(2 * hidden)) & (angle.abs() < CHANCE / math.sqrt(hidden))
+    return [token for token, new in zip(ids, nothing_learnt | by_chance, strict=True) if new]
