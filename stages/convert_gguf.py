@@ -51,9 +51,10 @@ def convert_lora(adapter_config: dict[str, Any], base: Path, file: Path) -> None
     if adapter_config["use_rslora"]:
         adapter_config = adapter_config | {"lora_alpha": adapter_config["lora_alpha"] * math.sqrt(adapter_config["r"])}
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        (Path(scratch) / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
-        shutil.copy(ADAPTER / "adapter_model.safetensors", scratch)
-        run_script("convert.py", "lora", scratch, "--base", base, *as_f16(file))
+        adapter = Path(scratch, ADAPTER.name)  # the converter writes the folder's name into the file
+        shutil.copytree(ADAPTER, adapter)
+        (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
+        run_script("convert.py", "lora", adapter, "--base", base, *as_f16(file))
 
 
 def as_f16(file: Path) -> list[str | Path]:
