@@ -3,13 +3,14 @@
 A base that was never trained on conversations may have the tokens and have learnt nothing of them: what follows
 <|im_start|> is noise then, and <|im_end|> never comes. An embedding counts as untouched if it lies
 
-- at zero, at the mean of all embeddings (where Transformers puts added tokens), or on another added token's: nearer
-  than a tenth of an ordinary token's distance from the mean. Land and Bartolo (https://arxiv.org/abs/2405.05417)
-  find under-trained tokens by this distance;
+- at zero, at the mean of all embeddings (where Transformers puts added tokens), or at another added token's: nearer
+  than a tenth of an ordinary token's distance from the mean. By the distance from embeddings that nothing has trained
+  Land and Bartolo find under-trained tokens in general (https://arxiv.org/abs/2405.05417);
 - or where N(0, initializer_range) puts it: its length and its angle to the mean are what chance gives.
 
-It errs where training left a row just where chance had put it, and where the base was initialised otherwise than its
-config.json says. `lora.trainable_tokens` as a list decides instead.
+It errs with rows that were trained but a little, and with new rows drawn otherwise than the base's config.json says:
+both pass for trained. A trained row of just that length and at a right angle to the mean passes for new.
+`lora.trainable_tokens` as a list decides instead.
 """
 
 import math

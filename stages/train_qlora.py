@@ -43,10 +43,10 @@ def main() -> None:
     reproducible(parameters.seed, parameters.threads)
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     tokenizer = load_tokenizer(folder)
-    tokens_too = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
+    trained_tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     model = load_quantized(folder, device, dtype)
     require_possible(parameters.lora, model)
-    model = with_adapter(model, lora_config(parameters.lora, tokens_too))
+    model = with_adapter(model, lora_config(parameters.lora, trained_tokens))
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
     with tempfile.TemporaryDirectory() as scratch:
