@@ -13,7 +13,10 @@ EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices that have a row for eac
 
 
 def lora_config(knobs: Lora, trainable_tokens: list[int]) -> LoraConfig:
-    """PEFT's configuration; `trainable_tokens` are the ids of tokens whose embeddings are trained too."""
+    """PEFT's configuration; `trainable_tokens` are the ids of tokens whose embeddings are trained too.
+
+    PEFT takes a name in modules_to_save for an ending: norm is every norm.
+    """
     rows_of = [name for name in EMBEDDINGS if name not in knobs.modules_to_save]
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -69,7 +72,7 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
 def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
     """Why llama.cpp can have no LoRA file of an adapter with this adapter_config.json; None if it can.
 
-    Its LoRA files hold A and B. rsLoRA is no reason: see `convert_gguf`.
+    Its LoRA files hold A and B alone. rsLoRA is no reason: the convert_gguf stage puts its scale into alpha.
     """
     reasons = {
         "use_dora": "DoRA's magnitudes (lora.use_dora)",
