@@ -33,7 +33,7 @@ def lora_config(knobs: Lora, trainable_tokens: list[int]) -> LoraConfig:
 
 
 def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
-    """What the adapter's parts may be is up to the base. `model` may be quantized, or without weights (on "meta").
+    """That this base can have such an adapter. `model` may be quantized, or without weights (on "meta").
 
     Raises:
         Refused: lora.target_modules names what is no linear layer of a block (llama.cpp fails with an adapter on tied
@@ -42,7 +42,7 @@ def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     linear, others = set[str](), set[str]()
     for path, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
+        if list(module.parameters(recurse=False)):
             is_linear = isinstance(module, torch.nn.Linear) and module is not head
             (linear if is_linear else others).add(path.rpartition(".")[2])
     targets = [] if knobs.target_modules == "all-linear" else knobs.target_modules
