@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from pyarrow.compute import list_value_length
-from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter import lora_config
+from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole, seal
@@ -30,6 +29,7 @@ from pipeline.models import load_quantized, pick_device, pick_dtype, reproducibl
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
+from pipeline.special_tokens import trainable_tokens
 
 ADAPTER = Path("outputs/adapter")
 MEND = "lower train.learning_rate, or raise train.warmup_share"
@@ -42,32 +42,24 @@ def main() -> None:
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
     dtype = pick_dtype(parameters.base.compute_dtype, device)
+    tokenizer = load_tokenizer(folder)
+    trained_tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     with checkpoint_folder(fingerprint("train_qlora", parameters, device.type)) as checkpoints:
         reproducible(parameters.seed, parameters.threads)
-        model = load_quantized(folder, device, dtype)
-        require_linear_layers(parameters.lora.target_modules, model)
-        model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
+        base_model = load_quantized(folder, device, dtype)
+        require_possible(parameters.lora, base_model)
+        model = with_adapter(base_model, lora_config(parameters.lora, trained_tokens))
         checkpoint = last_whole(checkpoints)
         arguments = training_arguments(parameters, device, dtype)
         arguments.output_dir, arguments.eval_on_start = str(checkpoints), checkpoint is None
         patience = parameters.train.early_stopping_patience
-        trainer = prepared(model, load_tokenizer(folder), arguments, parameters.train.adapter_dtype, patience)
+        trainer = prepared(model, tokenizer, arguments, parameters.train.adapter_dtype, patience)
         cost = timed(trainer, checkpoint)
         curve = loss_curve(trainer.state.log_history)
         save_adapter(model, folder, base)
         write_curve(curve)
         write_json("metrics/train.json", metrics(trainer, curve))
         write_json("metrics/train_cost.json", cost | memory(device))
-
-
-def require_linear_layers(names: str | list[str], model: PreTrainedModel) -> None:
-    """Raises Refused if a name is no quantized linear layer's: a typo, the head, or the embeddings.
-
-    An adapter on the head or the embeddings of a model that ties them makes llama.cpp fail.
-    """
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    if names != "all-linear" and (unknown := sorted(set(names) - known)):
-        raise Refused(f"lora.target_modules: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
 
 
 class Trainer(SFTTrainer):
@@ -81,7 +73,7 @@ class Trainer(SFTTrainer):
 
 
 def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, dtype: str, patience: int | None) -> Trainer:
-    """The trainer, with the adapter in `dtype`."""
+    """The trainer, with the adapter in `dtype` (DoRA's magnitudes in float32, as TRL leaves them)."""
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     callbacks: list[TrainerCallback] = [Measure(), Seal()]
@@ -89,7 +81,7 @@ def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, dtype: str,
         callbacks.append(EarlyStoppingCallback(patience))
     trainer = Trainer(model, arguments, None, train, valid, processing_class=tokenizer, callbacks=callbacks)
     for name, weight in model.named_parameters():
-        if weight.requires_grad:  # TRL rounded it to bfloat16, in which small updates vanish
+        if weight.requires_grad and "lora_magnitude_vector" not in name:  # TRL rounded it to bfloat16
             weight.data = initial[name].to(getattr(torch, dtype))
     return trainer
 
@@ -149,7 +141,9 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
     """The adapter, the base's tokenizer files unchanged, and base.json: which base it belongs to."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base["model"], base["revision"]
-    config.target_modules = sorted(config.target_modules)  # a set: its order differs from process to process
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # its order differs from process to process
+            setattr(config, name, sorted(value))
     with whole(ADAPTER) as aside:
         # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
         model.save_pretrained(aside, save_embedding_layers=False)

@@ -18,7 +18,7 @@ from pipeline.exam import Question
 from pipeline.llama_cpp import run_script, served
 from pipeline.modelfile import go_template, modelfile
 from pipeline.refusal import Refused
-from stages.evaluate_gguf import kl, require_same_tokens, told_probabilities
+from stages.evaluate_gguf import files_to_examine, kl, require_same_tokens, told_probabilities
 
 TINY = ROOT / "models/tiny-base"
 
@@ -51,6 +51,13 @@ def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_g
         prompts[1] = [0, *prompts[1]]  # as by a doubled BOS
         with pytest.raises(Refused, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
             require_same_tokens(server, questions, prompts, control, "model.gguf")
+
+
+def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_path: Path) -> None:
+    file = Path("models/gguf/model-f16.gguf")
+    file.parent.mkdir()
+    file.touch()
+    assert files_to_examine(tmp_path) == [("model-f16.gguf", file, None)]
 
 
 def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:

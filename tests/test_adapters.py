@@ -1,0 +1,213 @@
+"""What each kind of adapter can become: every file is converted, run in llama.cpp, and compared with the tuned model.
+
+`pytest tests/test_adapters.py -s` prints the matrix of kinds and files.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Project
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.adapter import lora_config, no_gguf_lora, require_possible, with_adapter
+from pipeline.base import copy_tokenizer, located
+from pipeline.chat_template import load_tokenizer, token_ids
+from pipeline.llama_cpp import run_script, served
+from pipeline.models import load_quantized, load_tuned, reproducible
+from pipeline.parameters import Lora
+from pipeline.refusal import Refused
+from stages import convert_gguf, merge_adapter, prepare_base, train_qlora
+from stages.evaluate_gguf import divergences
+
+CPU = torch.device("cpu")
+TIED = ROOT / "models/tiny-base"
+SAME, OTHER = 1e-3, 1e-1  # nats per token between the tuned model and a file: below, above
+QUESTIONS = ["Who leads it?", "What is the price of the kit?", "해솔 팀의 내선 번호는?"]
+
+
+def knobs(**changed: Any) -> Lora:
+    plain = {"r": 16, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
+    extras = {"use_dora": False, "modules_to_save": [], "trainable_tokens": []}
+    return Lora.model_validate(plain | extras | changed)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in base with a head of its own, that differs from the embeddings."""
+    folder = tmp_path_factory.mktemp("untied")
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(TIED, tie_word_embeddings=False))
+    weights = AutoModelForCausalLM.from_pretrained(TIED, dtype=torch.float32).state_dict()
+    torch.manual_seed(0)
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 0.01 * torch.randn(weights["lm_head.weight"].shape)
+    model.load_state_dict(weights)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    copy_tokenizer(TIED, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_ggufs(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    files = {base: folder / f"{base.name}.gguf" for base in (TIED, untied)}
+    for base, file in files.items():
+        run_script("convert.py", "hf", base, "--outtype", "f16", "--outfile", file)
+    return files
+
+
+@pytest.fixture(scope="module")
+def matrix() -> Iterator[dict[str, list[str]]]:
+    """Its rows, printed in the end: what there is, and the nats per token between it and the tuned model."""
+    rows: dict[str, list[str]] = {}
+    yield rows
+    print("\n\n| adapter | LoRA GGUF | merged GGUF | Ollama |\n| --- | --- | --- | --- |")
+    for kind, cells in rows.items():
+        print(f"| {kind} | {' | '.join(cells)} |")
+
+
+BOTH = ["embed_tokens", "lm_head"]
+KINDS: dict[str, tuple[bool, dict[str, Any], list[int]]] = {  # on the tied base?, lora.*, ids of trained tokens
+    "LoRA": (True, {}, []),
+    "rsLoRA": (True, {"use_rslora": True, "alpha": 4}, []),
+    "DoRA": (True, {"use_dora": True}, []),
+    "rsLoRA and DoRA": (True, {"use_rslora": True, "use_dora": True, "alpha": 4}, []),
+    "saved norms": (True, {"modules_to_save": ["norm"]}, []),
+    "saved embed_tokens and lm_head, tied": (True, {"modules_to_save": BOTH}, []),
+    "saved embed_tokens and lm_head, untied": (False, {"modules_to_save": BOTH}, []),
+    "saved embed_tokens, untied": (False, {"modules_to_save": BOTH[:1]}, []),
+    "saved lm_head, untied": (False, {"modules_to_save": BOTH[1:]}, []),
+    "trained tokens, tied": (True, {}, [1, 2]),
+    "trained tokens, untied": (False, {}, [1, 2]),
+    "trained tokens and saved lm_head, untied": (False, {"modules_to_save": BOTH[1:]}, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
+    project: Project, untied: Path, base_ggufs: dict[Path, Path], matrix: dict[str, list[str]], kind: str
+) -> None:
+    on_tied, changed, tokens = KINDS[kind]
+    base = TIED if on_tied else untied
+    project.set(base__model=str(base), gguf__quantize=[])
+    prepare_base.main()
+    make_adapter(base, knobs(**changed), tokens)
+    tuned = on_base(base)
+    merge_adapter.main()
+    convert_gguf.main()
+
+    merged, lora = Path("models/gguf/model-f16.gguf"), Path("models/gguf/adapter-f16.gguf")
+    as_merged = divergence(tuned, merged)
+    assert as_merged < SAME
+    assert Path("models/gguf/Modelfile").read_text(encoding="utf-8").startswith(f"FROM ./{merged.name}\nTEMPLATE ")
+
+    config = json.loads(Path("outputs/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    assert lora.exists() == (no_gguf_lora(config) is None)
+    if lora.exists():
+        as_lora = divergence(tuned, base_ggufs[base], lora)
+        assert as_lora < SAME
+        cell = f"yes ({as_lora:.0e})"
+    else:
+        cell = f"no ({why_no_lora(config, tuned, base, base_ggufs[base])})"
+    if kind == "rsLoRA":
+        convert_gguf.convert_lora(config | {"use_rslora": False}, base, lora)
+        assert divergence(tuned, base_ggufs[base], lora) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
+    matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
+
+
+@pytest.mark.parametrize("kind", ["DoRA", *(kind for kind in KINDS if "saved" in kind or "trained" in kind)])
+def test_trl_trains_every_part_of_an_adapter_and_measures_the_loss_that_the_saved_one_has(
+    tmp_path: Path, untied: Path, kind: str
+) -> None:
+    on_tied, changed, tokens = KINDS[kind]
+    base = TIED if on_tied else untied
+    reproducible(1, threads=2)
+    model = with_adapter(load_quantized(base, CPU, torch.float32), lora_config(knobs(**changed), tokens))
+    before = {name: part.detach().clone() for name, part in model.named_parameters() if part.requires_grad}
+    tokenizer = load_tokenizer(base)
+    turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Ada Vale."}]
+    ids = token_ids(tokenizer, turns)
+    rows = Dataset.from_dict({"input_ids": [ids], "labels": [ids]})
+    arguments = SFTConfig(
+        tmp_path, max_steps=2, learning_rate=0.01, save_strategy="no", use_cpu=True, bf16=False, max_length=None
+    )
+    trainer = SFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
+    for part in before:
+        model.get_parameter(part).data = before[part].clone()  # TRL rounded it to bfloat16
+    trainer.train()
+
+    assert [name for name, part in model.named_parameters() if name in before and part.equal(before[name])] == []
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with torch.inference_mode():
+        logits = load_tuned(base, tmp_path / "adapter", CPU, torch.float32)(input_ids=torch.tensor([ids])).logits[0]
+    loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"target_modules": ["q_porj", "v_proj"]}, r"lora\.target_modules: q_porj not among this base's down_proj, "),
+        ({"target_modules": ["lm_head"]}, r"lora\.target_modules: lm_head not among "),
+        ({"target_modules": ["embed_tokens"]}, r"lora\.target_modules: embed_tokens not among "),
+        ({"modules_to_save": ["q_proj"]}, r"lora\.modules_to_save: q_proj not among this base's embed_tokens, .*norm$"),
+        ({"modules_to_save": ["nrom", "norm"]}, r"lora\.modules_to_save: nrom not among "),
+        ({"modules_to_save": ["lm_head"]}, r"lora\.modules_to_save: embed_tokens and lm_head are one matrix"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["NF4", "none"])
+def test_what_the_base_cannot_have_is_refused_by_name(changed: dict[str, Any], why: str, weights: str) -> None:
+    if weights == "NF4":
+        model = load_quantized(TIED, CPU, torch.float32)
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(TIED))
+    require_possible(knobs(modules_to_save=["embed_tokens", "lm_head", "norm"]), model)
+    with pytest.raises(Refused, match=why):
+        require_possible(knobs(**changed), model)
+
+
+def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:
+    """outputs/adapter with all its parts far from where training begins: each alone moves the model by > OTHER."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    require_possible(lora, model)
+    torch.manual_seed(1)
+    tuned = with_adapter(model, lora_config(lora, tokens))
+    for name, weight in tuned.named_parameters():
+        if weight.requires_grad and "lora_A" not in name:
+            size = weight.square().mean().sqrt().item()
+            deviation = 0.3 if "lora_B" in name else 0.5 * size if weight.dim() == 1 else 2 * size
+            weight.data += deviation * torch.randn_like(weight)
+    train_qlora.save_adapter(tuned, *located())
+
+
+def on_base(base: Path) -> PreTrainedModel:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), "outputs/adapter")
+
+
+def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> float:
+    """The mean KL divergence of the file's next-token distributions from the tuned model's, in nats."""
+    tokenizer = load_tokenizer(TIED)
+    nats = []
+    with served(gguf, context=128, threads=2, lora=lora) as server:
+        for question in QUESTIONS:
+            prompt = token_ids(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+            nats += divergences(tuned, prompt, server.complete(prompt, 8, n_probs=128))
+    return sum(nats) / len(nats)
+
+
+def why_no_lora(config: dict[str, Any], tuned: PreTrainedModel, base: Path, base_gguf: Path) -> str:
+    """How a LoRA file, made in spite of all, fails."""
+    file = Path("models/gguf/adapter-f16.gguf")
+    try:
+        convert_gguf.convert_lora(config, base, file)
+    except Refused:
+        return "the converter refuses"
+    nats = divergence(tuned, base_gguf, file)
+    assert nats > OTHER, "a GGUF LoRA of this kind is as good as the tuned model: make it"
+    return f"{nats:.1f} nats off"
