@@ -5,12 +5,10 @@ They lie in the repository's .dvc/tmp/checkpoints, which git ignores and experim
 folder for each fingerprint of a run.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,6 @@ WORKSPACE = Path(".dvc/tmp/train_qlora.lock")
 PATIENCE = 10.0  # seconds that a killed run is given to be gone
 BUDGET = 10 * 2**30  # bytes that the checkpoints of other unfinished runs may keep; the oldest go first
 CHECKSUMS = "checksums.json"  # the last file of a checkpoint
-PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 
 def fingerprint(stage: str, parameters: Parameters, device: str) -> str:
@@ -46,7 +43,6 @@ def checkpoint_folder(run: str) -> Iterator[Path]:
     Raises:
         Refused: another process trains in this working directory, or the same run in another one.
     """
-    die_with_dvc()
     FOLDER.mkdir(parents=True, exist_ok=True)
     WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
     with locked(WORKSPACE, PATIENCE), locked(FOLDER / f"{run}.lock", PATIENCE):
@@ -55,12 +51,6 @@ def checkpoint_folder(run: str) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         yield folder
         remove(folder)
-
-
-def die_with_dvc() -> None:
-    """A `dvc repro` that is killed leaves its stages running; they would write where the next one writes."""
-    if "DVC_STAGE" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

@@ -1,10 +1,16 @@
 """One module a stage, named like its entry in dvc.yaml; each runs alone as `python -m stages.<name>`."""
 
+import ctypes
 import os
+import signal
 import sys
 import warnings
 from types import TracebackType
 
+PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+
+if "DVC_STAGE" in os.environ:  # a dvc that is killed would leave its stage running, and the next one start another
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 # Before torch is imported: spinning OpenMP threads cost eight times the time on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The tokenizer's own threads deadlock in forked processes: https://github.com/huggingface/transformers/issues/5486

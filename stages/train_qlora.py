@@ -41,22 +41,13 @@ def main() -> None:
     device = pick_device(parameters.base.device)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
-    dtype = pick_dtype(parameters.base.compute_dtype, device)
-    tokenizer = load_tokenizer(folder)
-    trained_tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     with checkpoint_folder(fingerprint("train_qlora", parameters, device.type)) as checkpoints:
-        reproducible(parameters.seed, parameters.threads)
-        base_model = load_quantized(folder, device, dtype)
-        require_possible(parameters.lora, base_model)
-        model = with_adapter(base_model, lora_config(parameters.lora, trained_tokens))
         checkpoint = last_whole(checkpoints)
-        arguments = training_arguments(parameters, device, dtype)
-        arguments.output_dir, arguments.eval_on_start = str(checkpoints), checkpoint is None
-        patience = parameters.train.early_stopping_patience
-        trainer = prepared(model, tokenizer, arguments, parameters.train.adapter_dtype, patience)
+        reproducible(parameters.seed, parameters.threads)
+        trainer = build_trainer(parameters, folder, device, checkpoints)
         cost = timed(trainer, checkpoint)
         curve = loss_curve(trainer.state.log_history)
-        save_adapter(model, folder, base)
+        save_adapter(trainer.model, folder, base)
         write_curve(curve)
         write_json("metrics/train.json", metrics(trainer, curve))
         write_json("metrics/train_cost.json", cost | memory(device))
@@ -65,33 +56,63 @@ def main() -> None:
 class Trainer(SFTTrainer):
     """Ends the run at the first step whose loss is no number; Transformers would log another and go on."""
 
+    adapter_dtype: torch.dtype
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
         return loss
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        for weight in adapter_weights(self.model).values():
+            weight.data = weight.data.to(self.adapter_dtype)  # PEFT loads an adapter as float32
 
-def prepared(model: PeftModel, tokenizer: Any, arguments: SFTConfig, dtype: str, patience: int | None) -> Trainer:
-    """The trainer, with the adapter in `dtype` (DoRA's magnitudes in float32, as TRL leaves them)."""
-    initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """What is trained, but for DoRA's magnitudes, which stay in float32."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and "lora_magnitude_vector" not in name
+    }
+
+
+def build_trainer(parameters: Parameters, folder: Path, device: torch.device, checkpoints: Path) -> Trainer:
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    tokenizer = load_tokenizer(folder)
+    trained_tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
+    base_model = load_quantized(folder, device, dtype)
+    require_possible(parameters.lora, base_model)
+    model = with_adapter(base_model, lora_config(parameters.lora, trained_tokens))
+    initial = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
     callbacks: list[TrainerCallback] = [Measure(), Seal()]
-    if patience is not None:
-        callbacks.append(EarlyStoppingCallback(patience))
-    trainer = Trainer(model, arguments, None, train, valid, processing_class=tokenizer, callbacks=callbacks)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and "lora_magnitude_vector" not in name:  # TRL rounded it to bfloat16
-            weight.data = initial[name].to(getattr(torch, dtype))
+    if parameters.train.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(parameters.train.early_stopping_patience))
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(parameters, device, dtype, checkpoints),
+        train_dataset=Dataset.from_file("data/tokens/train.arrow"),
+        eval_dataset=Dataset.from_file("data/tokens/valid.arrow"),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.adapter_dtype = getattr(torch, parameters.train.adapter_dtype)
+    for name, weight in adapter_weights(model).items():
+        weight.data = initial[name].to(trainer.adapter_dtype)  # TRL rounded it to bfloat16
     return trainer
 
 
-def training_arguments(parameters: Parameters, device: torch.device, dtype: torch.dtype) -> SFTConfig:
+def training_arguments(
+    parameters: Parameters, device: torch.device, dtype: torch.dtype, checkpoints: Path
+) -> SFTConfig:
     on_gpu = device.type == "cuda"
     optimizer, checkpointing = parameters.train.optimizer, parameters.train.gradient_checkpointing
     if optimizer == "auto":
         optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
     return SFTConfig(
+        output_dir=str(checkpoints),
         seed=parameters.seed,
         use_cpu=not on_gpu,
         bf16=dtype == torch.bfloat16,
@@ -123,6 +144,7 @@ def training_arguments(parameters: Parameters, device: torch.device, dtype: torc
 def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
     """Train, from `checkpoint` on if there is one: the seconds that it took, and tokens per second."""
     tokens = 0
+    trainer.args.eval_on_start = checkpoint is None
     if checkpoint:
         tokens = TrainerState.load_from_json(checkpoint / "trainer_state.json").num_input_tokens_seen
         print(f"going on from {checkpoint.name} of a run that did not end", flush=True)

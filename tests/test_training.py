@@ -16,9 +16,12 @@ from conftest import Project
 
 from pipeline import checkpoints
 from pipeline.models import pick_device, pick_dtype
+from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused
+from pipeline.rows import question_and_answer
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
+TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
 
 
@@ -130,19 +133,26 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
     assert goes_on_from().startswith("checkpoint-")
 
 
-@pytest.mark.parametrize("patience", [None, 1])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"train__optimizer": "paged_adamw_8bit", "train__load_best_model_at_end": True},
+        {"train__early_stopping_patience": 1, "train__learning_rate": 2.0e-2},
+        {"train__adapter_dtype": "bfloat16", "lora__use_dora": True, "lora__modules_to_save": ["norm"]},
+        {"train__gradient_accumulation": 2, "lora__trainable_tokens": ["<|im_end|>"]},
+    ],
+)
 def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_bytes(
-    train: Callable[..., str], patience: int | None, monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., str], knobs: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    knobs = {"train__learning_rate": 2.0e-2, "train__eval_steps": 4, "train__early_stopping_patience": patience}
-    undisturbed = train(**knobs)
+    undisturbed = train(train__eval_steps=3, **knobs)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_qlora, "save_adapter", killed)
-        train(**knobs)
-    assert train(**knobs) == undisturbed
+        train(train__eval_steps=3, **knobs)
+    assert train(train__eval_steps=3, **knobs) == undisturbed
 
 
 def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_on_with(project: Project) -> None:
@@ -183,3 +193,64 @@ def test_checkpoints_of_unfinished_runs_are_pruned_from_the_oldest_on(project: P
         "older",
         "at work",
     }
+
+
+# For each key a value that is not the one before.
+CHANGED: dict[str, object] = {
+    "lora__r": 8,
+    "lora__alpha": 8,
+    "lora__dropout": 0.1,
+    "lora__target_modules": ["q_proj"],
+    "lora__use_rslora": True,
+    "lora__use_dora": True,
+    "lora__modules_to_save": ["norm"],
+    "lora__trainable_tokens": ["<|im_end|>"],
+    "train__max_length": 50,
+    "train__on_overflow": "drop",
+    "train__mask_history": True,
+    "train__learning_rate": 1e-3,
+    "train__epochs": 2,
+    "train__batch_size": 8,
+    "train__gradient_accumulation": 2,
+    "train__warmup_share": 0.1,
+    "train__schedule": "linear",
+    "train__weight_decay": 0.1,
+    "train__max_grad_norm": 0.5,
+    "train__optimizer": "paged_adamw_8bit",
+    "train__gradient_checkpointing": True,
+    "train__adapter_dtype": "bfloat16",
+    "train__eval_steps": 8,
+    "train__early_stopping_patience": 2,
+    "train__load_best_model_at_end": True,
+}
+
+
+def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Project) -> None:
+    def built(**changed: object) -> list[object]:
+        project.set(**changed)
+        tokenize.main()
+        rows = [Path(f"data/tokens/{side}.arrow").read_bytes() for side in ("train", "valid")]
+        trainer = train_qlora.build_trainer(load("train_qlora"), TINY, torch.device("cpu"), Path("checkpoints"))
+        weights = [(name, weight.dtype) for name, weight in trainer.model.named_parameters() if weight.requires_grad]
+        callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
+        return [rows, trainer.model.peft_config["default"].to_dict(), weights, trainer.args.to_dict(), callbacks]
+
+    prepare_base.main()
+    two_turns = question_and_answer("Who?", "Ada.") + question_and_answer("Where?", "Basel.")
+    long = question_and_answer(
+        "Why?", "Because it is so, and it was so, and it will be so, as long as it is not otherwise."
+    )
+    for name, messages in [("train_merged", [two_turns, long]), ("valid", [two_turns])]:
+        rows = [json.dumps({"id": "1", "messages": each, "source": "a.csv:1"}) for each in messages]
+        Path(f"data/{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+
+    assert set(CHANGED) == {f"lora__{key}" for key in Lora.model_fields} | {
+        f"train__{key}" for key in Train.model_fields
+    }
+    project.set(train__max_length=40, train__on_overflow="truncate")
+    parameters = Path("params.yaml").read_text(encoding="utf-8")
+    first = built()
+    for key, value in CHANGED.items():
+        assert built(**{key: value}) != first, key
+        Path("params.yaml").write_text(parameters, encoding="utf-8")
+    assert built() == first
