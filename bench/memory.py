@@ -1,0 +1,113 @@
+"""What `pipeline.memory` predicts that training needs on a CPU, beside what it took.
+
+    python -m bench.memory     # a quarter of an hour, up to 6 GiB
+
+bench/README.md has what it printed.
+
+Bases of random weights are made on the spot, in the shapes of the families; the real train_qlora stage trains each for two
+steps on rows of one length, and writes its peak resident memory to metrics/train_cost.json.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from pipeline.base import TOKENIZER_FILES, describe
+from pipeline.memory import Step, training
+from pipeline.outputs import write_json
+from pipeline.parameters import check
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models/tiny-base"
+
+
+def llama(hidden: int, layers: int, vocabulary: int = 32_000, **more: Any) -> PreTrainedConfig:
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256}
+    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    return LlamaConfig(**heads, **shape, vocab_size=vocabulary, tie_word_embeddings=True, **more)
+
+
+def qwen(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
+    return Qwen2Config(**{**llama(hidden, layers, vocabulary).to_dict(), "model_type": "qwen2"})
+
+
+def gemma(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
+    """With capped attention scores, which need the whole matrix of them."""
+    shape = llama(hidden, layers, vocabulary).to_dict()
+    return Gemma2Config(**{k: shape[k] for k in shape if k.startswith(("num_", "hidden_size", "inter", "vocab"))}, head_dim=64)
+
+
+# (name, shape, rows of a batch, tokens of a row, gradient checkpointing)
+CASES = [
+    ("Llama", llama(256, 4, 2048), 16, 128, False),
+    ("Llama", llama(512, 12), 8, 256, False),
+    ("Llama", llama(512, 12), 8, 256, True),
+    ("Qwen", qwen(1024, 10, 64_000), 4, 256, False),
+    ("Qwen", qwen(1024, 10, 64_000), 4, 512, True),
+    ("Gemma", gemma(768, 12, 64_000), 4, 256, False),
+    ("Gemma", gemma(768, 12, 64_000), 2, 512, True),
+    ("Llama", llama(1536, 20), 1, 256, False),
+    ("Llama", llama(1536, 20), 2, 512, True),
+]
+
+
+def main() -> None:
+    print(f"{'base':8}{'parameters':>12}{'batch':>7}{'length':>8}{'checkpointing':>15}{'predicted':>11}{'measured':>10}  MiB")
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Path(folder), *case)
+
+
+def measure(project: Path, name: str, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool) -> None:
+    """Train once in `project`, an empty folder, and print a row of the table."""
+    parameters = prepare(project, config, batch, length, checkpointing)
+    base = project / "base"
+    step = Step(batch, length, torch.float32, torch.float32, checkpointing, "adamw_torch")
+    parts = training(base, check(project / "params.yaml").lora, [], step)
+    command = [sys.executable, "-m", "stages.train_qlora"]
+    subprocess.run(command, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    measured = json.loads((project / "metrics/train_cost.json").read_text(encoding="utf-8"))["peak_memory_mb"]
+    predicted = sum(parts.values()) / 2**20
+    print(
+        f"{name:8}{parameters:12}{batch:7}{length:8}{str(checkpointing).lower():>15}{predicted:11.0f}{measured:10.0f}"
+        f"{predicted / measured - 1:+8.0%}", {k: v>>20 for k,v in parts.items()},
+        flush=True,
+    )
+
+
+def prepare(project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool) -> int:
+    """What the stage needs, and nothing else: parameters, a base, and rows; the base's number of parameters."""
+    for folder in ("base", "data/tokens", "metrics", ".dvc/tmp"):
+        (project / folder).mkdir(parents=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(project / "base")
+    for file in TOKENIZER_FILES:
+        if (TINY / file).exists():
+            shutil.copy(TINY / file, project / "base")
+    write_json(project / "models/base.json", describe(str(project / "base"), None))
+    shutil.copy(ROOT / "dvc.yaml", project)
+    yaml = YAML()
+    parameters = yaml.load(ROOT / "params.yaml")
+    parameters["train"] |= {"batch_size": batch, "epochs": 1.0, "gradient_checkpointing": checkpointing}
+    yaml.dump(parameters, project / "params.yaml")
+    lengths = [length if i % batch == 0 else length // 2 for i in range(2 * batch)]  # padded, as real rows are
+    rows = pa.table({column: [[5] * n for n in lengths] for column in ("input_ids", "labels")})
+    for side in ("train", "valid"):
+        with pa.OSFile(str(project / f"data/tokens/{side}.arrow"), "wb") as file:
+            with pa.ipc.new_stream(file, rows.schema) as stream:
+                stream.write_table(rows)
+    return model.num_parameters()
+
+
+if __name__ == "__main__":
+    main()
