@@ -1,17 +1,20 @@
-"""The LoRA adapter: what it is to be, and what can be made of it."""
+"""The LoRA adapter: what it may be, what it is made of, and which files can be made of it."""
 
 from typing import Any
 
-from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from pipeline.parameters import Lora
 from pipeline.refusal import Refused
 
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices that have a row for each token
+
 
 def lora_config(knobs: Lora, trainable_tokens: list[int]) -> LoraConfig:
     """PEFT's configuration; `trainable_tokens` are the ids of tokens whose embeddings are trained too."""
+    rows_of = [name for name in EMBEDDINGS if name not in knobs.modules_to_save]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=knobs.r,
@@ -20,24 +23,57 @@ def lora_config(knobs: Lora, trainable_tokens: list[int]) -> LoraConfig:
         target_modules=knobs.target_modules,
         use_rslora=knobs.use_rslora,
         use_dora=knobs.use_dora,
-        modules_to_save=knobs.modules_to_save or None,
-        trainable_token_indices=trainable_tokens or None,
+        modules_to_save=list(knobs.modules_to_save) or None,  # PEFT adds to the list that it is given
+        trainable_token_indices=dict.fromkeys(rows_of, trainable_tokens) if trainable_tokens and rows_of else None,
+        ensure_weight_tying=not rows_of,
     )
 
 
 def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
-    """Raises Refused if a name is no quantized linear layer's: a typo, the head, or the embeddings.
+    """What the adapter's parts may be is up to the base. `model` may be quantized, or without weights (on "meta").
 
-    An adapter on the head or the embeddings of a model that ties them makes llama.cpp fail.
+    Raises:
+        Refused: lora.target_modules names what is no linear layer of a block (llama.cpp fails with an adapter on tied
+            embeddings); lora.modules_to_save names what is none of the other layers, or half of a tie.
     """
-    known = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    names = knobs.target_modules
-    if names != "all-linear" and (unknown := sorted(set(names) - known)):
-        raise Refused(f"lora.target_modules: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
+    head = model.get_output_embeddings()
+    linear, others = set[str](), set[str]()
+    for path, module in model.named_modules():
+        if any(True for _ in module.parameters(recurse=False)):
+            is_linear = isinstance(module, torch.nn.Linear) and module is not head
+            (linear if is_linear else others).add(path.rpartition(".")[2])
+    targets = [] if knobs.target_modules == "all-linear" else knobs.target_modules
+    require_among("lora.target_modules", targets, linear)
+    require_among("lora.modules_to_save", knobs.modules_to_save, others)
+    if model.config.tie_word_embeddings and len(set(EMBEDDINGS) & set(knobs.modules_to_save)) == 1:
+        raise Refused(
+            f"lora.modules_to_save: this base ties {' and '.join(EMBEDDINGS)}, they are one matrix: name both, or neither"
+        )
+
+
+def require_among(parameter: str, names: list[str], known: set[str]) -> None:
+    if unknown := sorted(set(names) - known):
+        raise Refused(f"{parameter}: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
+
+
+def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`model` with a new adapter on it, for TRL to train."""
+    tuned = get_peft_model(model, config)
+    head = tuned.get_output_embeddings()
+    if not hasattr(head, "bias"):  # TRL reads it, and PEFT's wrapper of a head with trained tokens has none
+        head.register_parameter("bias", None)
+    return tuned
 
 
 def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
-    """Why llama.cpp can have no LoRA file of an adapter with this adapter_config.json; None if it can."""
-    if adapter_config.get("use_dora"):
-        return "llama.cpp knows no DoRA"
-    return None
+    """Why llama.cpp can have no LoRA file of an adapter with this adapter_config.json; None if it can.
+
+    Its LoRA files hold A and B. rsLoRA is no reason: see `convert_gguf`.
+    """
+    reasons = {
+        "use_dora": "DoRA's magnitudes (lora.use_dora)",
+        "modules_to_save": "layers trained whole (lora.modules_to_save)",
+        "trainable_token_indices": "trained embeddings of tokens (lora.trainable_tokens)",
+    }
+    found = [reason for key, reason in reasons.items() if adapter_config.get(key)]
+    return f"a GGUF LoRA cannot hold {' and '.join(found)}" if found else None

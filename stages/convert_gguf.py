@@ -2,12 +2,18 @@
 
     python -m stages.convert_gguf
 
-models/base.json, outputs/adapter/, models/merged/ -> models/gguf/: the adapter as a GGUF LoRA, the merged model as f16
-and quantized, and an Ollama Modelfile
+models/base.json, outputs/adapter/, models/merged/ -> models/gguf/: the adapter as a GGUF LoRA, if it can be one, the
+merged model as f16 and quantized, and an Ollama Modelfile
 """
 
+import json
+import math
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
+from pipeline.adapter import no_gguf_lora
 from pipeline.base import located, require_same_base
 from pipeline.llama_cpp import run_script
 from pipeline.modelfile import modelfile
@@ -17,6 +23,7 @@ from pipeline.refusal import run
 
 ADAPTER = Path("outputs/adapter")
 MERGED = Path("models/merged")
+LORA = "adapter-f16.gguf"
 
 
 def main() -> None:
@@ -25,13 +32,28 @@ def main() -> None:
     require_same_base(ADAPTER, base)
     with whole("models/gguf") as aside:
         aside.mkdir()
-        run_script("convert.py", "lora", ADAPTER, "--base", folder, *as_f16(aside / "adapter-f16.gguf"))
+        adapter_config = json.loads((ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+        if why_not := no_gguf_lora(adapter_config):
+            print(f"models/gguf gets no {LORA}: {why_not}; the merged model holds it all")
+        else:
+            convert_lora(adapter_config, folder, aside / LORA)
         run_script("convert.py", "hf", MERGED, *as_f16(aside / "model-f16.gguf"))
         for quantization in parameters.gguf.quantize:
             run_script("quantize.py", aside / "model-f16.gguf", aside / f"model-{quantization}.gguf", quantization)
         served = parameters.gguf.quantize[0] if parameters.gguf.quantize else "f16"
         text = modelfile(f"model-{served}.gguf", MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature)
         (aside / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def convert_lora(adapter_config: dict[str, Any], base: Path, file: Path) -> None:
+    """The adapter as a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so rsLoRA's alpha / sqrt(r) goes into
+    alpha."""
+    if adapter_config["use_rslora"]:
+        adapter_config = adapter_config | {"lora_alpha": adapter_config["lora_alpha"] * math.sqrt(adapter_config["r"])}
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        (Path(scratch) / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
+        shutil.copy(ADAPTER / "adapter_model.safetensors", scratch)
+        run_script("convert.py", "lora", scratch, "--base", base, *as_f16(file))
 
 
 def as_f16(file: Path) -> list[str | Path]:

@@ -77,12 +77,15 @@ def load_merged(device: torch.device, compute_dtype: str) -> PreTrainedModel:
 
 
 def files_to_examine(scratch: Path) -> list[tuple[str, Path, Path | None]]:
-    """(name, GGUF model, GGUF LoRA on it) of every file to be tried. The LoRA needs the base as GGUF, which is not
-    shipped."""
+    """(name, GGUF model, GGUF LoRA on it) of every file to be tried. A LoRA, which not every adapter can be, needs the
+    base as GGUF, which is not shipped."""
     base = scratch / "base-f16.gguf"
-    run_script("convert.py", "hf", located()[0], "--outtype", "f16", "--outfile", base)
-    lora = GGUF / "adapter-f16.gguf"
-    return [(lora.name, base, lora)] + [(file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))]
+    loras = sorted(GGUF.glob("adapter-*.gguf"))
+    if loras:
+        run_script("convert.py", "hf", located()[0], "--outtype", "f16", "--outfile", base)
+    return [(lora.name, base, lora) for lora in loras] + [
+        (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
+    ]
 
 
 def require_same_tokens(

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import get_peft_model
 from pyarrow.compute import list_value_length
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter import lora_config, require_possible
+from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
+from pipeline.special_tokens import trainable_tokens
 
 ADAPTER = Path("outputs/adapter")
 
@@ -42,9 +42,11 @@ def main() -> None:
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     reproducible(parameters.seed, parameters.threads)
     train, valid = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+    tokenizer = load_tokenizer(folder)
+    tokens_too = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     model = load_quantized(folder, device, dtype)
     require_possible(parameters.lora, model)
-    model = get_peft_model(model, lora_config(parameters.lora, trainable_tokens=[]))
+    model = with_adapter(model, lora_config(parameters.lora, tokens_too))
     initial = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -53,7 +55,7 @@ def main() -> None:
             args=training_arguments(parameters, device, dtype, scratch),
             train_dataset=train,
             eval_dataset=valid,
-            processing_class=load_tokenizer(folder),
+            processing_class=tokenizer,
             callbacks=[LossAtTheEnd()],
         )
         for name, weight in model.named_parameters():
@@ -109,7 +111,9 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
     """The adapter, the base's tokenizer files unchanged, and base.json: which base it belongs to."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = base["model"], base["revision"]
-    config.target_modules = sorted(config.target_modules)  # a set: its order differs from process to process
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # its order differs from process to process
+            setattr(config, name, sorted(value))
     with whole(ADAPTER) as aside:
         # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
         model.save_pretrained(aside, save_embedding_layers=False)
