@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
 
@@ -30,6 +31,16 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, wanted)
+
+
+def pick_optimizer(wanted: str, device: torch.device) -> str:
+    if wanted == "auto":
+        return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+    return wanted
+
+
+def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    return device.type == "cuda" if wanted == "auto" else wanted
 
 
 def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
