@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: repro test check setup requirements
 
-repro: setup
+repro: check
 	@dvc repro
 	@python -m tools.summary
 

@@ -1,11 +1,11 @@
 """What `pipeline.memory` predicts that training needs on a CPU, beside what it took.
 
-    python -m bench.memory     # a quarter of an hour, up to 6 GiB
+    python -m bench.memory [CASE ...]    # numbers from 0 on; all unless told otherwise: ten minutes, up to 6 GiB
 
 bench/README.md has what it printed.
 
-Bases of random weights are made on the spot, in the shapes of the families. The real train_qlora stage trains each for two
-steps; its peak resident memory is the one that it writes to metrics/train_cost.json.
+Bases of random weights are made on the spot, in the shapes of the families. The real train_qlora stage trains each for
+two steps; its peak resident memory is the one that it writes to metrics/train_cost.json.
 """
 
 import json
@@ -44,51 +44,53 @@ def qwen(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
 def gemma(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
     """With capped attention scores, which need the whole matrix of them."""
     shape = llama(hidden, layers, vocabulary).to_dict()
-    return Gemma2Config(**{k: shape[k] for k in shape if k.startswith(("num_", "hidden_size", "inter", "vocab"))}, head_dim=64)
+    return Gemma2Config(
+        **{k: shape[k] for k in shape if k.startswith(("num_", "hidden_size", "inter", "vocab"))}, head_dim=64
+    )
 
 
 # (name, shape, rows of a batch, tokens of a row, gradient checkpointing)
 CASES = [
-    ("Llama", llama(256, 4, 2048), 16, 128, False),
-    ("Llama", llama(512, 12), 8, 256, False),
-    ("Llama", llama(512, 12), 8, 256, True),
-    ("Qwen", qwen(1024, 10, 64_000), 4, 128, False),
-    ("Qwen", qwen(1024, 10, 64_000), 2, 512, True),
-    ("Gemma", gemma(768, 12, 64_000), 4, 128, False),
-    ("Gemma", gemma(768, 12, 64_000), 1, 512, True),
-    ("Llama", llama(1536, 20), 1, 128, False),
-    ("Llama", llama(1536, 20), 1, 512, True),
+    ("Llama 3.5M", llama(256, 4, 2048), 16, 128, False),
+    ("Llama 53M", llama(512, 12), 8, 256, False),
+    ("Llama 53M", llama(512, 12), 8, 256, True),
+    ("Qwen 186M", qwen(1024, 10, 64_000), 4, 128, False),
+    ("Qwen 186M", qwen(1024, 10, 64_000), 2, 512, True),
+    ("Gemma 153M", gemma(768, 12, 64_000), 4, 128, False),
+    ("Gemma 153M", gemma(768, 12, 64_000), 1, 512, True),
+    ("Llama 500M", llama(1536, 20), 1, 128, False),
+    ("Llama 500M", llama(1536, 20), 1, 512, True),
 ]
 
 
 def main() -> None:
-    print(
-        f"{'base':8}{'parameters':>12}{'batch':>7}{'length':>8}{'checkpointing':>15}"
-        f"{'predicted MiB':>15}{'measured':>10}{'error':>7}"
-    )
+    print(f"{'base':14}{'batch':>6}{'length':>8}{'checkpointing':>15}{'predicted MiB':>15}{'measured':>10}{'error':>7}")
     for number in map(int, sys.argv[1:] or range(len(CASES))):
         with tempfile.TemporaryDirectory() as folder:
-            measure(Path(folder), *CASES[number])
+            name, config, batch, length, checkpointing = CASES[number]
+            predicted, measured = measure(Path(folder), config, batch, length, checkpointing)
+        print(
+            f"{name:14}{batch:6}{length:8}{str(checkpointing).lower():>15}"
+            f"{predicted:15.0f}{measured:10.0f}{predicted / measured - 1:+7.0%}",
+            flush=True,
+        )
 
 
-def measure(project: Path, name: str, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool) -> None:
-    """Train once in `project`, an empty folder, and print a row of the table."""
-    size = prepare(project, config, batch, length, checkpointing)
+def measure(
+    project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool
+) -> tuple[float, float]:
+    """MiB predicted and measured of a training in `project`, an empty folder."""
+    prepare(project, config, batch, length, checkpointing)
     parameters, cpu = check(project / "params.yaml"), torch.device("cpu")
     parts = training(project / "base", parameters.lora, parameters.train, [], length, cpu, torch.float32)
-    predicted = sum(parts.values()) / 2**20
     command = [sys.executable, "-m", "stages.train_qlora"]
     subprocess.run(command, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
-    measured = json.loads((project / "metrics/train_cost.json").read_text(encoding="utf-8"))["peak_memory_mb"]
-    print(
-        f"{name:8}{size:12,}{batch:7}{length:8}{str(checkpointing).lower():>15}"
-        f"{predicted:15.0f}{measured:10.0f}{predicted / measured - 1:+7.0%}",
-        flush=True,
-    )
+    cost = json.loads((project / "metrics/train_cost.json").read_text(encoding="utf-8"))
+    return sum(parts.values()) / 2**20, cost["peak_memory_mb"]
 
 
-def prepare(project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool) -> int:
-    """What the stage needs, and nothing else: parameters, a base, and rows; the base's number of parameters."""
+def prepare(project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool) -> None:
+    """What the stage needs, and nothing else: parameters, a base, and rows."""
     for folder in ("base", "data/tokens", "metrics"):
         (project / folder).mkdir(parents=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -107,10 +109,9 @@ def prepare(project: Path, config: PreTrainedConfig, batch: int, length: int, ch
     for side, rows in {"train": 2 * batch, "valid": 1}.items():
         lengths = [length if row % batch == 0 else length // 2 for row in range(rows)]  # padded, as real rows are
         table = pa.table({column: [[5] * tokens for tokens in lengths] for column in ("input_ids", "labels")})
-        with pa.OSFile(str(project / f"data/tokens/{side}.arrow"), "wb") as file:
-            with pa.ipc.new_stream(file, table.schema) as stream:
-                stream.write_table(table)
-    return model.num_parameters()
+        path = project / f"data/tokens/{side}.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
 
 
 if __name__ == "__main__":

@@ -38,15 +38,22 @@ def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise Refused(f"base.model: Transformers makes no language model of {folder}/config.json: {reason}") from None
 
 
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The type of the base's weights in their files, as config.json has it."""
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32
+
+
 def training(
     folder: Path, lora: Lora, train: Train, tokens: list[int], length: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, int]:
     """Bytes on `device` at the peak of training with rows of `length` tokens, by what needs them.
 
-    `tokens` are the ids of tokens whose embeddings are trained, `dtype` is that of all arithmetic.
+    `tokens` are the ids of tokens whose embeddings are trained, `dtype` is that of all arithmetic. On a CPU the
+    weights' files, in memory while they are loaded, count as activations if they need more than those.
     """
     model = skeleton(folder, dtype)
     base, dequantized = nf4_bytes(model), max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize
+    files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
     tuned = with_adapter(model, lora_config(lora, tokens))
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     kept = getattr(torch, train.adapter_dtype)
@@ -54,12 +61,13 @@ def training(
         weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
     optimizer = pick_optimizer(train.optimizer, device)
     step = Step(tuned, train.batch_size, length, pick_checkpointing(train.gradient_checkpointing, device))
+    head = head_bytes(tuned, train.batch_size * length, device)
     return {
         "base": base,
         "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
         "gradients": sum(weight.numel() for weight in trained) * kept.itemsize,
         "optimizer": sum(moments(weight, optimizer) for weight in trained),
-        "activations": max(step.saved + head_bytes(tuned, train.batch_size * length, device), step.peak + dequantized),
+        "activations": max(step.saved + head, step.peak + dequantized, files + dequantized),
         "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
     }
 
@@ -157,7 +165,9 @@ def fused_on_meta(
 AttentionInterface.register("fused_on_meta", fused_on_meta)
 
 
-def other_stages(model: PreTrainedModel, saved: torch.dtype, device: torch.device, dtype: torch.dtype) -> dict[str, int]:
+def other_stages(
+    model: PreTrainedModel, saved: torch.dtype, device: torch.device, dtype: torch.dtype
+) -> dict[str, int]:
     """Bytes of the machine's own memory that the other stages with a whole model need, by stage.
 
     `saved` is the type of the base's weights in their files, `dtype` that of arithmetic on `device`.

@@ -2,13 +2,14 @@
 
     python -m tools.check
 
-Tells what will be trained and made, and the memory and disk that it takes. Exit status 1, and one line that says what to
-change, if a stage would refuse the parameters or the machine has too little. Changes no file in the repository, and
+Tells what will be trained and made, and the memory and disk that it takes. Exit status 1, and one line that says what
+to change, if a stage would refuse the parameters or the machine has too little. Changes no file in the repository, and
 fetches all but the weights of a base on the hub.
 """
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from pipeline.refusal import Refused
 if TYPE_CHECKING:
     import torch
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
 GIB = 2**30
 LENGTHS = Path("metrics/lengths.json")
 
@@ -32,12 +34,11 @@ def examine(parameters: Parameters) -> None:
     """Print the table; Refused at the first thing that cannot be, or at the end by what does not fit."""
     import torch
     from dvc.repo import Repo
-    from transformers import AutoConfig
 
     from pipeline.adapter import lora_config, no_gguf_lora, require_possible
     from pipeline.base import SMALL_FILES, fetched
     from pipeline.disk import filled
-    from pipeline.memory import free, other_stages, skeleton, training
+    from pipeline.memory import free, other_stages, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
@@ -45,7 +46,7 @@ def examine(parameters: Parameters) -> None:
     device = pick_device(base.device)
     dtype = pick_dtype(base.compute_dtype, device)
     model = skeleton(folder, dtype)
-    size, saved = model.num_parameters(), AutoConfig.from_pretrained(folder).dtype or torch.float32
+    size, saved = model.num_parameters(), saved_dtype(folder)
     require_possible(lora, model)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
     tokens = special_tokens(folder, parameters)
@@ -64,19 +65,19 @@ def examine(parameters: Parameters) -> None:
     memory = "GPU memory" if device.type == "cuda" else "memory"
     refusals = []
     if not fits(f"{memory}: train_qlora", parts, room := free(device)):
-        refusals.append(f"train_qlora {short(parts, room)} {memory}: {mend(train, device, needed, room)}")
+        refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
     others = other_stages(model, saved, device, dtype)
     stage, most = max(others.items(), key=lambda item: item[1])
     if not fits(f"memory: {stage}", {stage: most}, room := free(torch.device("cpu"))):
-        refusals.append(f"{stage} {short({stage: most}, room)} memory: choose a smaller base.model")
+        refusals.append(f"{stage} {short({stage: most}, room, 'memory')}: choose a smaller base.model")
     copies = 1 if {"hardlink", "symlink"} & set(repo.cache.local.cache_types) else 2
     files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
     if not fits("disk", files, room := shutil.disk_usage(".").free):
-        refusals.append(f"a run {short(files, room)} disk: free some, or take formats out of gguf.quantize")
+        refusals.append(f"a run {short(files, room, 'disk')}: free some, or take formats out of gguf.quantize")
     if not any(folder.glob("*.safetensors")):
         download = {"weights": size * saved.itemsize}
         if not fits("disk: download", download, room := shutil.disk_usage(folder).free):
-            refusals.append(f"the base {short(download, room)} disk in the Hugging Face cache: free some, or set HF_HOME")
+            refusals.append(f"the download {short(download, room, 'disk')}: free some, or set HF_HOME")
     if refusals:
         raise Refused("; ".join(refusals))
 
@@ -94,8 +95,8 @@ def fits(name: str, parts: dict[str, int], room: int) -> bool:
     return needed <= room
 
 
-def short(parts: dict[str, int], room: int) -> str:
-    return f"needs {sum(parts.values()) / GIB:.1f} GiB of the {room / GIB:.1f} GiB of free"
+def short(parts: dict[str, int], room: int, of: str) -> str:
+    return f"needs {sum(parts.values()) / GIB:.1f} GiB of {of}, and {room / GIB:.1f} are free"
 
 
 def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
