@@ -173,10 +173,9 @@ def other_stages(
     `saved` is the type of the base's weights in their files, `dtype` that of arithmetic on `device`.
     """
     parameters = model.num_parameters()
-    largest = max(parameter.numel() for parameter in model.parameters())
     merged = 0 if device.type == "cuda" else parameters * dtype.itemsize
     return {
-        "merge_adapter": PROCESS["cpu"] + parameters * saved.itemsize + 3 * largest * 4,
+        "merge_adapter": PROCESS["cpu"] + parameters * saved.itemsize,
         "evaluate_gguf": PROCESS["cpu"] + merged + parameters * 2,  # llama.cpp has the f16 file in memory beside it
     }
 

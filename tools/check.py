@@ -60,7 +60,7 @@ def examine(parameters: Parameters) -> None:
     trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
     say("adapter", f"{trained:,} parameters, r {lora.r}")
     left_out = no_gguf_lora(lora_config(lora, tokens).to_dict())
-    say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}, " + (left_out or "GGUF LoRA"))
+    say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}, {left_out or 'GGUF LoRA'}")
 
     memory = "GPU memory" if device.type == "cuda" else "memory"
     refusals = []
@@ -136,7 +136,13 @@ def longest_row(repo: Any, train: Train) -> int:
 
 def changed(repo: Any) -> bool:
     """Whether the rows may have other lengths than when they were counted. What was never made here has not changed."""
-    for stage, changes in repo.status(targets=["tokenize"], with_deps=True).items():
+    from dvc.lock import LockError
+
+    try:
+        status = repo.status(targets=["tokenize"], with_deps=True)
+    except LockError:  # a running dvc repro may be changing them
+        return True
+    for stage, changes in status.items():
         for change in changes:
             for paths in change.values() if isinstance(change, dict) else []:
                 for path, state in paths.items():
