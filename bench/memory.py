@@ -56,10 +56,10 @@ CASES = [
     ("Llama 53M", llama(512, 12), 8, 256, True),
     ("Qwen 186M", qwen(1024, 10, 64_000), 4, 128, False),
     ("Qwen 186M", qwen(1024, 10, 64_000), 2, 512, True),
-    ("Gemma 153M", gemma(768, 12, 64_000), 4, 128, False),
-    ("Gemma 153M", gemma(768, 12, 64_000), 1, 512, True),
-    ("Llama 500M", llama(1536, 20), 1, 128, False),
-    ("Llama 500M", llama(1536, 20), 1, 512, True),
+    ("Gemma 131M", gemma(768, 12, 64_000), 4, 128, False),
+    ("Gemma 131M", gemma(768, 12, 64_000), 1, 512, True),
+    ("Llama 592M", llama(1536, 20), 1, 128, False),
+    ("Llama 592M", llama(1536, 20), 1, 512, True),
 ]
 
 
