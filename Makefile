@@ -1,11 +1,11 @@
-# make repro: everything, from an empty folder to proven GGUF files.   make test: the test suite.
+# make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: repro test check setup requirements
 
-repro: setup
+repro: check
 	@dvc repro
 	@python -m tools.summary
 

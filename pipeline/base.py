@@ -19,7 +19,8 @@ TOKENIZER_FILES = [
     "merges.txt",
     "chat_template.jinja",
 ]
-MODEL_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+SMALL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]  # all but the weights
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *SMALL_FILES]
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
@@ -29,15 +30,10 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
     Raises:
         Refused: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
     """
-    if Path(model).is_dir() and revision is not None:
-        raise Refused(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
-    folder = Path(model) if Path(model).is_dir() else download(model, revision)
+    folder, template = fetched(model, revision)
     files = hashes(folder)
     if not any(name.endswith(".safetensors") for name in files):
         raise Refused(f"base.model {model} has no .safetensors weights: choose a model that has them")
-    template = chat_template(folder)
-    if template is None:
-        raise Refused(f"base.model {model} has no chat template: choose its instruct or chat variant")
     return {
         "model": model,
         "revision": None if Path(model).is_dir() else folder.name,
@@ -48,10 +44,25 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
     }
 
 
-def download(model: str, revision: str | None) -> Path:
+def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) -> tuple[Path, str]:
+    """The base's folder, with at least those of a hub model's `files` (names and patterns), and its chat template.
+
+    Raises:
+        Refused: there is no such folder or hub model, or it has no chat template.
+    """
+    if Path(model).is_dir() and revision is not None:
+        raise Refused(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
+    folder = Path(model) if Path(model).is_dir() else download(model, revision, files)
+    template = chat_template(folder)
+    if template is None:
+        raise Refused(f"base.model {model} has no chat template: choose its instruct or chat variant")
+    return folder, template
+
+
+def download(model: str, revision: str | None, files: list[str]) -> Path:
     """The hub model's folder in the Hugging Face cache, named by its commit; only missing files are fetched."""
     try:
-        return snapshot(model, revision)
+        return snapshot(model, revision, files)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise Refused(
@@ -73,16 +84,19 @@ def located() -> tuple[Path, dict[str, Any]]:
             raise Refused(f"base.model {folder} has changed since it was described: run dvc repro -f prepare_base")
         return folder, described
     try:
-        return snapshot(described["model"], described["revision"], local_files_only=True), described
+        folder = snapshot(described["model"], described["revision"], MODEL_FILES, local_files_only=True)
+        for name in described["files"]:  # `make check` alone leaves a folder without weights in the cache
+            (folder / name).stat()
+        return folder, described
     except FileNotFoundError:
         fetch = f"hf download {described['model']} --revision {described['revision']}"
         raise Refused(f"base.model {described['model']} is not in the Hugging Face cache: run {fetch}") from None
 
 
-def snapshot(model: str, revision: str | None, local_files_only: bool = False) -> Path:
+def snapshot(model: str, revision: str | None, files: list[str], local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted: dict[str, Any] = {"allow_patterns": MODEL_FILES, "ignore_patterns": "*/*"}
+    wanted: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": "*/*"}
     return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
 
 

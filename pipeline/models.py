@@ -1,7 +1,9 @@
 """The base in NF4, with or without an adapter, on the device that is there."""
 
+import ctypes
 import os
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
 
@@ -11,6 +13,8 @@ import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.refusal import Refused
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def reproducible(seed: int, threads: int) -> None:
@@ -32,9 +36,20 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return getattr(torch, wanted)
 
 
+def pick_optimizer(wanted: str, device: torch.device) -> str:
+    if wanted == "auto":
+        return "paged_adamw_8bit" if device.type == "cuda" else "adamw_torch"
+    return wanted
+
+
+def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> bool:
+    return device.type == "cuda" if wanted == "auto" else wanted
+
+
 def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The base with its linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314), the rest and
     all arithmetic in `dtype`."""
+    give_back_from(2**20)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -46,11 +61,23 @@ def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
             bnb_4bit_compute_dtype=dtype,
         ),
     )
+    give_back_from(2**23)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights, and training stops learning.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def give_back_from(size: int) -> None:
+    """Let glibc give memory back to the system when a piece of `size` bytes (32 MiB at most) or more is freed.
+
+    Left to itself, it keeps up to the whole base in 32 bits after loading: quantized weights lie in between. 8 MiB
+    keep small tensors fast in training.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, size)
+    libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
 
 
 def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

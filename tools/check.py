@@ -1,17 +1,178 @@
-"""Check params.yaml without running anything.
+"""Check params.yaml, the base that it names and this machine, without running anything.
 
     python -m tools.check
 
-Exit status 1, and one line that names each wrong key, if a stage would refuse it.
+Tells what will be trained and made, and the memory and disk that it takes. Exit status 1, and one line that says what
+to change, if a stage would refuse the parameters or the machine has too little. Changes no file in the repository, and
+fetches all but the weights of a base on the hub.
 """
 
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.parameters import check
+from pipeline.parameters import Parameters, Train, check
+from pipeline.refusal import Refused
+
+if TYPE_CHECKING:
+    import torch
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
+GIB = 2**30
+LENGTHS = Path("metrics/lengths.json")
 
 
 def main() -> None:
-    check(Path("params.yaml"))
+    parameters = check(Path("params.yaml"))  # all else is imported later: it takes seconds, and a typo is told at once
+    examine(parameters)
+
+
+def examine(parameters: Parameters) -> None:
+    """Print the table; Refused at the first thing that cannot be, or at the end by what does not fit."""
+    import torch
+    from dvc.repo import Repo
+
+    from pipeline.adapter import lora_config, no_gguf_lora, require_possible
+    from pipeline.base import SMALL_FILES, fetched
+    from pipeline.disk import filled
+    from pipeline.memory import free, other_stages, saved_dtype, skeleton, training
+    from pipeline.models import pick_device, pick_dtype
+
+    base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
+    folder, _ = fetched(base.model, base.revision, SMALL_FILES)
+    device = pick_device(base.device)
+    dtype = pick_dtype(base.compute_dtype, device)
+    model = skeleton(folder, dtype)
+    size, saved = model.num_parameters(), saved_dtype(folder)
+    require_possible(lora, model)
+    say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
+    tokens = special_tokens(folder, parameters)
+    repo = Repo()
+    length = longest_row(repo, train)
+
+    def needed(train: Train) -> dict[str, int]:
+        return training(folder, lora, train, tokens, length, device, dtype)
+
+    parts = needed(train)
+    trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
+    say("adapter", f"{trained:,} parameters, r {lora.r}")
+    left_out = no_gguf_lora(lora_config(lora, tokens).to_dict())
+    say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}, {left_out or 'GGUF LoRA'}")
+
+    memory = "GPU memory" if device.type == "cuda" else "memory"
+    refusals = []
+    if not fits(f"{memory}: train_qlora", parts, room := free(device)):
+        refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
+    others = other_stages(model, saved, device, dtype)
+    stage, most = max(others.items(), key=lambda item: item[1])
+    if not fits(f"memory: {stage}", {stage: most}, room := free(torch.device("cpu"))):
+        refusals.append(f"{stage} {short({stage: most}, room, 'memory')}: choose a smaller base.model")
+    copies = 1 if {"hardlink", "symlink"} & set(repo.cache.local.cache_types) else 2
+    files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
+    if not fits("disk", files, room := shutil.disk_usage(".").free):
+        refusals.append(f"a run {short(files, room, 'disk')}: free some, or take formats out of gguf.quantize")
+    if not any(folder.glob("*.safetensors")):
+        download = {"weights": size * saved.itemsize}
+        if not fits("disk: download", download, room := shutil.disk_usage(folder).free):
+            refusals.append(f"the download {short(download, room, 'disk')}: free some, or set HF_HOME")
+    if refusals:
+        raise Refused("; ".join(refusals))
+
+
+def say(name: str, text: str) -> None:
+    print(f"{name:24}{text}", flush=True)
+
+
+def fits(name: str, parts: dict[str, int], room: int) -> bool:
+    """Print a line about what needs how much of the `room`, in GiB."""
+    needed = sum(parts.values())
+    of = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items()) if len(parts) > 1 else ""
+    verdict = "fits" if needed <= room else "DOES NOT FIT"
+    say(name, f"{needed / GIB:6.1f} of {room / GIB:6.1f} GiB  {verdict:14}{of}".rstrip())
+    return needed <= room
+
+
+def short(parts: dict[str, int], room: int, of: str) -> str:
+    return f"needs {sum(parts.values()) / GIB:.1f} GiB of {of}, and {room / GIB:.1f} are free"
+
+
+def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
+    """The ids of the tokens that will be trained. Whether the base learnt its own is read off its weights."""
+    from pipeline.chat_template import load_tokenizer
+    from pipeline.special_tokens import trainable_tokens
+
+    wanted = parameters.lora.trainable_tokens
+    if wanted == "auto" and not any(folder.glob("*.safetensors")):
+        say("special tokens", "told once the weights are here: dvc repro prepare_base fetches them")
+        return []
+    tokenizer = load_tokenizer(folder)
+    tokens = trainable_tokens(wanted, folder, tokenizer)
+    names = ", ".join(tokenizer.convert_ids_to_tokens(tokens))
+    say("special tokens", f"trained: {names}" if tokens else "none trained: the base knows its own")
+    return tokens
+
+
+def longest_row(repo: Any, train: Train) -> int:
+    """Tokens of the longest row, or train.max_length if the data or the base changed since they were counted.
+
+    Raises:
+        Refused: a row is longer than train.max_length, at which the tokenize stage would stop.
+    """
+    if not LENGTHS.exists() or changed(repo):
+        say("longest row", f"up to {train.max_length} tokens (train.max_length): dvc repro tokenize counts the rows")
+        return train.max_length
+    longest = json.loads(LENGTHS.read_text(encoding="utf-8"))["tokens"]["max"]
+    if longest > train.max_length and train.on_overflow == "raise":
+        raise Refused(
+            f"the longest row has {longest} tokens, train.max_length is {train.max_length}: raise it, or set "
+            "train.on_overflow to drop or truncate"
+        )
+    say("longest row", f"{longest} tokens, of at most {train.max_length}")
+    return min(longest, train.max_length)
+
+
+def changed(repo: Any) -> bool:
+    """Whether the rows may have other lengths than when they were counted. What was never made here has not changed."""
+    from dvc.lock import LockError
+
+    try:
+        status = repo.status(targets=["tokenize"], with_deps=True)
+    except LockError:  # a running dvc repro may be changing them
+        return True
+    for stage, changes in status.items():
+        for change in changes:
+            for paths in change.values() if isinstance(change, dict) else []:
+                for path, state in paths.items():
+                    cut = stage == "tokenize" and path == "params.yaml"  # lengths are counted before any cut
+                    if state not in ("deleted", "not in cache") and not cut and not path.endswith((".py", ".txt")):
+                        return True
+    return False
+
+
+def mend(train: Train, device: "torch.device", needed: Any, room: int) -> str:
+    """The smallest change to the parameters with which training fits in `room` bytes."""
+    for change in mends(train, device):
+        if sum(needed(train.model_copy(update=change)).values()) <= room:
+            return "set " + ", ".join(f"train.{key} to {str(value).lower()}" for key, value in change.items())
+    return "choose a smaller base.model, or shorter rows with a lower train.max_length"
+
+
+def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
+    """What saves memory, each with all before it. None changes how many rows a step is made of."""
+    from pipeline.models import pick_checkpointing, pick_optimizer
+
+    change: dict[str, object] = {}
+    if not pick_checkpointing(train.gradient_checkpointing, device):
+        yield (change := change | {"gradient_checkpointing": True})
+    batch_size, rows = train.batch_size, train.batch_size * train.gradient_accumulation
+    while batch_size > 1:
+        batch_size //= 2
+        yield (change := change | {"batch_size": batch_size, "gradient_accumulation": -(-rows // batch_size)})
+    if pick_optimizer(train.optimizer, device) != "paged_adamw_8bit":
+        yield (change := change | {"optimizer": "paged_adamw_8bit"})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""What `pipeline.memory` predicts that training needs on a CPU, beside what it took.
+
+    python -m bench.memory [CASE ...]    # numbers from 0 on; all unless told otherwise: ten minutes, up to 6 GiB
+
+bench/README.md has what it printed.
+
+Bases of random weights are made on the spot, in the shapes of the families. The real train_qlora stage trains each for
+two steps; its peak resident memory is the one that it writes to metrics/train_cost.json.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from pipeline.base import TOKENIZER_FILES, describe
+from pipeline.memory import training
+from pipeline.outputs import write_json
+from pipeline.parameters import check
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models/tiny-base"
+
+
+def llama(hidden: int, layers: int, vocabulary: int = 32_000, **more: Any) -> PreTrainedConfig:
+    heads = {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 256}
+    shape = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    return LlamaConfig(**heads, **shape, vocab_size=vocabulary, tie_word_embeddings=True, **more)
+
+
+def qwen(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
+    return Qwen2Config(**{**llama(hidden, layers, vocabulary).to_dict(), "model_type": "qwen2"})
+
+
+def gemma(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
+    """With capped attention scores, which need the whole matrix of them."""
+    shape = llama(hidden, layers, vocabulary).to_dict()
+    return Gemma2Config(
+        **{k: shape[k] for k in shape if k.startswith(("num_", "hidden_size", "inter", "vocab"))}, head_dim=64
+    )
+
+
+# (name, shape, rows of a batch, tokens of a row, gradient checkpointing)
+CASES = [
+    ("Llama 3.5M", llama(256, 4, 2048), 16, 128, False),
+    ("Llama 53M", llama(512, 12), 8, 256, False),
+    ("Llama 53M", llama(512, 12), 8, 256, True),
+    ("Qwen 186M", qwen(1024, 10, 64_000), 4, 128, False),
+    ("Qwen 186M", qwen(1024, 10, 64_000), 2, 512, True),
+    ("Gemma 131M", gemma(768, 12, 64_000), 4, 128, False),
+    ("Gemma 131M", gemma(768, 12, 64_000), 1, 512, True),
+    ("Llama 592M", llama(1536, 20), 1, 128, False),
+    ("Llama 592M", llama(1536, 20), 1, 512, True),
+]
+
+
+def main() -> None:
+    print(f"{'base':14}{'batch':>6}{'length':>8}{'checkpointing':>15}{'predicted MiB':>15}{'measured':>10}{'error':>7}")
+    for number in map(int, sys.argv[1:] or range(len(CASES))):
+        with tempfile.TemporaryDirectory() as folder:
+            name, config, batch, length, checkpointing = CASES[number]
+            predicted, measured = measure(Path(folder), config, batch, length, checkpointing)
+        print(
+            f"{name:14}{batch:6}{length:8}{str(checkpointing).lower():>15}"
+            f"{predicted:15.0f}{measured:10.0f}{predicted / measured - 1:+7.0%}",
+            flush=True,
+        )
+
+
+def measure(
+    project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool
+) -> tuple[float, float]:
+    """MiB predicted and measured of a training in `project`, an empty folder."""
+    prepare(project, config, batch, length, checkpointing)
+    parameters, cpu = check(project / "params.yaml"), torch.device("cpu")
+    parts = training(project / "base", parameters.lora, parameters.train, [], length, cpu, torch.float32)
+    command = [sys.executable, "-m", "stages.train_qlora"]
+    subprocess.run(command, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    cost = json.loads((project / "metrics/train_cost.json").read_text(encoding="utf-8"))
+    return sum(parts.values()) / 2**20, cost["peak_memory_mb"]
+
+
+def prepare(project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool) -> None:
+    """What the stage needs, and nothing else: parameters, a base, and rows."""
+    for folder in ("base", "data/tokens", "metrics"):
+        (project / folder).mkdir(parents=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(project / "base")
+    for file in TOKENIZER_FILES:
+        if (TINY / file).exists():
+            shutil.copy(TINY / file, project / "base")
+    write_json(project / "models/base.json", describe(str(project / "base"), None))
+    shutil.copy(ROOT / "dvc.yaml", project)
+    yaml = YAML()
+    parameters = yaml.load(ROOT / "params.yaml")
+    parameters["base"] |= {"device": "cpu", "compute_dtype": "float32"}
+    parameters["lora"]["trainable_tokens"] = []
+    parameters["train"] |= {"batch_size": batch, "epochs": 1.0, "gradient_checkpointing": checkpointing}
+    yaml.dump(parameters, project / "params.yaml")
+    for side, rows in {"train": 2 * batch, "valid": 1}.items():
+        lengths = [length if row % batch == 0 else length // 2 for row in range(rows)]  # padded, as real rows are
+        table = pa.table({column: [[5] * tokens for tokens in lengths] for column in ("input_ids", "labels")})
+        path = project / f"data/tokens/{side}.arrow"
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""How much disk a run of the pipeline fills."""
+
+from collections.abc import Sequence
+
+# Bits a weight of a quantized GGUF file, its scales included; the K-quants mix types.
+BITS = {"q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
+CHECKPOINTS = 3  # that training keeps at most
+
+
+def filled(
+    parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
+) -> dict[str, int]:
+    """Bytes that a run fills, by folder; `scratch` is what it removes in the end: checkpoints, then the base as GGUF.
+
+    The base has `parameters` of `itemsize` bytes, the `adapter` and its `optimizer` states are in bytes. Of each output
+    there are `copies`: DVC's cache has one too, unless it links.
+    """
+    gguf = parameters * sum([16, *(BITS[name] for name in quantize)]) / 8 + adapter
+    return {
+        "outputs/adapter": copies * adapter,
+        "models/merged": copies * parameters * itemsize,
+        "models/gguf": copies * int(gguf),
+        "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
+    }

@@ -1,0 +1,191 @@
+"""How much memory training needs, told before it: the base's architecture, made of config.json alone, takes one step on
+torch's meta device, where tensors have shapes and types but no bytes."""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.adapter import lora_config, with_adapter
+from pipeline.models import pick_checkpointing, pick_optimizer
+from pipeline.parameters import Lora, Train
+from pipeline.refusal import Refused
+
+# Bytes a weight: 4 bits, and with double quantization 8 bits for each 64 weights, 32 for each 256 of those.
+NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
+# What a process has before it has a model: libraries, on a GPU CUDA's context too. Measured.
+PROCESS = {"cpu": 600 * 2**20, "cuda": 1400 * 2**20}
+# glibc keeps holes where tensors under 32 MiB were. Measured: this share of all that a forward pass makes of such.
+HOLES, SMALL = 0.25, 2**25
+
+
+def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The base in `folder` without weights, on the meta device.
+
+    Raises:
+        Refused: config.json is of no causal language model that Transformers knows.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(f"base.model: Transformers makes no language model of {folder}/config.json: {reason}") from None
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The type of the base's weights in their files, as config.json has it."""
+    return AutoConfig.from_pretrained(folder).dtype or torch.float32
+
+
+def training(
+    folder: Path, lora: Lora, train: Train, tokens: list[int], length: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes on `device` at the peak of training with rows of `length` tokens, by what needs them.
+
+    `tokens` are the ids of tokens whose embeddings are trained, `dtype` is that of all arithmetic. On a CPU the
+    weights' files, in memory while they are loaded, count as activations if they need more than those.
+    """
+    model = skeleton(folder, dtype)
+    base, dequantized = nf4_bytes(model), max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize
+    files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
+    tuned = with_adapter(model, lora_config(lora, tokens))
+    trained = [weight for weight in tuned.parameters() if weight.requires_grad]
+    kept = getattr(torch, train.adapter_dtype)
+    for weight in trained:  # under autocast it computes in bfloat16, whatever it is kept in
+        weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
+    optimizer = pick_optimizer(train.optimizer, device)
+    step = Step(tuned, train.batch_size, length, pick_checkpointing(train.gradient_checkpointing, device))
+    head = head_bytes(tuned, train.batch_size * length, device)
+    return {
+        "base": base,
+        "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
+        "gradients": sum(weight.numel() for weight in trained) * kept.itemsize,
+        "optimizer": sum(moments(weight, optimizer) for weight in trained),
+        "activations": max(step.saved + head, step.peak + dequantized, files + dequantized),
+        "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
+    }
+
+
+def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights that are quantized: those of all linear layers but the head."""
+    head = model.get_output_embeddings()
+    return [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+
+
+def nf4_bytes(model: PreTrainedModel) -> int:
+    quantized = sum(weight.numel() for weight in linear_weights(model))
+    return int(quantized * NF4) + (model.num_parameters() - quantized) * model.dtype.itemsize
+
+
+def moments(weight: torch.Tensor, optimizer: str) -> int:
+    """Bytes of AdamW's two moments of a weight; bitsandbytes keeps small tensors' in 32 bits."""
+    return weight.numel() * (2 if optimizer == "paged_adamw_8bit" and weight.numel() >= 4096 else 8)
+
+
+def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
+    """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most, on a CPU eight more
+    such tiles in 32 bits, and in 32 bits the gradients of its input and, if it is trained, its own."""
+    head = model.get_output_embeddings()
+    rows, words = min(tokens, 4096), model.config.get_text_config().vocab_size
+    tile = rows * 32768 * model.dtype.itemsize
+    more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(words, 32768)
+    trained = sum(weight.numel() for weight in head.parameters() if weight.requires_grad)
+    return int(tile + more) + 4 * (tokens * model.config.get_text_config().hidden_size + trained)
+
+
+class Step(TorchDispatchMode):
+    """A forward and a backward pass of `model` without its head, and the bytes of the tensors that they make: `saved`
+    from one for the other, `peak` of those alive at once, `small` of all under 32 MiB that the forward pass makes."""
+
+    def __init__(self, model: Any, batch_size: int, length: int, checkpointing: bool) -> None:
+        super().__init__()
+        self.alive = self.peak = self.small = 0
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("fused_on_meta")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            model.enable_input_require_grads()
+        for weight in model.train().parameters():
+            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
+        ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+        eager = model.config._attn_implementation == "eager"
+        mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
+        self.counted = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers(), ids]}
+        with self:
+            hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            self.saved, small = self.alive, self.small
+            torch.autograd.backward(hidden, torch.empty_like(hidden))
+        self.small = small
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Count `storage` from now on until it is freed."""
+        if id(storage) not in self.counted:
+            self.counted.add(id(storage))
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
+            self.small += storage.nbytes() if storage.nbytes() < SMALL else 0
+            weakref.finalize(storage, self.free, id(storage), storage.nbytes())
+
+    def free(self, storage: int, size: int) -> None:
+        self.counted.discard(storage)
+        self.alive -= size
+
+
+def fused_on_meta(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as SDPA's fused kernels do it for padded rows: heads repeated, the mask in the queries' type, and no
+    scores kept. On meta tensors SDPA itself keeps them. Shapes: batch, heads, length, width of a head."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    bias = torch.zeros_like(attention_mask, dtype=query.dtype)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, attn_mask=bias)[0].transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("fused_on_meta", fused_on_meta)
+
+
+def other_stages(
+    model: PreTrainedModel, saved: torch.dtype, device: torch.device, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes of the machine's own memory that the other stages with a whole model need, by stage.
+
+    `saved` is the type of the base's weights in their files, `dtype` that of arithmetic on `device`.
+    """
+    parameters = model.num_parameters()
+    merged = 0 if device.type == "cuda" else parameters * dtype.itemsize
+    return {
+        "merge_adapter": PROCESS["cpu"] + parameters * saved.itemsize,
+        "evaluate_gguf": PROCESS["cpu"] + merged + parameters * 2,  # llama.cpp has the f16 file in memory beside it
+    }
+
+
+def free(device: torch.device) -> int:
+    """Bytes that a new process can have on `device`; a container's limit counts."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    limits = [psutil.virtual_memory().available]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(file).exists() and (text := Path(file).read_text(encoding="ascii").strip()) != "max":
+            limits.append(int(text))
+    return min(limits)

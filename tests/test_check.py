@@ -1,0 +1,153 @@
+"""What is refused before anything runs, and how well memory and disk are foretold."""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Project
+from test_base import Hub
+from transformers import LlamaConfig
+
+from bench.memory import llama, measure
+from pipeline.disk import filled
+from pipeline.memory import training
+from pipeline.parameters import check
+from pipeline.refusal import Refused
+from tools import check as tool
+
+GIB = 2**30
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+TINY = ROOT / "models/tiny-base"
+
+
+def test_a_fresh_clone_is_told_what_it_will_make_and_what_that_takes(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool.main()
+    told = capsys.readouterr().out
+    assert "models/tiny-base: llama, 3.9 M parameters" in told
+    assert "327,680 parameters, r 16" in told
+    assert "34 tokens, of at most 128" in told
+    assert "GGUF as f16, q8_0, q4_k_m, GGUF LoRA" in told
+    assert told.count(" fits") == 3
+    assert project.run("git", "status", "--porcelain").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"lora__r": 0}, r"lora\.r is 0: "),
+        ({"lora__target_modules": ["q_porj"]}, r"lora\.target_modules: q_porj not among this base's down_proj, "),
+        ({"lora__modules_to_save": ["lm_head"]}, r"lora\.modules_to_save: this base ties embed_tokens and lm_head"),
+        ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
+        ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
+        ({"train__max_length": 20}, r"the longest row has 34 tokens, train\.max_length is 20: raise it, or set"),
+    ],
+)
+def test_what_a_stage_would_refuse_is_refused_in_one_line(
+    project: Project, changed: dict[str, object], line: str
+) -> None:
+    project.set(**changed)
+    with pytest.raises(Refused, match=line) as refusal:
+        tool.main()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_typo_is_told_before_torch_is_imported() -> None:
+    code = "import sys, tools.check; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_rows_count_as_long_as_they_may_be_once_the_data_has_changed(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("data/curated/handbook.jsonl", "a", encoding="utf-8") as rows:
+        rows.write('{"question": "Who?", "answer": "Ada"}\n')
+    tool.main()
+    assert "up to 128 tokens (train.max_length): dvc repro tokenize counts the rows" in capsys.readouterr().out
+
+
+def test_a_base_on_the_hub_is_checked_without_its_weights(
+    project: Project, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    cache = tmp_path_factory.mktemp("hub")
+    project.env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache)}
+    project.set(base__model="someone/tiny")
+    told = project.run("python", "-m", "tools.check").stdout
+    hub.shutdown()
+    assert "someone/tiny: llama, 3.9 M parameters" in told and "dvc repro prepare_base fetches them" in told
+    assert list(cache.rglob("config.json")) and not list(cache.rglob("*.safetensors"))
+
+
+def test_what_does_not_fit_is_refused_by_the_parameters_with_which_it_does(project: Project) -> None:
+    project.set(train__batch_size=2**20)
+    with pytest.raises(Refused, match=r"train_qlora needs [\d.]+ GiB of memory, and [\d.]+ are free: set ") as refusal:
+        tool.main()
+    told = dict(re.findall(r"train\.(\w+) to (\w+)", str(refusal.value)))
+    assert told["gradient_checkpointing"] == "true"
+    assert int(told["batch_size"]) * int(told["gradient_accumulation"]) == 2**20
+    mended = {"train__batch_size": int(told["batch_size"]), "train__gradient_checkpointing": True}
+    project.set(**mended)
+    tool.main()
+
+
+@pytest.fixture
+def needed(project: Project) -> Callable[..., int]:
+    """Bytes of training on the built-in base with some parameters changed."""
+
+    def bytes_of(length: int = 128, device: torch.device = CPU, **changed: object) -> int:
+        project.set(**changed)
+        parameters = check(Path("params.yaml"))
+        return sum(training(TINY, parameters.lora, parameters.train, [], length, device, torch.float32).values())
+
+    return bytes_of
+
+
+def test_more_of_anything_needs_more_memory(needed: Callable[..., int]) -> None:
+    least = needed(length=64, train__batch_size=4, lora__r=16, train__optimizer="paged_adamw_8bit")
+    steps = [
+        needed(length=64, train__optimizer="adamw_torch"),
+        needed(length=64, lora__r=32),
+        needed(length=128),
+        needed(length=128, train__batch_size=8),
+        needed(length=128, lora__use_dora=True),
+    ]
+    assert [least, *steps] == sorted({least, *steps})
+    assert needed(train__gradient_checkpointing=True) < needed(train__gradient_checkpointing=False)
+
+
+def test_training_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
+    predicted, measured = measure(tmp_path, llama(256, 4, 2048), 16, 128, False)
+    assert 0.85 < predicted / measured < 1.25
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kv_heads", "vocabulary", "batch_size", "process", "known"),
+    [(14336, 8, 128256, 2, False, 7.4), (11008, 32, 32000, 1, True, 6.5)],
+    ids=["Llama 3.1 8B, allocated by torchtune", "7B, whole"],
+)
+def test_what_others_measured_of_8b_and_7b_at_2048_tokens_comes_out(
+    tmp_path: Path, hidden: int, kv_heads: int, vocabulary: int, batch_size: int, process: bool, known: float
+) -> None:
+    config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": hidden}
+    LlamaConfig(**config, num_key_value_heads=kv_heads, vocab_size=vocabulary).save_pretrained(tmp_path)
+    parameters = check(ROOT / "params.yaml")
+    train = parameters.train.model_copy(update={"batch_size": batch_size})
+    parts = training(tmp_path, parameters.lora, train, [], 2048, GPU, torch.bfloat16)
+    assert sum(parts.values()) - (0 if process else parts["process"]) == pytest.approx(known * GIB, rel=0.15)
+
+
+def test_the_disk_that_gguf_files_fill_comes_out() -> None:
+    files = json.loads((ROOT / "metrics/gguf.json").read_text(encoding="utf-8"))
+    made = sum(scores["bytes"] for scores in files.values() if "bytes" in scores)
+    foretold = filled(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
+    assert foretold["models/gguf"] == pytest.approx(made, rel=0.1)
