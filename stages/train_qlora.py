@@ -25,7 +25,7 @@ from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole, seal
-from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
+from pipeline.models import load_quantized, pick_checkpointing, pick_device, pick_dtype, pick_optimizer, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
@@ -107,14 +107,10 @@ def build_trainer(parameters: Parameters, folder: Path, device: torch.device, ch
 def training_arguments(
     parameters: Parameters, device: torch.device, dtype: torch.dtype, checkpoints: Path
 ) -> SFTConfig:
-    on_gpu = device.type == "cuda"
-    optimizer, checkpointing = parameters.train.optimizer, parameters.train.gradient_checkpointing
-    if optimizer == "auto":
-        optimizer = "paged_adamw_8bit" if on_gpu else "adamw_torch"
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=parameters.seed,
-        use_cpu=not on_gpu,
+        use_cpu=device.type == "cpu",
         bf16=dtype == torch.bfloat16,
         max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
         learning_rate=parameters.train.learning_rate,
@@ -126,8 +122,8 @@ def training_arguments(
         lr_scheduler_type=parameters.train.schedule,
         weight_decay=parameters.train.weight_decay,
         max_grad_norm=parameters.train.max_grad_norm,
-        optim=optimizer,
-        gradient_checkpointing=on_gpu if checkpointing == "auto" else checkpointing,
+        optim=pick_optimizer(parameters.train.optimizer, device),
+        gradient_checkpointing=pick_checkpointing(parameters.train.gradient_checkpointing, device),
         logging_steps=parameters.train.eval_steps,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
