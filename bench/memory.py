@@ -60,6 +60,10 @@ CASES = [
     ("Gemma 131M", gemma(768, 12, 64_000), 1, 512, True),
     ("Llama 592M", llama(1536, 20), 1, 128, False),
     ("Llama 592M", llama(1536, 20), 1, 512, True),
+    # The constants in pipeline.memory were fitted to those above, not to these.
+    ("Llama 133M", llama(768, 16), 2, 256, False),
+    ("Qwen 308M", qwen(1280, 12, 64_000), 1, 256, True),
+    ("Gemma 41M", gemma(512, 8, 32_000), 8, 64, False),
 ]
 
 

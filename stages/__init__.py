@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Ctrl-C ends a stage in one line."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted: dvc repro goes on from here", file=sys.stderr)
+        print("interrupted: run dvc repro again to go on", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

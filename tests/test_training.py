@@ -164,7 +164,7 @@ def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_
     project.kill("dvc", "repro", "train_qlora", step=4, victim="first")
     printed = project.kill("dvc", "repro", "train_qlora", step=8, how=signal.SIGINT)
     assert "going on from checkpoint-" in printed
-    assert "interrupted: dvc repro goes on from here" in printed and "Traceback" not in printed
+    assert "interrupted: run dvc repro again to go on" in printed and "Traceback" not in printed
     assert adapter.read_bytes() == before
 
 
