@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: a killed run goes on from the last whole one and ends with the same adapter.
+"""Checkpoints of a training run: a killed run goes on from the last whole one, on a CPU to the same adapter in bytes.
 
 They are no output of DVC: it deletes a stage's outputs before it starts, or would go on from those of other parameters.
 They lie in the repository's .dvc/tmp/checkpoints, which git ignores and experiments in folders of their own share, in a
@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.base import file_hash
@@ -20,16 +20,17 @@ from pipeline.parameters import Parameters, read_yaml
 from pipeline.refusal import Refused
 
 FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")
-WORKSPACE = Path(".dvc/tmp/train_qlora.lock")
+STAGE = "train_qlora"
+WORKSPACE = Path(f".dvc/tmp/{STAGE}.lock")
 PATIENCE = 10.0  # seconds that a killed run is given to be gone
 BUDGET = 10 * 2**30  # bytes that the checkpoints of other unfinished runs may keep; the oldest go first
 CHECKSUMS = "checksums.json"  # the last file of a checkpoint
 
 
-def fingerprint(stage: str, parameters: Parameters, device: str) -> str:
-    """A hash of all that makes a run: the device, the checkpoints' place, and what dvc.yaml declares of `stage`, its
-    parameters and its dependencies' contents (data, base, code, requirements)."""
-    deps = [Path(dep) for dep in read_yaml(Path("dvc.yaml"))["stages"][stage]["deps"]]
+def fingerprint(parameters: Parameters, device: str) -> str:
+    """A hash of all that makes a run: the device, the checkpoints' place, and what dvc.yaml declares of the stage, its
+    parameters and its dependencies' contents (data, the base's description, code, requirements)."""
+    deps = [Path(dep) for dep in read_yaml(Path("dvc.yaml"))["stages"][STAGE]["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
     contents = {str(file): file_hash(file) for file in files}
     run = json.dumps([device, str(FOLDER.absolute()), contents, parameters.model_dump()], sort_keys=True)
@@ -78,20 +79,13 @@ def locked(path: Path, patience: float) -> Iterator[None]:
 
 
 def prune(budget: int, keep: str) -> None:
-    """Remove the oldest unfinished runs but `keep` and those that are at work, until the rest have `budget` bytes."""
-    runs = sorted((run for run in FOLDER.iterdir() if run.is_dir() and run.name != keep), key=age, reverse=True)
-    for run in runs:
-        budget -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
-        if budget < 0:
-            try:
-                with locked(run.with_suffix(".lock"), 0):
-                    remove(run)
-            except Refused:
-                continue
-
-
-def age(run: Path) -> float:
-    return max(path.stat().st_mtime for path in [run, *run.iterdir()])
+    """Remove the oldest unfinished runs but `keep` until the rest have `budget` bytes; those at work do not count."""
+    runs = [run for run in FOLDER.iterdir() if run.is_dir() and run.name != keep]
+    for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True):
+        with suppress(Refused), locked(run.with_suffix(".lock"), 0):
+            budget -= sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
+            if budget < 0:
+                remove(run)
 
 
 def seal(checkpoint: Path) -> None:
@@ -100,11 +94,17 @@ def seal(checkpoint: Path) -> None:
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint from which training goes on; those after it are removed: half-written, damaged, or the last
-    of a run that had ended but for its outputs, which Transformers would go on from for a step more."""
+    """The newest checkpoint to go on from. Those after it are removed: half-written, damaged, of a run whose best one
+    is damaged, or the last of a run that had ended but for its outputs, which Transformers would train a step longer.
+    """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if is_whole(checkpoint) and not ended(checkpoint):
-            return checkpoint
+        if is_whole(checkpoint):
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            best = state["best_model_checkpoint"]
+            ended = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+            # One that is gone made way for a later and better one, which training comes to again.
+            if not ended and (best is None or not Path(best).exists() or is_whole(Path(best))):
+                return checkpoint
         remove(checkpoint)
     return None
 
@@ -112,11 +112,6 @@ def last_whole(folder: Path) -> Path | None:
 def is_whole(checkpoint: Path) -> bool:
     checksums = checkpoint / CHECKSUMS
     return checksums.exists() and json.loads(checksums.read_text(encoding="utf-8")) == hashes(checkpoint)
-
-
-def ended(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:

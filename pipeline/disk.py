@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 # Bits a weight of a quantized GGUF file, its scales included; the K-quants mix types.
 BITS = {"q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
-CHECKPOINTS = 3  # that training keeps at most
+CHECKPOINTS = 4  # three that training keeps, and the one that it writes
 
 
 def filled(

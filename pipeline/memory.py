@@ -2,6 +2,7 @@
 torch's meta device, where tensors have shapes and types but no bytes."""
 
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.adapter import lora_config, with_adapter
-from pipeline.models import pick_checkpointing, pick_optimizer
+from pipeline.models import KEPT, pick_checkpointing, pick_optimizer
 from pipeline.parameters import Lora, Train
 from pipeline.refusal import Refused
 
@@ -20,8 +21,8 @@ from pipeline.refusal import Refused
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
 # What a process has before it has a model: libraries, on a GPU CUDA's context too. Measured.
 PROCESS = {"cpu": 600 * 2**20, "cuda": 1400 * 2**20}
-# glibc keeps holes where tensors under 32 MiB were. Measured: this share of all that a forward pass makes of such.
-HOLES, SMALL = 0.25, 2**25
+# glibc keeps holes where tensors under KEPT bytes were. Measured: this share of all that a forward pass makes of such.
+HOLES = 0.25
 
 
 def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -60,13 +61,14 @@ def training(
     for weight in trained:  # under autocast it computes in bfloat16, whatever it is kept in
         weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
     optimizer = pick_optimizer(train.optimizer, device)
-    step = Step(tuned, train.batch_size, length, pick_checkpointing(train.gradient_checkpointing, device))
+    embeddings = {id(module.weight) for module in tuned.modules() if isinstance(module, torch.nn.Embedding)}
+    step = one_step(tuned, train.batch_size, length, pick_checkpointing(train.gradient_checkpointing, device))
     head = head_bytes(tuned, train.batch_size * length, device)
     return {
         "base": base,
         "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
         "gradients": sum(weight.numel() for weight in trained) * kept.itemsize,
-        "optimizer": sum(moments(weight, optimizer) for weight in trained),
+        "optimizer": sum(moments(weight, optimizer, kept, id(weight) in embeddings) for weight in trained),
         "activations": max(step.saved + head, step.peak + dequantized, files + dequantized),
         "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
     }
@@ -83,45 +85,65 @@ def nf4_bytes(model: PreTrainedModel) -> int:
     return int(quantized * NF4) + (model.num_parameters() - quantized) * model.dtype.itemsize
 
 
-def moments(weight: torch.Tensor, optimizer: str) -> int:
-    """Bytes of AdamW's two moments of a weight; bitsandbytes keeps small tensors' in 32 bits."""
-    return weight.numel() * (2 if optimizer == "paged_adamw_8bit" and weight.numel() >= 4096 else 8)
+def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: bool) -> int:
+    """Bytes of AdamW's two moments of a weight that is kept as `kept`, as torch keeps them too. bitsandbytes keeps 8
+    bits, but 32 of small tensors, and Transformers has it keep 32 of embeddings."""
+    if optimizer == "adamw_torch":
+        return 2 * weight.numel() * kept.itemsize
+    return weight.numel() * (2 if optimizer == "paged_adamw_8bit" and weight.numel() >= 4096 and not embedding else 8)
 
 
 def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
     """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most, on a CPU eight more
-    such tiles in 32 bits, and in 32 bits the gradients of its input and, if it is trained, its own."""
+    such tiles in 32 bits, and in 32 bits the gradients of its input and, if any of it is trained, of all of it."""
     head = model.get_output_embeddings()
     rows, words = min(tokens, 4096), model.config.get_text_config().vocab_size
     tile = rows * 32768 * model.dtype.itemsize
     more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(words, 32768)
-    trained = sum(weight.numel() for weight in head.parameters() if weight.requires_grad)
-    return int(tile + more) + 4 * (tokens * model.config.get_text_config().hidden_size + trained)
+    weight = head.weight  # with trained tokens, a copy of the whole matrix with their rows in it
+    copied = 0 if isinstance(weight, torch.nn.Parameter) else weight.nbytes
+    trained = weight.numel() if weight.requires_grad else 0
+    return int(tile + more) + copied + 4 * (tokens * model.config.get_text_config().hidden_size + trained)
 
 
-class Step(TorchDispatchMode):
-    """A forward and a backward pass of `model` without its head, and the bytes of the tensors that they make: `saved`
-    from one for the other, `peak` of those alive at once, `small` of all under 32 MiB that the forward pass makes."""
+@dataclass
+class StepBytes:
+    """Of the tensors that a forward and a backward pass make."""
 
-    def __init__(self, model: Any, batch_size: int, length: int, checkpointing: bool) -> None:
+    saved: int  # by the one for the other
+    peak: int  # alive at once
+    small: int  # of all under KEPT that the forward pass makes
+
+
+def one_step(model: Any, batch_size: int, length: int, checkpointing: bool) -> StepBytes:
+    """A forward and a backward pass of `model` without its head; it lies on the meta device."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("fused_on_meta")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    gradients = []
+    for weight in model.train().parameters():
+        if weight.requires_grad:
+            gradients.append(torch.empty_like(weight))
+            weight.grad = gradients[-1]
+    ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
+    eager = model.config._attn_implementation == "eager"
+    mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
+    with Alive([*model.parameters(), *model.buffers(), *gradients, ids]) as alive:
+        hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        saved, small = alive.now, alive.small
+        torch.autograd.backward(hidden, torch.empty_like(hidden))
+    return StepBytes(saved, alive.peak, small)
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors: those alive `now`, their `peak`, and all `small` ones that there ever were."""
+
+    def __init__(self, not_counted: list[torch.Tensor]) -> None:
         super().__init__()
-        self.alive = self.peak = self.small = 0
-        if model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("fused_on_meta")
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-            model.enable_input_require_grads()
-        for weight in model.train().parameters():
-            weight.grad = torch.empty_like(weight) if weight.requires_grad else None
-        ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-        eager = model.config._attn_implementation == "eager"
-        mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
-        self.counted = {id(tensor.untyped_storage()) for tensor in [*model.parameters(), *model.buffers(), ids]}
-        with self:
-            hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-            self.saved, small = self.alive, self.small
-            torch.autograd.backward(hidden, torch.empty_like(hidden))
-        self.small = small
+        self.now = self.peak = self.small = 0
+        self.known = {id(tensor.untyped_storage()) for tensor in not_counted}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
@@ -131,17 +153,16 @@ class Step(TorchDispatchMode):
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        """Count `storage` from now on until it is freed."""
-        if id(storage) not in self.counted:
-            self.counted.add(id(storage))
-            self.alive += storage.nbytes()
-            self.peak = max(self.peak, self.alive)
-            self.small += storage.nbytes() if storage.nbytes() < SMALL else 0
-            weakref.finalize(storage, self.free, id(storage), storage.nbytes())
+        if id(storage) not in self.known:
+            self.known.add(id(storage))
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            self.small += storage.nbytes() if storage.nbytes() < KEPT else 0
+            weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
 
-    def free(self, storage: int, size: int) -> None:
-        self.counted.discard(storage)
-        self.alive -= size
+    def freed(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
 
 
 def fused_on_meta(
@@ -168,12 +189,14 @@ AttentionInterface.register("fused_on_meta", fused_on_meta)
 def other_stages(
     model: PreTrainedModel, saved: torch.dtype, device: torch.device, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Bytes of the machine's own memory that the other stages with a whole model need, by stage.
+    """Bytes of the machine's own memory that the stages need that load the whole 16-bit model, by stage.
 
     `saved` is the type of the base's weights in their files, `dtype` that of arithmetic on `device`.
     """
     parameters = model.num_parameters()
-    merged = 0 if device.type == "cuda" else parameters * dtype.itemsize
+    merged = parameters * dtype.itemsize
+    if device.type == "cuda":  # what the GPU has no room for stays here
+        merged = max(0, merged - free(device))
     return {
         "merge_adapter": PROCESS["cpu"] + parameters * saved.itemsize,
         "evaluate_gguf": PROCESS["cpu"] + merged + parameters * 2,  # llama.cpp has the f16 file in memory beside it
@@ -181,11 +204,13 @@ def other_stages(
 
 
 def free(device: torch.device) -> int:
-    """Bytes that a new process can have on `device`; a container's limit counts."""
+    """Bytes that a new process can have on `device`; a container's limit counts (control groups, version 2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
-    limits = [psutil.virtual_memory().available]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if Path(file).exists() and (text := Path(file).read_text(encoding="ascii").strip()) != "max":
-            limits.append(int(text))
-    return min(limits)
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and (bound := limit.read_text(encoding="ascii").strip()) != "max":
+        reclaimable = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())["inactive_file"]
+        available = min(available, int(bound) - int(used.read_text(encoding="ascii")) + int(reclaimable))
+    return available

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from pipeline.refusal import Refused
 
+KEPT = 2**23  # glibc gives freed pieces of this many bytes and more back
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
@@ -61,7 +62,7 @@ def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
             bnb_4bit_compute_dtype=dtype,
         ),
     )
-    give_back_from(2**23)
+    give_back_from(KEPT)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights, and training stops learning.

@@ -13,9 +13,11 @@ def run(stage: Callable[[], None]) -> None:
     """Run a stage's main function; if it fails, put back the outputs that DVC deleted before it started the stage."""
     try:
         stage()
-    except BaseException:
+    except BaseException as error:
         if "DVC_STAGE" in os.environ:
             put_back_outputs(os.environ["DVC_STAGE"])
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage imports
+            raise Refused("the GPU's memory does not suffice: make check tells which parameter to turn") from None
         raise
 
 

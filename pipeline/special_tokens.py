@@ -54,7 +54,7 @@ def untrained(folder: Path, tokenizer: Any) -> list[str]:
     Raises:
         Refused: the base has no embeddings called embed_tokens, or fewer than its tokenizer has tokens.
     """
-    read, written = control_tokens(tokenizer)
+    read, written = template_tokens(tokenizer)
     added = sorted(tokenizer.get_added_vocab().values())
     deviation = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "initializer_range", 0.02)
     found: dict[str, list[int]] = {}
@@ -70,7 +70,7 @@ def untrained(folder: Path, tokenizer: Any) -> list[str]:
     return tokenizer.convert_ids_to_tokens(sorted({token for tokens in found.values() for token in tokens}))
 
 
-def control_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def template_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The added tokens of a short conversation by the chat template, and those of them that end its answer."""
     turns = [{"role": role, "content": "Yes."} for role in ("system", "user", "assistant")]
     try:

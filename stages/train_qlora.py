@@ -10,6 +10,7 @@ import csv
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main() -> None:
     device = pick_device(parameters.base.device)
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
-    with checkpoint_folder(fingerprint("train_qlora", parameters, device.type)) as checkpoints:
+    with checkpoint_folder(fingerprint(parameters, device.type)) as checkpoints:
         checkpoint = last_whole(checkpoints)
         reproducible(parameters.seed, parameters.threads)
         trainer = build_trainer(parameters, folder, device, checkpoints)
@@ -56,18 +57,11 @@ def main() -> None:
 class Trainer(SFTTrainer):
     """Ends the run at the first step whose loss is no number; Transformers would log another and go on."""
 
-    adapter_dtype: torch.dtype
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
         return loss
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(*args, **kwargs)
-        for weight in adapter_weights(self.model).values():
-            weight.data = weight.data.to(self.adapter_dtype)  # PEFT loads an adapter as float32
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
@@ -86,8 +80,9 @@ def build_trainer(parameters: Parameters, folder: Path, device: torch.device, ch
     base_model = load_quantized(folder, device, dtype)
     require_possible(parameters.lora, base_model)
     model = with_adapter(base_model, lora_config(parameters.lora, trained_tokens))
+    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # a checkpoint's, else as float32
     initial = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
-    callbacks: list[TrainerCallback] = [Measure(), Seal()]
+    callbacks: list[TrainerCallback] = [Losses(), Seal()]
     if parameters.train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(parameters.train.early_stopping_patience))
     trainer = Trainer(
@@ -98,9 +93,8 @@ def build_trainer(parameters: Parameters, folder: Path, device: torch.device, ch
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.adapter_dtype = getattr(torch, parameters.train.adapter_dtype)
     for name, weight in adapter_weights(model).items():
-        weight.data = initial[name].to(trainer.adapter_dtype)  # TRL rounded it to bfloat16
+        weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))  # TRL rounded it to bfloat16
     return trainer
 
 
@@ -134,6 +128,7 @@ def training_arguments(
         load_best_model_at_end=parameters.train.load_best_model_at_end,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # early stopping counts on
     )
 
 
@@ -147,11 +142,13 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except torch.OutOfMemoryError:
-        raise Refused("the GPU's memory does not suffice: make check tells which parameter to turn") from None
     finally:
         print(file=sys.stderr)  # the progress bar leaves its line open
     seconds = time.monotonic() - started
+    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        raise Refused(
+            f"the checkpoint with the lowest validation loss is gone: rm -r {trainer.args.output_dir}, and again"
+        )
     return {"seconds": seconds, "tokens_per_second": (trainer.state.num_input_tokens_seen - tokens) / seconds}
 
 
@@ -170,20 +167,20 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         write_json(aside / "base.json", base)
 
 
-class Measure(TrainerCallback):
-    """Both losses are measured after the last step too, wherever eval_steps falls. A validation loss that rises well
-    above the untrained base's ends the run."""
+class Losses(TrainerCallback):
+    """The training loss is told after the last step too, as Transformers measures the validation loss there. One that
+    rises well above the untrained base's ends the run."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = control.should_evaluate = True
+            control.should_log = True
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         if not losses[-1] <= losses[0] + 1:
             raise Refused(
                 f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
-                f"before training: {MEND}"
+                f"before training: {MEND}, or end it earlier with train.early_stopping_patience"
             )
 
 
@@ -228,7 +225,7 @@ def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str
 
 
 def memory(device: torch.device) -> dict[str, Any]:
-    """The peak: of the GPU's memory on a GPU, of the process's resident memory on a CPU."""
+    """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU."""
     on_gpu = device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     return {

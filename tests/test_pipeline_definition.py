@@ -48,7 +48,7 @@ def keys(name: str) -> set[str]:
 def test_there_is_a_module_for_every_stage_and_a_stage_for_every_module() -> None:
     modules = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__"}
     assert modules == set(STAGES)
-    assert all(STAGES[name]["cmd"] == f"python -m stages.{name}" for name in STAGES)
+    assert all(STAGES[name]["cmd"] == f"exec python -m stages.{name}" for name in STAGES)
 
 
 @pytest.mark.parametrize("name", STAGES)
