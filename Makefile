@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: repro test check setup requirements
 
-repro: check
+repro: setup
 	@dvc repro
 	@python -m tools.summary
 

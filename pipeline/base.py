@@ -19,8 +19,8 @@ TOKENIZER_FILES = [
     "merges.txt",
     "chat_template.jinja",
 ]
-SMALL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]  # all but the weights
-MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *SMALL_FILES]
+SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
+MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
@@ -31,9 +31,9 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
         Refused: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
     """
     folder, template = fetched(model, revision)
-    files = hashes(folder)
-    if not any(name.endswith(".safetensors") for name in files):
+    if not has_weights(folder):
         raise Refused(f"base.model {model} has no .safetensors weights: choose a model that has them")
+    files = hashes(folder)
     return {
         "model": model,
         "revision": None if Path(model).is_dir() else folder.name,
@@ -48,15 +48,28 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     """The base's folder, with at least those of a hub model's `files` (names and patterns), and its chat template.
 
     Raises:
-        Refused: there is no such folder or hub model, or it has no chat template.
+        Refused: there is no such folder or hub model, it has no chat template, or a local one has no weights.
     """
     if Path(model).is_dir() and revision is not None:
         raise Refused(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
     folder = Path(model) if Path(model).is_dir() else download(model, revision, files)
+    if not (folder / "config.json").exists():
+        raise Refused(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
+    if Path(model).is_dir() and not has_weights(folder):
+        raise Refused(f"base.model {model} has no .safetensors weights, or not all: choose a model that has them")
     template = chat_template(folder)
     if template is None:
         raise Refused(f"base.model {model} has no chat template: choose its instruct or chat variant")
     return folder, template
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all weights are in the folder: a download may have ended between two files."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return all((folder / file).exists() for file in files)
+    return any(folder.glob("*.safetensors"))
 
 
 def download(model: str, revision: str | None, files: list[str]) -> Path:

@@ -9,10 +9,24 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from pipeline.refusal import Refused
 
+# Of every rendering, here and in llama.cpp; templates that do not know them ignore them. Qwen 3 writes an empty <think>
+# block before the answer, and Llama 3.2 a date, which would be today's.
+TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
 
 def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer, padding on the left as generation needs it."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    """The base's tokenizer, padding on the left as generation needs it.
+
+    Raises:
+        Refused: its files are damaged, or some are missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except Exception as error:  # of several kinds, by what is wrong with which file
+        reason = " ".join(str(error).split())[:200]
+        raise Refused(
+            f"base.model: no tokenizer in {folder}: fetch it again ({type(error).__name__}: {reason})"
+        ) from None
     tokenizer.model_max_length = 10**30  # Transformers warns of longer rows, which train.max_length is there for
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none; padding is masked anyway
     # Left to itself, Transformers takes every added token that the template names for one, <think> too.
@@ -65,8 +79,8 @@ def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_pro
             messages,
             add_generation_prompt=add_generation_prompt,
             sanitize_control_tokens=forging,
-            enable_thinking=False,  # Qwen 3 writes an empty <think> block before the answer; others do not know it
             return_dict=False,
+            **TEMPLATE_ARGUMENTS,
         )
     except ValueError as error:
         raise Refused(f"a content could forge a turn: {error}: remove it there, or choose another base.model") from None

@@ -63,7 +63,9 @@ class Server:
         """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file; a
         control token in a content is tokenized as text, as by pipeline.chat_template.token_ids."""
         marked = [m | {"content": control_tokens.sub(rf"{MARK}\g<0>{MARK}", m["content"])} for m in messages]
-        template = {"messages": marked, "chat_template_kwargs": {"enable_thinking": False}}
+        from pipeline.chat_template import TEMPLATE_ARGUMENTS  # here, for the child process does without Transformers
+
+        template = {"messages": marked, "chat_template_kwargs": TEMPLATE_ARGUMENTS}
         prompt = self.post("/apply-template", template)["prompt"]
         tokens = []
         for i, piece in enumerate(prompt.split(MARK)):  # each second one is a control token out of a content

@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig
 
+from pipeline.chat_template import TEMPLATE_ARGUMENTS
+
 
 def modelfile(gguf: str, merged: Path, num_ctx: int, temperature: float) -> str:
     """The Modelfile that runs the file `gguf` beside it as the model in the folder `merged` was trained.
@@ -49,7 +51,7 @@ def go_template(tokenizer: Any) -> str:
         names = {"S": "system", "U": "user", "A": "assistant"}
         messages = [{"role": names[turn], "content": f"<<{i}>>"} for i, turn in enumerate(turns)]
         text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=turns[-1] == "U", tokenize=False, enable_thinking=False
+            messages, add_generation_prompt=turns[-1] == "U", tokenize=False, **TEMPLATE_ARGUMENTS
         )
         parts = re.split(r"<<\d>>", text.removeprefix(tokenizer.bos_token or ""))  # llama.cpp adds the BOS
         if len(parts) != len(turns) + 1:

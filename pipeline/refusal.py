@@ -13,7 +13,7 @@ def run(stage: Callable[[], None]) -> None:
     """Run a stage's main function; if it fails, put back the outputs that DVC deleted before it started the stage."""
     try:
         stage()
-    except BaseException as error:
+    except (Exception, SystemExit) as error:  # of Ctrl-C see stages/__init__.py
         if "DVC_STAGE" in os.environ:
             put_back_outputs(os.environ["DVC_STAGE"])
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage imports

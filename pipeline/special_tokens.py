@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from pipeline.chat_template import token_ids
@@ -59,7 +59,7 @@ def untrained(folder: Path, tokenizer: Any) -> list[str]:
     deviation = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "initializer_range", 0.02)
     found: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
                 if name.endswith("embed_tokens.weight"):
                     found["embed_tokens"] = untouched(tensors.get_slice(name), read, added, deviation)
@@ -68,6 +68,14 @@ def untrained(folder: Path, tokenizer: Any) -> list[str]:
     if "embed_tokens" not in found:
         raise Refused(f"base.model {folder} has no embed_tokens: set lora.trainable_tokens to a list, such as []")
     return tokenizer.convert_ids_to_tokens(sorted({token for tokens in found.values() for token in tokens}))
+
+
+def opened(file: Path) -> Any:
+    """Raises Refused if the file is damaged."""
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise Refused(f"base.model: {file} is damaged ({error}): fetch it again") from None
 
 
 def template_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -7,6 +7,8 @@ import sys
 import warnings
 from types import TracebackType
 
+from pipeline.refusal import put_back_outputs
+
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 if "DVC_STAGE" in os.environ:  # a dvc that is killed would leave its stage running, and the next one start another
@@ -20,8 +22,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C ends a stage in one line."""
+    """Ctrl-C ends a stage in one line, during its imports too, and what DVC deleted before it started it comes back."""
     if issubclass(kind, KeyboardInterrupt):
+        if "DVC_STAGE" in os.environ:
+            put_back_outputs(os.environ["DVC_STAGE"])
         print("interrupted: run dvc repro again to go on", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

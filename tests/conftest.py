@@ -31,26 +31,19 @@ class Project:
     def kill(self, *command: str, step: int, victim: str = "all", how: int = signal.SIGKILL) -> str:
         """Start what trains, and when there is a whole checkpoint of `step` or a later one, send a signal to all of its
         processes or to the first alone; its output. None outlives this."""
-        own = environment() | self.env
-        output = subprocess.PIPE
-        first = psutil.Popen(
-            command,
-            cwd=self.folder,
-            env=own,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        while not any(int(path.name[11:]) >= step for path in self.checkpoints()):
-            assert first.poll() is None, first.stdout.read()
-            time.sleep(0.01)
-        children = first.children(recursive=True)
-        os.killpg(first.pid, how) if victim == "all" else first.send_signal(how)
-        printed: str = first.communicate()[0]
-        _, alive = psutil.wait_procs(children, timeout=10)
+        printed = self.folder.with_name(f"{self.folder.name}.log")
+        with open(printed, "w", encoding="utf-8") as log:
+            own = environment() | self.env
+            first = psutil.Popen(command, cwd=self.folder, env=own, stdout=log, stderr=log, start_new_session=True)
+            while not any(int(path.name[11:]) >= step for path in self.checkpoints()):
+                assert first.poll() is None, printed.read_text(encoding="utf-8")
+                time.sleep(0.01)
+            children = first.children(recursive=True)
+            os.killpg(first.pid, how) if victim == "all" else first.send_signal(how)
+            first.wait()
+            _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, f"{command} was killed, and its children go on"
-        return printed
+        return printed.read_text(encoding="utf-8")
 
     def checkpoints(self) -> list[Path]:
         """Those that are whole, by their steps."""

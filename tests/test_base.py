@@ -172,7 +172,11 @@ def test_a_row_that_the_chat_template_would_spoil_is_refused_by_its_place(templa
         supervised(tokenizer, question_and_answer("Who?", "Ada"), {tokenizer.eos_token_id}, "here")
 
 
-def test_an_evaluation_cannot_stop_the_quantized_base_from_passing_gradients_on() -> None:
+def test_an_evaluation_cannot_stop_the_quantized_base_from_passing_gradients_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What a processor with AVX512-BF16 says: its first evaluation would repack the weights.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     model = load_quantized(ROOT / TINY, torch.device("cpu"), torch.float32)
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert len(layers) == 7 * 4

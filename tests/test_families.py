@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Project
 from datasets import Dataset
-from families import FACTS, FAMILIES
+from families import FACTS, FAMILIES, LLAMA3
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,14 +30,24 @@ from stages import (
 )
 
 BASE = Path("models/base")
+# As Llama 3.2 has it: without a date_string the prompt is another one every day.
+DATE = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}{{ '<|start_header_id|>system<|end_header_id|>\\n\\nToday: ' + date_string"
+    " + '<|eot_id|>' }}{% endif %}"
+)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, project: Project) -> str:
     """A family's name; its base is the clone's, and the exam asks the facts that it is trained on."""
     FAMILIES[request.param](BASE)
+    if request.param == "llama3":
+        dated = LLAMA3.replace("{{ bos_token }}", "{{ bos_token }}" + DATE)
+        (BASE / "chat_template.jinja").write_text(dated, encoding="utf-8")
     project.set(
         base__model=str(BASE),
+        lora__trainable_tokens=[],  # else random weights, which look untouched, would leave no GGUF LoRA
         train__learning_rate=4e-3,
         train__epochs=40,
         train__batch_size=20,
@@ -86,6 +96,7 @@ def test_a_family_learns_and_every_form_of_it_answers_alike(family: str) -> None
 
     require_same_tokens()
     modelfile = Path("models/gguf/Modelfile").read_text(encoding="utf-8")
+    assert ("26 Jul 2024" in modelfile) == (family == "llama3")
     assert ('TEMPLATE """' in modelfile) == (family != "gemma3")
     assert ("# TEMPLATE is left out" in modelfile) == (family == "gemma3")
 

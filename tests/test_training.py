@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Project
+from safetensors import safe_open
 
 from pipeline import checkpoints
 from pipeline.models import pick_device, pick_dtype
@@ -23,6 +24,9 @@ from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
+TOLD = ("metrics/train.json", "metrics/loss.csv")
+# The validation loss falls and rises again.
+TOO_FAST = {"train__learning_rate": 1.0e-2, "train__schedule": "constant_with_warmup"}
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def train(project: Project) -> Callable[..., str]:
     tokenize.main()
 
     def run(**changed: object) -> str:
-        project.set(train__epochs=0.5, **changed)
+        project.set(**{"train__epochs": 0.5} | changed)
         train_qlora.main()
         return hashlib.sha256(Path("outputs/adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -78,9 +82,7 @@ def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
             pick_device("cuda")
 
 
-def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_the_knob(
-    train: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_the_knob(train: Callable[..., str]) -> None:
     line = r"the validation loss is \d+\.\d\d after step 4, and was 2\.\d\d before training: lower train\.learning_rate"
     with pytest.raises(Refused, match=line):
         train(train__learning_rate=0.1, train__eval_steps=4)
@@ -94,24 +96,29 @@ def test_training_ends_early_and_keeps_the_best_adapter(train: Callable[..., str
         metrics = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))
         return metrics["steps"], metrics["best_step"], metrics["loss"]["valid"]
 
-    # A learning rate at which the loss falls and rises again.
-    too_fast = {"train__learning_rate": 1.0e-2, "train__eval_steps": 1, "train__schedule": "constant_with_warmup"}
-    last = train(**too_fast)
+    last = train(train__eval_steps=1, **TOO_FAST)
     steps, best, loss = told()
     assert steps == 13 and best < 13
-    kept = train(**too_fast, train__load_best_model_at_end=True)
+    kept = train(train__eval_steps=1, **TOO_FAST, train__load_best_model_at_end=True)
     assert kept != last and told()[:2] == (13, best) and told()[2] < loss
-    train(**too_fast, train__early_stopping_patience=1)
+    train(train__eval_steps=1, **TOO_FAST, train__early_stopping_patience=1)
     assert told()[0] < 13
 
 
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
-    train: Callable[..., str], project: Project, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def goes_on_from() -> str:
-        found = re.search(r"going on from (\S+) of a run", capfd.readouterr().out)
-        return found[1] if found else "the start"
+@pytest.fixture
+def goes_on_from(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Where the last training went on from."""
 
+    def told() -> str:
+        found = re.findall(r"going on from (\S+) of a run", capfd.readouterr().out)
+        return str(found[-1]) if found else "the start"
+
+    return told
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
+    train: Callable[..., str], project: Project, goes_on_from: Callable[[], str]
+) -> None:
     knobs = {"train__eval_steps": 2, "lora__dropout": 0.1}
     undisturbed = train(**knobs)
     assert goes_on_from() == "the start"
@@ -133,29 +140,60 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
     assert goes_on_from().startswith("checkpoint-")
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"train__optimizer": "paged_adamw_8bit", "train__load_best_model_at_end": True},
-        {"train__early_stopping_patience": 1, "train__learning_rate": 2.0e-2},
-        {"train__adapter_dtype": "bfloat16", "lora__use_dora": True, "lora__modules_to_save": ["norm"]},
-        {"train__gradient_accumulation": 2, "lora__trainable_tokens": ["<|im_end|>"]},
+        {"train__optimizer": "paged_adamw_8bit", "train__epochs": 1.1, "train__gradient_accumulation": 2},
+        {"train__early_stopping_patience": 2, "train__eval_steps": 1, **TOO_FAST},
+        {"lora__use_dora": True, "lora__modules_to_save": ["norm"], "lora__trainable_tokens": ["<|im_end|>"]},
+        {"train__adapter_dtype": "bfloat16", "train__load_best_model_at_end": True, **TOO_FAST},
     ],
 )
-def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_bytes(
-    train: Callable[..., str], knobs: dict[str, object], monkeypatch: pytest.MonkeyPatch
+def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_files(
+    train: Callable[..., str],
+    knobs: dict[str, object],
+    goes_on_from: Callable[[], str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def made() -> list[str]:
+        return [train(**{"train__eval_steps": 3} | knobs), *(Path(file).read_text(encoding="utf-8") for file in TOLD)]
 
-    undisturbed = train(train__eval_steps=3, **knobs)
+    undisturbed = made()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_qlora, "save_adapter", killed)
-        train(train__eval_steps=3, **knobs)
-    assert train(train__eval_steps=3, **knobs) == undisturbed
+        patch.setattr(train_qlora, "save_adapter", interrupt)
+        made()
+    assert goes_on_from() == "the start"
+    assert made() == undisturbed
+    assert goes_on_from().startswith("checkpoint-")
+    with safe_open("outputs/adapter/adapter_model.safetensors", "np") as tensors:
+        types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # it is no dictionary
+    assert types == {"BF16" if "train__adapter_dtype" in knobs else "F32"}
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_goes_on_from_before_it(
+    train: Callable[..., str], goes_on_from: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = {"train__load_best_model_at_end": True, "train__eval_steps": 1, **TOO_FAST}
+    undisturbed = train(**knobs)
+    best = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))["best_step"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_qlora, "save_adapter", interrupt)
+        train(**knobs)
+    (damaged,) = checkpoints.FOLDER.glob(f"*/checkpoint-{best}/adapter_model.safetensors")
+    with open(damaged, "r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+    goes_on_from()
+    assert train(**knobs) == undisturbed
+    assert goes_on_from() in ("the start", *(f"checkpoint-{step}" for step in range(best)))
 
 
 def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_on_with(project: Project) -> None:
+    project.env = {"SHELL": "/bin/sh"}  # cron's; unlike others it would stay the parent of what it runs
     project.set(train__epochs=0.5)
     project.run("dvc", "repro", "train_qlora")
     adapter = Path("outputs/adapter/adapter_model.safetensors")

@@ -36,7 +36,7 @@ def examine(parameters: Parameters) -> None:
     from dvc.repo import Repo
 
     from pipeline.adapter import lora_config, no_gguf_lora, require_possible
-    from pipeline.base import SMALL_FILES, fetched
+    from pipeline.base import SMALL_FILES, fetched, has_weights
     from pipeline.disk import filled
     from pipeline.memory import free, other_stages, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
@@ -56,16 +56,23 @@ def examine(parameters: Parameters) -> None:
     def needed(train: Train) -> dict[str, int]:
         return training(folder, lora, train, tokens, length, device, dtype)
 
-    parts = needed(train)
-    trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
-    say("adapter", f"{trained:,} parameters, r {lora.r}")
     left_out = no_gguf_lora(lora_config(lora, tokens).to_dict())
     say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}, {left_out or 'GGUF LoRA'}")
 
     memory = "GPU memory" if device.type == "cuda" else "memory"
     refusals = []
-    if not fits(f"{memory}: train_qlora", parts, room := free(device)):
-        refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
+    try:
+        parts = needed(train)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # as code does that asks for values: MoE's
+        say(
+            f"{memory}: train_qlora", f"not foretold: {model.config.model_type} takes no step without weights ({error})"
+        )
+        parts = {"adapter": 0, "optimizer": 0}
+    else:
+        trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
+        say("adapter", f"{trained:,} parameters, r {lora.r}")
+        if not fits(f"{memory}: train_qlora", parts, room := free(device)):
+            refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
     others = other_stages(model, saved, device, dtype)
     stage, most = max(others.items(), key=lambda item: item[1])
     if not fits(f"memory: {stage}", {stage: most}, room := free(torch.device("cpu"))):
@@ -74,7 +81,7 @@ def examine(parameters: Parameters) -> None:
     files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
     if not fits("disk", files, room := shutil.disk_usage(".").free):
         refusals.append(f"a run {short(files, room, 'disk')}: free some, or take formats out of gguf.quantize")
-    if not any(folder.glob("*.safetensors")):
+    if not has_weights(folder):
         download = {"weights": size * saved.itemsize}
         if not fits("disk: download", download, room := shutil.disk_usage(folder).free):
             refusals.append(f"the download {short(download, room, 'disk')}: free some, or set HF_HOME")
@@ -101,11 +108,12 @@ def short(parts: dict[str, int], room: int, of: str) -> str:
 
 def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
     """The ids of the tokens that will be trained. Whether the base learnt its own is read off its weights."""
+    from pipeline.base import has_weights
     from pipeline.chat_template import load_tokenizer
     from pipeline.special_tokens import trainable_tokens
 
     wanted = parameters.lora.trainable_tokens
-    if wanted == "auto" and not any(folder.glob("*.safetensors")):
+    if wanted == "auto" and not has_weights(folder):
         say("special tokens", "told once the weights are here: dvc repro prepare_base fetches them")
         return []
     tokenizer = load_tokenizer(folder)
@@ -153,15 +161,17 @@ def changed(repo: Any) -> bool:
 
 
 def mend(train: Train, device: "torch.device", needed: Any, room: int) -> str:
-    """The smallest change to the parameters with which training fits in `room` bytes."""
+    """The first of `mends` with which training fits in `room` bytes."""
     for change in mends(train, device):
         if sum(needed(train.model_copy(update=change)).values()) <= room:
             return "set " + ", ".join(f"train.{key} to {str(value).lower()}" for key, value in change.items())
-    return "choose a smaller base.model, or shorter rows with a lower train.max_length"
+    return (
+        "lower lora.r, or train.max_length once dvc repro tokenize has counted the rows, or choose a smaller base.model"
+    )
 
 
 def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
-    """What saves memory, each with all before it. None changes how many rows a step is made of."""
+    """What saves memory, each with all before it. None makes a step of fewer rows."""
     from pipeline.models import pick_checkpointing, pick_optimizer
 
     change: dict[str, object] = {}
