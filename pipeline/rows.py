@@ -18,11 +18,8 @@ def question_and_answer(question: str, answer: str) -> list[Message]:
 
 
 def row(messages: list[Message], source: str) -> Row:
-    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from; `id` is a hash.
-
-    White space around a content goes: a template may trim it, or a tokenizer melt it into the template's own.
-    """
-    messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"].strip())} for m in messages]
+    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from; `id` is a hash."""
+    messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
     # Case and white space apart: rows that differ in nothing else are the same row.
     turns = [f"{m['role']} {' '.join(m['content'].casefold().split())}" for m in messages]
     return {"id": f"{hash64(chr(0).join(turns)):016x}", "messages": messages, "source": source}

@@ -67,6 +67,8 @@ def thinking(message: dict[str, str], i: int) -> str:
 
 def prompt_differs(messages: list[dict[str, str]], i: int) -> str:
     differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
+    if messages[i]["content"][:1].isspace():
+        return f"{differs}, which begins with white space: remove that"
     if i < len(messages) - 1:
         return (
             f"{differs} and more turns: split the row, or set train.mask_history: true to learn its last answer alone"

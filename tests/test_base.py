@@ -172,6 +172,13 @@ def test_a_row_that_the_chat_template_would_spoil_is_refused_by_its_place(templa
         supervised(tokenizer, question_and_answer("Who?", "Ada"), {tokenizer.eos_token_id}, "here")
 
 
+def test_an_answer_that_melts_into_its_prompt_is_refused_by_what_makes_it() -> None:
+    tokenizer = load_tokenizer(ROOT / TINY)
+    tokenizer.add_tokens(["\n\n"])  # most large vocabularies have it; the prompt ends with a line break
+    with pytest.raises(Refused, match=r"here: .* with its answer, which begins with white space: remove that"):
+        supervised(tokenizer, question_and_answer("Who?", "\nAda"), {tokenizer.eos_token_id}, "here")
+
+
 def test_an_evaluation_cannot_stop_the_quantized_base_from_passing_gradients_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
