@@ -165,11 +165,12 @@ def test_an_experiment_in_a_temporary_folder_runs_what_its_parameter_changes_alo
     assert ran(done.stdout) == {"convert_gguf", "evaluate_gguf"}
 
 
-def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_a_smaller_rank_scores_lower(
+def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_training_scores_lower(
     finished: Project,
 ) -> None:
-    finished.kill("dvc", "exp", "run", "--temp", "-S", "lora.r=1", step=64)
-    finished.run("dvc", "exp", "run", "--queue", "--name", "small", "-S", "lora.r=1")
+    less = ["-S", "lora.r=1", "-S", "train.epochs=4"]
+    finished.kill("dvc", "exp", "run", "--temp", *less, step=64)
+    finished.run("dvc", "exp", "run", "--queue", "--name", "small", *less)
     finished.run("dvc", "queue", "start")
     log = finished.run("dvc", "queue", "logs", "--follow", "small").stdout
     assert "going on from checkpoint-" in log
