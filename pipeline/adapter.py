@@ -1,6 +1,4 @@
-"""The LoRA adapter: what it may be, what it is made of, and which files can be made of it."""
-
-from typing import Any
+"""The LoRA adapter: what it may be, and what it is made of."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -67,17 +65,3 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     if not hasattr(head, "bias"):  # TRL reads it, and PEFT's wrapper of a head with trained tokens has none
         head.register_parameter("bias", None)
     return tuned
-
-
-def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
-    """Why llama.cpp can have no LoRA file of an adapter with this adapter_config.json; None if it can.
-
-    Its LoRA files hold A and B alone. rsLoRA is no reason: the convert_gguf stage puts its scale into alpha.
-    """
-    reasons = {
-        "use_dora": "DoRA's magnitudes (lora.use_dora)",
-        "modules_to_save": "layers trained whole (lora.modules_to_save)",
-        "trainable_token_indices": "trained embeddings of tokens (lora.trainable_tokens)",
-    }
-    found = [reason for key, reason in reasons.items() if adapter_config.get(key)]
-    return f"a GGUF LoRA cannot hold {' and '.join(found)}" if found else None

@@ -42,6 +42,20 @@ def run_script(name: str, *arguments: str | Path) -> None:
         raise Refused(f"llama.cpp/{name} {' '.join(map(str, arguments))} failed: {lines[-1]}")
 
 
+def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
+    """Why llama.cpp can have no LoRA file of an adapter with this adapter_config.json; None if it can.
+
+    Its LoRA files hold A and B alone. rsLoRA is no reason: the convert_gguf stage puts its scale into alpha.
+    """
+    reasons = {
+        "use_dora": "DoRA's magnitudes (lora.use_dora)",
+        "modules_to_save": "layers trained whole (lora.modules_to_save)",
+        "trainable_token_indices": "trained embeddings of tokens (lora.trainable_tokens)",
+    }
+    found = [reason for key, reason in reasons.items() if adapter_config.get(key)]
+    return f"a GGUF LoRA cannot hold {' and '.join(found)}" if found else None
+
+
 @dataclass(frozen=True)
 class Server:
     url: str

@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapter import no_gguf_lora
 from pipeline.base import located, require_same_base
-from pipeline.llama_cpp import run_script
+from pipeline.llama_cpp import no_gguf_lora, run_script
 from pipeline.modelfile import modelfile
 from pipeline.outputs import whole
 from pipeline.parameters import load

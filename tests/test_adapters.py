@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter import lora_config, no_gguf_lora, require_possible, with_adapter
+from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer, token_ids
-from pipeline.llama_cpp import run_script, served
+from pipeline.llama_cpp import no_gguf_lora, run_script, served
 from pipeline.models import load_quantized, load_tuned, reproducible
 from pipeline.parameters import Lora
 from pipeline.refusal import Refused

@@ -35,9 +35,10 @@ def examine(parameters: Parameters) -> None:
     import torch
     from dvc.repo import Repo
 
-    from pipeline.adapter import lora_config, no_gguf_lora, require_possible
+    from pipeline.adapter import lora_config, require_possible
     from pipeline.base import SMALL_FILES, fetched, has_weights
     from pipeline.disk import filled
+    from pipeline.llama_cpp import no_gguf_lora
     from pipeline.memory import free, other_stages, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
 
