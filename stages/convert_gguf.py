@@ -47,8 +47,9 @@ def main() -> None:
 def convert_lora(adapter_config: dict[str, Any], base: Path, file: Path) -> None:
     """The adapter as a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so rsLoRA's alpha / sqrt(r) goes into
     alpha."""
-    if adapter_config["use_rslora"]:
-        adapter_config = adapter_config | {"lora_alpha": adapter_config["lora_alpha"] * math.sqrt(adapter_config["r"])}
+    if not adapter_config["use_rslora"]:
+        return run_script("convert.py", "lora", ADAPTER, "--base", base, *as_f16(file))
+    adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         adapter = Path(scratch, ADAPTER.name)  # the converter writes the folder's name into the file
         shutil.copytree(ADAPTER, adapter)

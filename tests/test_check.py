@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, Project
 from test_base import Hub
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from bench.memory import llama, measure
 from pipeline.disk import filled
@@ -59,6 +60,42 @@ def test_what_a_stage_would_refuse_is_refused_in_one_line(
     with pytest.raises(Refused, match=line) as refusal:
         tool.main()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("model.safetensors", b"{}", r"base\.model: models/copy/model\.safetensors is damaged \(.*\): fetch it again"),
+        ("model.safetensors", None, r"base\.model models/copy has no \.safetensors weights, or not all"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "b.safetensors"}}',
+            r"has no \.safetensors weights, or not",
+        ),
+        ("tokenizer.json", b"{}", r"base\.model: no tokenizer in models/copy: fetch it again"),
+        ("config.json", b"{", r"base\.model: Transformers makes no language model of models/copy/config\.json: "),
+        ("config.json", None, r"base\.model models/copy has no config\.json: name the folder or hub id"),
+    ],
+)
+def test_a_damaged_base_is_refused_in_one_line(project: Project, file: str, content: bytes | None, line: str) -> None:
+    shutil.copytree(TINY, "models/copy")
+    damaged = Path("models/copy", file)
+    damaged.unlink() if content is None else damaged.write_bytes(content)
+    project.set(base__model="models/copy")
+    with pytest.raises(Refused, match=line) as refusal:
+        tool.main()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_base_that_takes_no_step_without_weights_is_not_refused_for_it(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(TINY, "models/experts")
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    Qwen3MoeConfig(**shape, moe_intermediate_size=64, num_experts=4, vocab_size=2048).save_pretrained("models/experts")
+    project.set(base__model="models/experts")
+    tool.main()
+    assert "not foretold: qwen3_moe takes no step without weights" in capsys.readouterr().out
 
 
 def test_a_typo_is_told_before_torch_is_imported(project: Project) -> None:
