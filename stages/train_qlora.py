@@ -10,7 +10,6 @@ import csv
 import resource
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,20 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from pyarrow.compute import list_value_length
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerFast, TrainerState
 
 from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
-from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole, seal
-from pipeline.models import load_quantized, pick_checkpointing, pick_device, pick_dtype, pick_optimizer, reproducible
+from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole
+from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
+from pipeline.trainer import Trainer, build_trainer
 
 ADAPTER = Path("outputs/adapter")
-MEND = "lower train.learning_rate, or raise train.warmup_share"
 
 
 def main() -> None:
@@ -45,7 +43,10 @@ def main() -> None:
     with checkpoint_folder(fingerprint(parameters, device.type)) as checkpoints:
         checkpoint = last_whole(checkpoints)
         reproducible(parameters.seed, parameters.threads)
-        trainer = build_trainer(parameters, folder, device, checkpoints)
+        tokenizer = load_tokenizer(folder)
+        model = load_trainable(parameters, folder, tokenizer, device)
+        train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+        trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, checkpoints)
         cost = timed(trainer, checkpoint)
         curve = loss_curve(trainer.state.log_history)
         save_adapter(trainer.model, folder, base)
@@ -54,82 +55,14 @@ def main() -> None:
         write_json("metrics/train_cost.json", cost | memory(device))
 
 
-class Trainer(SFTTrainer):
-    """Ends the run at the first step whose loss is no number; Transformers would log another and go on."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not loss.isfinite():
-            raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
-        return loss
-
-
-def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """What is trained, but for DoRA's magnitudes, which stay in float32."""
-    return {
-        name: weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and "lora_magnitude_vector" not in name
-    }
-
-
-def build_trainer(parameters: Parameters, folder: Path, device: torch.device, checkpoints: Path) -> Trainer:
-    dtype = pick_dtype(parameters.base.compute_dtype, device)
-    tokenizer = load_tokenizer(folder)
-    trained_tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
-    base_model = load_quantized(folder, device, dtype)
-    require_possible(parameters.lora, base_model)
-    model = with_adapter(base_model, lora_config(parameters.lora, trained_tokens))
-    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # a checkpoint's, else as float32
-    initial = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
-    callbacks: list[TrainerCallback] = [Losses(), Seal()]
-    if parameters.train.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(parameters.train.early_stopping_patience))
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(parameters, device, dtype, checkpoints),
-        train_dataset=Dataset.from_file("data/tokens/train.arrow"),
-        eval_dataset=Dataset.from_file("data/tokens/valid.arrow"),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    for name, weight in adapter_weights(model).items():
-        weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))  # TRL rounded it to bfloat16
-    return trainer
-
-
-def training_arguments(
-    parameters: Parameters, device: torch.device, dtype: torch.dtype, checkpoints: Path
-) -> SFTConfig:
-    return SFTConfig(
-        output_dir=str(checkpoints),
-        seed=parameters.seed,
-        use_cpu=device.type == "cpu",
-        bf16=dtype == torch.bfloat16,
-        max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
-        learning_rate=parameters.train.learning_rate,
-        num_train_epochs=parameters.train.epochs,
-        per_device_train_batch_size=parameters.train.batch_size,
-        per_device_eval_batch_size=parameters.train.batch_size,
-        gradient_accumulation_steps=parameters.train.gradient_accumulation,
-        warmup_steps=parameters.train.warmup_share,
-        lr_scheduler_type=parameters.train.schedule,
-        weight_decay=parameters.train.weight_decay,
-        max_grad_norm=parameters.train.max_grad_norm,
-        optim=pick_optimizer(parameters.train.optimizer, device),
-        gradient_checkpointing=pick_checkpointing(parameters.train.gradient_checkpointing, device),
-        logging_steps=parameters.train.eval_steps,
-        logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
-        eval_strategy="steps",
-        eval_steps=parameters.train.eval_steps,
-        save_steps=parameters.train.eval_steps,
-        save_total_limit=3,  # the best, the last, and the one before it, in case the last is only half written
-        load_best_model_at_end=parameters.train.load_best_model_at_end,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,  # early stopping counts on
-    )
+def load_trainable(
+    parameters: Parameters, folder: Path, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> PeftModel:
+    """The base in NF4 with a new adapter on it."""
+    base = load_quantized(folder, device, pick_dtype(parameters.base.compute_dtype, device))
+    require_possible(parameters.lora, base)
+    tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
+    return with_adapter(base, lora_config(parameters.lora, tokens))
 
 
 def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
@@ -165,28 +98,6 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         (aside / "README.md").unlink()  # PEFT's model card, all of it "More Information Needed"
         copy_tokenizer(folder, aside)
         write_json(aside / "base.json", base)
-
-
-class Losses(TrainerCallback):
-    """The training loss is told after the last step too, as Transformers measures the validation loss there. One that
-    rises well above the untrained base's ends the run."""
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if not losses[-1] <= losses[0] + 1:
-            raise Refused(
-                f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
-                f"before training: {MEND}, or end it earlier with train.early_stopping_patience"
-            )
-
-
-class Seal(TrainerCallback):
-    def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
 
 
 def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:

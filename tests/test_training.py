@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Project
+from datasets import Dataset
 from safetensors import safe_open
 
 from pipeline import checkpoints
+from pipeline.chat_template import load_tokenizer
 from pipeline.models import pick_device, pick_dtype
 from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
+from pipeline.trainer import build_trainer
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -268,7 +271,10 @@ def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Pr
         project.set(**changed)
         tokenize.main()
         rows = [Path(f"data/tokens/{side}.arrow").read_bytes() for side in ("train", "valid")]
-        trainer = train_qlora.build_trainer(load("train_qlora"), TINY, torch.device("cpu"), Path("checkpoints"))
+        parameters, tokenizer = load("train_qlora"), load_tokenizer(TINY)
+        model = train_qlora.load_trainable(parameters, TINY, tokenizer, torch.device("cpu"))
+        train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+        trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, Path("checkpoints"))
         weights = [(name, weight.dtype) for name, weight in trainer.model.named_parameters() if weight.requires_grad]
         callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
         return [rows, trainer.model.peft_config["default"].to_dict(), weights, trainer.args.to_dict(), callbacks]
