@@ -38,17 +38,21 @@ def fingerprint(parameters: Parameters, device: str) -> str:
 
 
 @contextmanager
-def checkpoint_folder(run: str) -> Iterator[Path]:
-    """The folder of the run with the fingerprint `run`; it goes when the block ends without error.
+def checkpoint_folder(run: str, first: bool) -> Iterator[Path]:
+    """The folder of the run with the fingerprint `run`; it goes when the block ends without error. Of several processes
+    the `first` sees to that, and to the locks.
 
     Raises:
         Refused: another process trains in this working directory, or the same run in another one.
     """
+    folder = (FOLDER / run).absolute()  # Transformers notes where the best checkpoint lies
+    if not first:
+        yield folder
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
     WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
     with locked(WORKSPACE, PATIENCE), locked(FOLDER / f"{run}.lock", PATIENCE):
         prune(BUDGET, keep=run)
-        folder = (FOLDER / run).absolute()  # Transformers notes where the best checkpoint lies
         folder.mkdir(exist_ok=True)
         yield folder
         remove(folder)

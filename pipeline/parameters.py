@@ -89,6 +89,8 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)]
     batch_size: Positive
     gradient_accumulation: Positive
+    processes: Positive
+    strategy: Literal["ddp", "fsdp"]
     warmup_share: Share
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     weight_decay: Annotated[float, Field(ge=0)]

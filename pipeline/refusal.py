@@ -4,6 +4,8 @@ import os
 import subprocess
 from collections.abc import Callable
 
+OUT_OF_MEMORY = "the GPU's memory does not suffice: make check tells which parameter to turn"
+
 
 class Refused(SystemExit):
     """The message is one line: what is wrong, where, and what to do. Uncaught, Python prints it and exits with 1."""
@@ -17,7 +19,7 @@ def run(stage: Callable[[], None]) -> None:
         if "DVC_STAGE" in os.environ:
             put_back_outputs(os.environ["DVC_STAGE"])
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage imports
-            raise Refused("the GPU's memory does not suffice: make check tells which parameter to turn") from None
+            raise Refused(OUT_OF_MEMORY) from None
         raise
 
 

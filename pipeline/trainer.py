@@ -1,12 +1,15 @@
 """TRL's trainer as this project sets it up."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
@@ -14,24 +17,80 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.checkpoints import seal
 from pipeline.models import pick_checkpointing, pick_dtype, pick_optimizer
 from pipeline.parameters import Parameters
+from pipeline.processes import shared
 from pipeline.refusal import Refused
 
 MEND = "lower train.learning_rate, or raise train.warmup_share"
 
 
 class Trainer(SFTTrainer):
-    """Ends the run at the first step whose loss is no number; Transformers would log another and go on."""
+    """Ends the run at the first step whose loss is no number; Transformers would log another and go on.
+
+    Several processes take the same rows in each step as one. Accelerate would give them some rows of an epoch twice, to
+    have as many for each: https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
+    """
+
+    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        if self.args.world_size > 1:
+            dataset = filled(dataset, self.args.per_device_train_batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
+        sampler = super()._get_train_sampler(self.train_dataset)
+        return sampler if self.args.world_size == 1 else BlankLast(sampler, len(dataset))
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        supervised = (inputs["labels"] != -100).any(1, keepdim=True)
+        super()._track_num_input_tokens(inputs | {"attention_mask": inputs["attention_mask"] * supervised})
+
+    def evaluation_loop(self, dataloader: DataLoader, *_: Any, **__: Any) -> EvalLoopOutput:
+        """The mean over all tokens; Transformers' mean of the batches' means depends on who has which rows."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in dataloader:
+                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+                total += torch.stack([-outputs.log_probs.sum(), outputs.label_mask.sum()])
+        loss, tokens = self.accelerator.reduce(total)
+        return EvalLoopOutput(None, None, {"eval_loss": (loss / tokens).item()}, len(self.eval_dataset))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
         return loss
+
+
+def filled(rows: Dataset, share: int) -> Dataset:
+    """`rows`, with blank ones at the end, from which nothing is learnt, up to a multiple of `share`."""
+    missing = -len(rows) % share
+    if not missing:
+        return rows
+    blank = {"input_ids": [[0]] * missing, "labels": [[-100]] * missing}
+    return concatenate_datasets([rows, Dataset.from_dict(blank, features=rows.features)])
+
+
+class BlankLast(Sampler[int]):
+    """The rows of an epoch in the order in which one process takes them, then the blank ones up to `size`."""
+
+    def __init__(self, rows: RandomSampler, size: int) -> None:
+        self.rows, self.size = SeedableRandomSampler(rows.data_source), size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.rows
+        yield from range(len(self.rows), self.size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
@@ -71,6 +130,8 @@ def build_trainer(
 
 
 def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
+    train = parameters.train
+    batch_size, gradient_accumulation = shared(train.batch_size, train.gradient_accumulation, train.processes)
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=parameters.seed,
@@ -79,9 +140,9 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
         learning_rate=parameters.train.learning_rate,
         num_train_epochs=parameters.train.epochs,
-        per_device_train_batch_size=parameters.train.batch_size,
-        per_device_eval_batch_size=parameters.train.batch_size,
-        gradient_accumulation_steps=parameters.train.gradient_accumulation,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
         warmup_steps=parameters.train.warmup_share,
         lr_scheduler_type=parameters.train.schedule,
         weight_decay=parameters.train.weight_decay,
@@ -121,4 +182,6 @@ class Losses(TrainerCallback):
 
 class Seal(TrainerCallback):
     def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+        args.distributed_state.wait_for_everyone()  # each process writes the state of its random numbers
+        if state.is_world_process_zero:
+            seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))

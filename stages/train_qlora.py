@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import PeftModel
 from pyarrow.compute import list_value_length
@@ -27,6 +29,7 @@ from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
+from pipeline.processes import is_launched, launch, one_of, shared
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
 from pipeline.trainer import Trainer, build_trainer
@@ -36,23 +39,35 @@ ADAPTER = Path("outputs/adapter")
 
 def main() -> None:
     parameters = load("train_qlora")
-    folder, base = located()
     device = pick_device(parameters.base.device)
-    if device.type == "cuda" and torch.cuda.device_count() > 1:
-        raise Refused("training uses one GPU, and torch sees several: choose one, as with CUDA_VISIBLE_DEVICES=0")
-    with checkpoint_folder(fingerprint(parameters, device.type)) as checkpoints:
-        checkpoint = last_whole(checkpoints)
-        reproducible(parameters.seed, parameters.threads)
+    processes = parameters.train.processes
+    shared(parameters.train.batch_size, parameters.train.gradient_accumulation, processes)
+    if processes > 1 and not is_launched():
+        launch("stages.train_qlora", processes, parameters.threads, sys.argv[1:])
+    else:
+        with one_of(processes, device) as process:
+            train(parameters, process)
+
+
+def train(parameters: Parameters, process: PartialState) -> None:
+    """As one of the processes; the first writes the outputs."""
+    folder, base = located()
+    device = process.device
+    with checkpoint_folder(fingerprint(parameters, device.type), process.is_local_main_process) as checkpoints:
+        (checkpoint,) = broadcast_object_list([last_whole(checkpoints) if process.is_main_process else None])
+        reproducible(parameters.seed, max(1, parameters.threads // process.num_processes))
         tokenizer = load_tokenizer(folder)
         model = load_trainable(parameters, folder, tokenizer, device)
         train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
         trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, checkpoints)
         cost = timed(trainer, checkpoint)
-        curve = loss_curve(trainer.state.log_history)
-        save_adapter(trainer.model, folder, base)
-        write_curve(curve)
-        write_json("metrics/train.json", metrics(trainer, curve))
-        write_json("metrics/train_cost.json", cost | memory(device))
+        cost |= memory(device)
+        if process.is_main_process:
+            curve = loss_curve(trainer.state.log_history)
+            save_adapter(trainer.model, folder, base)
+            write_curve(curve)
+            write_json("metrics/train.json", metrics(trainer, curve))
+            write_json("metrics/train_cost.json", cost)
 
 
 def load_trainable(
@@ -136,11 +151,13 @@ def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str
 
 
 def memory(device: torch.device) -> dict[str, Any]:
-    """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU."""
+    """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU; of
+    several processes the largest."""
     on_gpu = device.type == "cuda"
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else resident])
     return {
-        "peak_memory_mb": (torch.cuda.max_memory_allocated() if on_gpu else resident) / 2**20,
+        "peak_memory_mb": max(peaks) / 2**20,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
 

@@ -1,0 +1,120 @@
+"""Training by several processes, one a GPU: each runs the same stage, started by `accelerate launch`."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+
+from pipeline.refusal import OUT_OF_MEMORY, Refused
+
+
+def shared(batch_size: int, gradient_accumulation: int, processes: int) -> tuple[int, int]:
+    """(rows at once, batches of a step) of each process, so that together they take the same rows in a step as one.
+
+    Raises:
+        Refused: the rows of a step cannot be shared evenly.
+    """
+    rows = batch_size * gradient_accumulation
+    if rows % processes:
+        fitting = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
+        raise Refused(
+            f"train.processes is {processes}, and a step has {rows} rows (train.batch_size x "
+            f"train.gradient_accumulation): set it to one of {fitting}, or change the rows"
+        )
+    share = rows // processes
+    at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)
+    return at_once, share // at_once
+
+
+def require_devices(processes: int, device: torch.device) -> None:
+    """Raises Refused: there is not one GPU for each of the `processes`, or more than they use."""
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and processes > gpus:
+        raise Refused(f"train.processes is {processes}, and torch sees {gpus} GPUs: one is needed for each")
+    if device.type == "cuda" and processes == 1 < gpus:
+        raise Refused(
+            f"train.processes is 1, and torch sees {gpus} GPUs: raise it to train on several, or choose one, as with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+def is_launched() -> bool:
+    """Whether this is one of several processes, and a launcher waits for it."""
+    return "LOCAL_RANK" in os.environ
+
+
+def launch(module: str, processes: int, threads: int, machines: list[str]) -> None:
+    """Run `module` in that many processes, which share the `threads` of a CPU, and wait for them.
+
+    `machines` are further arguments of accelerate launch. What a user's own accelerate config says has no effect.
+
+    Raises:
+        Refused: as one of the processes was, or it was killed.
+        KeyboardInterrupt: one of them was interrupted.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    explicit = {
+        "num_processes": processes,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "main_process_port": 0,  # a free one
+        "gpu_ids": "all",
+        "num_cpu_threads_per_process": max(1, threads // processes),
+        "mixed_precision": "no",  # the trainer's own arguments tell
+        "dynamo_backend": "no",
+    }
+    arguments = [text for name, value in explicit.items() for text in (f"--{name}", str(value))]
+    # Without --multi_gpu it starts one process; it does not look for a GPU.
+    command = launch_command_parser().parse_args([*arguments, "--multi_gpu", *machines, "--module", module])
+    try:
+        launch_command(command)
+    except SignalException as ended:
+        if ended.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise Refused(f"training was ended by {ended.sigval.name}: run dvc repro again to go on") from None
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode == -signal.SIGINT:
+            raise KeyboardInterrupt from None
+        if failure.exitcode < 0:
+            raise Refused(
+                f"process {rank} of training was killed by {failure.signal_name()}: run dvc repro again to go on"
+            ) from None
+        told = failure.error_file_data["message"]
+        if told["message"].startswith("Refused: "):
+            raise Refused(told["message"].removeprefix("Refused: ")) from None
+        if told["message"].startswith("OutOfMemoryError: "):
+            raise Refused(OUT_OF_MEMORY) from None
+        sys.exit(told["extraInfo"]["py_callstack"])
+
+
+@contextmanager
+def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
+    """This one of so many `processes`, with a GPU of its own if `device` is one. Only the first prints anything.
+
+    What ends one of several is told by their launcher, once.
+    """
+    if not is_launched():
+        yield PartialState(cpu=device.type == "cpu")
+        return
+    if os.environ["RANK"] != "0":
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, sys.stderr.fileno())
+    try:
+        if int(os.environ["WORLD_SIZE"]) != processes:
+            raise Refused(
+                f"train.processes is {processes}, and {os.environ['WORLD_SIZE']} were started: set it to that"
+            )
+        yield PartialState(cpu=device.type == "cpu")
+    except BaseException as error:
+        get_error_handler().record_exception(error)
+        os._exit(1)  # the others wait for this one in the midst of an exchange; the launcher ends them
