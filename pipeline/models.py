@@ -47,9 +47,11 @@ def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> 
     return device.type == "cuda" if wanted == "auto" else wanted
 
 
-def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_quantized(
+    folder: Path, device: torch.device, dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8
+) -> PreTrainedModel:
     """The base with its linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314), the rest and
-    all arithmetic in `dtype`."""
+    all arithmetic in `dtype`. The bits of NF4 are kept as if they were of type `quant_storage`."""
     give_back_from(2**20)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -60,6 +62,7 @@ def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=quant_storage,
         ),
     )
     give_back_from(KEPT)

@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
+from peft import PeftModel
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+from torch.distributed.fsdp import fully_shard
 
 from pipeline.refusal import OUT_OF_MEMORY, Refused
 
@@ -118,3 +122,34 @@ def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
     except BaseException as error:
         get_error_handler().record_exception(error)
         os._exit(1)  # the others wait for this one in the midst of an exchange; the launcher ends them
+
+
+def shard(model: PeftModel, device: torch.device) -> None:
+    """Leave each process its share of each layer of the base (FSDP2), on its `device`; a layer is whole only while it
+    computes. What is trained stays whole, and so do embeddings that are one matrix with the head.
+
+    https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if model.config.tie_word_embeddings:  # FSDP would wait for a call of the head, which TRL does not make
+        kept, ends = [ends[0].weight], []
+    else:
+        kept = []
+    whole = {weight for weight in model.parameters() if weight.requires_grad} | set(kept)
+    for weight in whole:
+        weight.data = weight.data.to(device)
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    for module in [*layers, *ends, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    model.get_base_model().hf_device_map = {"": device}  # accelerate compares it with the device of the process
+
+
+def average_gradients(model: torch.nn.Module) -> None:
+    """Over all processes, as DDP does."""
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

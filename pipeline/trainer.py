@@ -9,6 +9,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import (
     EarlyStoppingCallback,
@@ -23,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.checkpoints import seal
 from pipeline.models import pick_checkpointing, pick_dtype, pick_optimizer
 from pipeline.parameters import Parameters
-from pipeline.processes import shared
+from pipeline.processes import average_gradients, shared
 from pipeline.refusal import Refused
 
 MEND = "lower train.learning_rate, or raise train.warmup_share"
@@ -64,6 +65,8 @@ class Trainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
             raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
+        if isinstance(self.model, FSDPModule) and self.accelerator.sync_gradients:
+            average_gradients(self.model)
         return loss
 
 
@@ -124,6 +127,8 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if isinstance(model, FSDPModule):  # else accelerate would wrap it in DDP
+        trainer.accelerator.prepare_model(model, evaluation_mode=True)
     for name, weight in adapter_weights(model).items():
         weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))  # TRL rounded it to bfloat16
     return trainer
@@ -136,6 +141,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         output_dir=str(checkpoints),
         seed=parameters.seed,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
         bf16=pick_dtype(parameters.base.compute_dtype, device) == torch.bfloat16,
         max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
         learning_rate=parameters.train.learning_rate,

@@ -29,7 +29,7 @@ from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
-from pipeline.processes import is_launched, launch, one_of, shared
+from pipeline.processes import is_launched, launch, one_of, shard, shared
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
 from pipeline.trainer import Trainer, build_trainer
@@ -74,10 +74,18 @@ def load_trainable(
     parameters: Parameters, folder: Path, tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> PeftModel:
     """The base in NF4 with a new adapter on it."""
-    base = load_quantized(folder, device, pick_dtype(parameters.base.compute_dtype, device))
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    sharded = parameters.train.strategy == "fsdp" and parameters.train.processes > 1
+    if sharded:  # on a GPU the whole base may have no room, and FSDP shards no integers
+        base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
+    else:
+        base = load_quantized(folder, device, dtype)
     require_possible(parameters.lora, base)
     tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
-    return with_adapter(base, lora_config(parameters.lora, tokens))
+    tuned = with_adapter(base, lora_config(parameters.lora, tokens))
+    if sharded:
+        shard(tuned, device)
+    return tuned
 
 
 def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
