@@ -6,22 +6,24 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.fsdp import fully_shard
 
+from pipeline.checkpoints import last_whole
 from pipeline.refusal import OUT_OF_MEMORY, Refused
 
 
-def shared(batch_size: int, gradient_accumulation: int, processes: int) -> tuple[int, int]:
-    """(rows at once, batches of a step) of each process, so that together they take the same rows in a step as one.
+def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -> tuple[int, int]:
+    """(rows at once, batches of a step) of each process, so that together they take the rows of a step that one takes.
 
     Raises:
         Refused: the rows of a step cannot be shared evenly.
@@ -30,24 +32,12 @@ def shared(batch_size: int, gradient_accumulation: int, processes: int) -> tuple
     if rows % processes:
         fitting = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
         raise Refused(
-            f"train.processes is {processes}, and a step has {rows} rows (train.batch_size x "
-            f"train.gradient_accumulation): set it to one of {fitting}, or change the rows"
+            f"train.processes: {processes} cannot share the {rows} rows of a step evenly: set it to one of {fitting}, "
+            "or change train.batch_size or train.gradient_accumulation"
         )
     share = rows // processes
     at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)
     return at_once, share // at_once
-
-
-def require_devices(processes: int, device: torch.device) -> None:
-    """Raises Refused: there is not one GPU for each of the `processes`, or more than they use."""
-    gpus = torch.cuda.device_count()
-    if device.type == "cuda" and processes > gpus:
-        raise Refused(f"train.processes is {processes}, and torch sees {gpus} GPUs: one is needed for each")
-    if device.type == "cuda" and processes == 1 < gpus:
-        raise Refused(
-            f"train.processes is 1, and torch sees {gpus} GPUs: raise it to train on several, or choose one, as with "
-            "CUDA_VISIBLE_DEVICES=0"
-        )
 
 
 def is_launched() -> bool:
@@ -64,6 +54,8 @@ def launch(module: str, processes: int, threads: int, machines: list[str]) -> No
         Refused: as one of the processes was, or it was killed.
         KeyboardInterrupt: one of them was interrupted.
     """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     explicit = {
         "num_processes": processes,
@@ -85,19 +77,32 @@ def launch(module: str, processes: int, threads: int, machines: list[str]) -> No
             raise KeyboardInterrupt from None
         raise Refused(f"training was ended by {ended.sigval.name}: run dvc repro again to go on") from None
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode == -signal.SIGINT:
-            raise KeyboardInterrupt from None
-        if failure.exitcode < 0:
-            raise Refused(
-                f"process {rank} of training was killed by {failure.signal_name()}: run dvc repro again to go on"
-            ) from None
-        told = failure.error_file_data["message"]
-        if told["message"].startswith("Refused: "):
-            raise Refused(told["message"].removeprefix("Refused: ")) from None
-        if told["message"].startswith("OutOfMemoryError: "):
-            raise Refused(OUT_OF_MEMORY) from None
-        sys.exit(told["extraInfo"]["py_callstack"])
+        raise cause(list(failed.failures.values())) from None
+
+
+def cause(failures: list[ProcessFailure]) -> BaseException:
+    """What ended the processes: one that was killed or refused ends others in the midst of an exchange with it."""
+    killed = [failure for failure in failures if failure.exitcode < 0]
+    if any(failure.exitcode == -signal.SIGINT for failure in killed):
+        return KeyboardInterrupt()
+    if killed:
+        return Refused(
+            f"process {killed[0].local_rank} of training was ended by {killed[0].signal_name()}, which the system sends "
+            "when memory runs out: run dvc repro again to go on"
+        )
+    told = [failure.error_file_data["message"] for failure in failures if Path(failure.error_file).exists()]
+    for message in told:
+        kind, _, text = message["message"].partition(": ")
+        if kind in ("Refused", "OutOfMemoryError"):
+            return Refused(text if kind == "Refused" else OUT_OF_MEMORY)
+    return SystemExit(told[0]["extraInfo"]["py_callstack"] if told else 1)
+
+
+def newest_common(folder: Path, process: PartialState) -> Path | None:
+    """The newest checkpoint in `folder` that is whole on every machine."""
+    here = [last_whole(folder)] if process.is_local_main_process else []
+    steps = [int(checkpoint.name.split("-")[1]) if checkpoint else 0 for checkpoint in gather_object(here)]
+    return folder / f"checkpoint-{min(steps)}" if min(steps) else None
 
 
 @contextmanager
@@ -107,6 +112,7 @@ def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
     What ends one of several is told by their launcher, once.
     """
     if not is_launched():
+        require_gpus(1, device)
         yield PartialState(cpu=device.type == "cpu")
         return
     if os.environ["RANK"] != "0":
@@ -114,14 +120,27 @@ def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
         os.dup2(nowhere, sys.stdout.fileno())
         os.dup2(nowhere, sys.stderr.fileno())
     try:
-        if int(os.environ["WORLD_SIZE"]) != processes:
-            raise Refused(
-                f"train.processes is {processes}, and {os.environ['WORLD_SIZE']} were started: set it to that"
-            )
-        yield PartialState(cpu=device.type == "cpu")
+        if (started := int(os.environ["WORLD_SIZE"])) != processes:
+            raise Refused(f"train.processes is {processes}, and {started} were started: set it to {started}")
+        require_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), device)
+        process = PartialState(cpu=device.type == "cpu")
+        yield process
+        process.destroy_process_group()
     except BaseException as error:
         get_error_handler().record_exception(error)
         os._exit(1)  # the others wait for this one in the midst of an exchange; the launcher ends them
+
+
+def require_gpus(processes: int, device: torch.device) -> None:
+    """Raises Refused: this machine has not one GPU for each of its `processes`, or has several for one."""
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and processes > gpus:
+        raise Refused(f"train.processes: each needs a GPU, and torch sees {gpus} for {processes}: set it to {gpus}")
+    if device.type == "cuda" and processes == 1 < gpus:
+        raise Refused(
+            f"torch sees {gpus} GPUs and train.processes is 1: set it to {gpus}, or choose a GPU, as with "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def shard(model: PeftModel, device: torch.device) -> None:
@@ -131,15 +150,14 @@ def shard(model: PeftModel, device: torch.device) -> None:
     https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if model.config.tie_word_embeddings:  # FSDP would wait for a call of the head, which TRL does not make
-        kept, ends = [ends[0].weight], []
-    else:
-        kept = []
-    whole = {weight for weight in model.parameters() if weight.requires_grad} | set(kept)
+    whole = {weight for weight in model.parameters() if weight.requires_grad}
+    if model.config.tie_word_embeddings:  # FSDP needs them in one group, and then waits for a call of the head itself
+        whole |= set(ends.pop().parameters())
+        ends.pop()
     for weight in whole:
         weight.data = weight.data.to(device)
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     for module in [*layers, *ends, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.get_base_model().hf_device_map = {"": device}  # accelerate compares it with the device of the process

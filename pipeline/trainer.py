@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from pipeline.checkpoints import seal
 from pipeline.models import pick_checkpointing, pick_dtype, pick_optimizer
 from pipeline.parameters import Parameters
-from pipeline.processes import average_gradients, shared
+from pipeline.processes import average_gradients, share_of_step
 from pipeline.refusal import Refused
 
 MEND = "lower train.learning_rate, or raise train.warmup_share"
@@ -136,7 +136,7 @@ def build_trainer(
 
 def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
     train = parameters.train
-    batch_size, gradient_accumulation = shared(train.batch_size, train.gradient_accumulation, train.processes)
+    batch_size, gradient_accumulation = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=parameters.seed,
@@ -161,6 +161,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         eval_strategy="steps",
         eval_steps=parameters.train.eval_steps,
         save_steps=parameters.train.eval_steps,
+        save_on_each_node=True,  # to go on from: machines share no disk
         save_total_limit=3,  # the best, the last, and the one before it, in case the last is only half written
         load_best_model_at_end=parameters.train.load_best_model_at_end,
         metric_for_best_model="eval_loss",
@@ -189,5 +190,5 @@ class Losses(TrainerCallback):
 class Seal(TrainerCallback):
     def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         args.distributed_state.wait_for_everyone()  # each process writes the state of its random numbers
-        if state.is_world_process_zero:
+        if state.is_local_process_zero:
             seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))

@@ -12,12 +12,11 @@ from pipeline.refusal import put_back_outputs
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 LAUNCHED = "LOCAL_RANK" in os.environ  # one of several processes, by accelerate launch
-if (
-    LAUNCHED or "DVC_STAGE" in os.environ
-):  # a dvc that is killed would leave its stage running, and the next one start another
+# A dvc that is killed would leave its stage running, and the next one start another; so would a launcher.
+if LAUNCHED or "DVC_STAGE" in os.environ:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 if LAUNCHED:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the launcher tells of it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, and the launcher tells of it
 # Before torch is imported: spinning OpenMP threads cost eight times the time on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The tokenizer's own threads deadlock in forked processes: https://github.com/huggingface/transformers/issues/5486

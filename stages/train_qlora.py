@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
 from pyarrow.compute import list_value_length
@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerFast, TrainerState
 from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
-from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole
+from pipeline.checkpoints import checkpoint_folder, fingerprint
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
-from pipeline.processes import is_launched, launch, one_of, shard, shared
+from pipeline.processes import is_launched, launch, newest_common, one_of, shard, share_of_step
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
 from pipeline.trainer import Trainer, build_trainer
@@ -41,7 +41,7 @@ def main() -> None:
     parameters = load("train_qlora")
     device = pick_device(parameters.base.device)
     processes = parameters.train.processes
-    shared(parameters.train.batch_size, parameters.train.gradient_accumulation, processes)
+    share_of_step(parameters.train.batch_size, parameters.train.gradient_accumulation, processes)
     if processes > 1 and not is_launched():
         launch("stages.train_qlora", processes, parameters.threads, sys.argv[1:])
     else:
@@ -54,7 +54,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
     folder, base = located()
     device = process.device
     with checkpoint_folder(fingerprint(parameters, device.type), process.is_local_main_process) as checkpoints:
-        (checkpoint,) = broadcast_object_list([last_whole(checkpoints) if process.is_main_process else None])
+        checkpoint = newest_common(checkpoints, process)
         reproducible(parameters.seed, max(1, parameters.threads // process.num_processes))
         tokenizer = load_tokenizer(folder)
         model = load_trainable(parameters, folder, tokenizer, device)
