@@ -86,10 +86,8 @@ def cause(failures: list[ProcessFailure]) -> BaseException:
     if any(failure.exitcode == -signal.SIGINT for failure in killed):
         return KeyboardInterrupt()
     if killed:
-        return Refused(
-            f"process {killed[0].local_rank} of training was ended by {killed[0].signal_name()}, which the system sends "
-            "when memory runs out: run dvc repro again to go on"
-        )
+        who, how = killed[0].local_rank, killed[0].signal_name()
+        return Refused(f"process {who} of training was ended by {how}, as when memory runs out: run dvc repro to go on")
     told = [failure.error_file_data["message"] for failure in failures if Path(failure.error_file).exists()]
     for message in told:
         kind, _, text = message["message"].partition(": ")

@@ -30,7 +30,7 @@ class Project:
 
     def kill(self, *command: str, step: int, victim: str = "all", how: int = signal.SIGKILL) -> str:
         """Start what trains, and when there is a whole checkpoint of `step` or a later one, send a signal to all of its
-        processes or to the first alone; its output. None outlives this."""
+        processes, or to the first or last alone; its output. None outlives this."""
         printed = self.folder.with_name(f"{self.folder.name}.log")
         with open(printed, "w", encoding="utf-8") as log:
             own = environment() | self.env
@@ -39,7 +39,10 @@ class Project:
                 assert first.poll() is None, printed.read_text(encoding="utf-8")
                 time.sleep(0.01)
             children = first.children(recursive=True)
-            os.killpg(first.pid, how) if victim == "all" else first.send_signal(how)
+            if victim == "all":
+                os.killpg(first.pid, how)
+            else:
+                {"first": first, "last": children[-1]}[victim].send_signal(how)
             first.wait()
             _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, f"{command} was killed, and its children go on"

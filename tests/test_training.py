@@ -253,6 +253,7 @@ CHANGED: dict[str, object] = {
     "train__epochs": 2,
     "train__batch_size": 8,
     "train__gradient_accumulation": 2,
+    "train__processes": 2,
     "train__warmup_share": 0.1,
     "train__schedule": "linear",
     "train__weight_decay": 0.1,
@@ -290,7 +291,7 @@ def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Pr
 
     assert set(CHANGED) == {f"lora__{key}" for key in Lora.model_fields} | {
         f"train__{key}" for key in Train.model_fields
-    }
+    } - {"train__strategy"}  # of several processes: test_processes.py
     project.set(train__max_length=40, train__on_overflow="truncate")
     parameters = Path("params.yaml").read_text(encoding="utf-8")
     first = built()

@@ -1,0 +1,131 @@
+"""Training by two processes on the CPU: the same steps as by one, and one line when it cannot go on."""
+
+import csv
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Project
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from pipeline.chat_template import load_tokenizer
+from pipeline.parameters import load
+from pipeline.processes import require_gpus, share_of_step
+from pipeline.refusal import Refused
+from stages import generate, merge, prepare_base, tokenize, train_qlora
+
+TINY = Path("models/tiny-base")
+TRAIN = (sys.executable, "-m", "stages.train_qlora")
+# An epoch ends with a step of fewer rows, more for one process than for the other.
+UNEVEN = {"train__batch_size": 32, "train__gradient_accumulation": 2, "train__epochs": 1.2, "train__eval_steps": 2}
+
+
+@pytest.fixture
+def tokenized(project: Project) -> Project:
+    prepare_base.main()
+    generate.main()
+    merge.main()
+    tokenize.main()
+    return project
+
+
+def curve() -> list[list[float]]:
+    """Rows of step, training and validation loss."""
+    with open("metrics/loss.csv", encoding="utf-8") as file:
+        return [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
+
+
+def by_one_process(project: Project, **changed: object) -> list[list[float]]:
+    project.set(**changed, train__processes=1)
+    train_qlora.main()
+    return curve()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_take_the_same_steps_as_one(tokenized: Project, strategy: str) -> None:
+    def told() -> list[object]:
+        metrics = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))
+        return [metrics["steps"], metrics["tokens"], metrics["trainable_parameters"]]
+
+    one = by_one_process(tokenized, **UNEVEN)
+    metrics, adapter = told(), load_file("outputs/adapter/adapter_model.safetensors")
+    tokenized.set(train__processes=2, train__strategy=strategy)
+    tokenized.run(*TRAIN)
+    assert [row == pytest.approx(other, abs=3e-4) for row, other in zip(curve(), one, strict=True)] == [True] * len(one)
+    assert told() == metrics
+    shared = load_file("outputs/adapter/adapter_model.safetensors")
+    torch.testing.assert_close(shared, adapter, rtol=0, atol=3e-3)
+
+
+@pytest.fixture
+def first_of_two() -> Iterator[None]:
+    """This process believes to be the first of two; what it sends goes nowhere."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_under_fsdp_a_process_keeps_its_share_of_the_base_and_the_whole_adapter(
+    tokenized: Project, first_of_two: None
+) -> None:
+    tokenized.set(train__processes=2, train__strategy="fsdp")
+    cpu = torch.device("cpu")
+    model = train_qlora.load_trainable(load("train_qlora"), TINY, load_tokenizer(TINY), cpu)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad or "embed_tokens" in name:  # which is the head, too
+            assert not isinstance(weight, DTensor), name
+        else:
+            assert isinstance(weight, DTensor) and 2 * weight.to_local().numel() == weight.numel(), name
+
+
+def test_a_loss_that_is_no_number_ends_all_processes_in_one_line(tokenized: Project) -> None:
+    tokenized.set(train__processes=2, train__epochs=0.5, train__learning_rate=1.0e30)
+    refused = tokenized.run(*TRAIN, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.count("is nan: lower train.learning_rate") == 1 and "Traceback" not in refused.stderr
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "first"), ("fsdp", "last")])
+def test_a_killed_process_ends_the_others_and_the_next_run_goes_on(
+    tokenized: Project, strategy: str, victim: str
+) -> None:
+    one = by_one_process(tokenized, **UNEVEN)
+    tokenized.set(train__processes=2, train__strategy=strategy)
+    printed = tokenized.kill(*TRAIN, step=4, victim=victim)
+    if victim == "last":
+        assert printed.count("was ended by SIGKILL") == 1 and "Traceback" not in printed
+    assert "going on from checkpoint-" in tokenized.run(*TRAIN).stdout
+    assert [row == pytest.approx(other, abs=3e-4) for row, other in zip(curve(), one, strict=True)] == [True] * len(one)
+
+
+def test_an_interrupted_run_says_so_once(tokenized: Project) -> None:
+    tokenized.set(train__processes=2, train__epochs=1, train__eval_steps=2)
+    printed = tokenized.kill(*TRAIN, step=2, how=signal.SIGINT)
+    assert printed.count("interrupted: run dvc repro again to go on") == 1 and "Traceback" not in printed
+
+
+def test_a_step_is_shared_by_fewer_batches_first_and_then_by_smaller_ones() -> None:
+    assert share_of_step(16, 1, 1) == (16, 1)
+    assert share_of_step(2, 8, 4) == (2, 2)
+    assert share_of_step(2, 8, 16) == (1, 1)
+    assert share_of_step(4, 3, 2) == (3, 2)
+    with pytest.raises(Refused, match=r"^train\.processes: 3 cannot share the 16 rows .* one of 1, 2, 4, 8, 16, or"):
+        share_of_step(2, 8, 3)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    require_gpus(2, torch.device("cuda"))
+    require_gpus(3, torch.device("cpu"))
+    with pytest.raises(Refused, match=r"torch sees 2 GPUs and train\.processes is 1: set it to 2, or choose a GPU"):
+        require_gpus(1, torch.device("cuda"))
+    with pytest.raises(Refused, match=r"train\.processes: each needs a GPU, and torch sees 2 for 3: set it to 2"):
+        require_gpus(3, torch.device("cuda"))
