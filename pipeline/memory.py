@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from pipeline.adapter import lora_config, with_adapter
 from pipeline.models import KEPT, pick_checkpointing, pick_optimizer
 from pipeline.parameters import Lora, Train
+from pipeline.processes import share_of_step
 from pipeline.refusal import Refused
 
 # Bytes a weight: 4 bits, and with double quantization 8 bits for each 64 weights, 32 for each 256 of those.
@@ -47,23 +48,27 @@ def saved_dtype(folder: Path) -> torch.dtype:
 def training(
     folder: Path, lora: Lora, train: Train, tokens: list[int], length: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Bytes on `device` at the peak of training with rows of `length` tokens, by what needs them.
+    """Bytes on `device` at the peak of training with rows of `length` tokens, by what needs them; of one process.
 
     `tokens` are the ids of tokens whose embeddings are trained, `dtype` is that of all arithmetic. On a CPU the
     weights' files, in memory while they are loaded, count as activations if they need more than those.
     """
     model = skeleton(folder, dtype)
-    base, dequantized = nf4_bytes(model), max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize
+    base, dequantized = (
+        kept_bytes(model, train),
+        max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize,
+    )
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
     tuned = with_adapter(model, lora_config(lora, tokens))
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     kept = getattr(torch, train.adapter_dtype)
     for weight in trained:  # under autocast it computes in bfloat16, whatever it is kept in
         weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
+    rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     optimizer = pick_optimizer(train.optimizer, device)
     embeddings = {id(module.weight) for module in tuned.modules() if isinstance(module, torch.nn.Embedding)}
-    step = one_step(tuned, train.batch_size, length, pick_checkpointing(train.gradient_checkpointing, device))
-    head = head_bytes(tuned, train.batch_size * length, device)
+    step = one_step(tuned, rows, length, pick_checkpointing(train.gradient_checkpointing, device))
+    head = head_bytes(tuned, rows * length, device)
     return {
         "base": base,
         "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
@@ -83,6 +88,20 @@ def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
 def nf4_bytes(model: PreTrainedModel) -> int:
     quantized = sum(weight.numel() for weight in linear_weights(model))
     return int(quantized * NF4) + (model.num_parameters() - quantized) * model.dtype.itemsize
+
+
+def kept_bytes(model: PreTrainedModel, train: Train) -> int:
+    """Of the base, by one process. Under FSDP that is its share, what is not shared (the scales of NF4, and embeddings
+    that are the head too), and whole: the layer that computes, the next one, and the head."""
+    if train.processes == 1 or train.strategy == "ddp":
+        return nf4_bytes(model)
+    scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8)
+    head = model.get_output_embeddings().weight.nbytes
+    not_shared = scales + (head if model.config.tie_word_embeddings else 0)
+    shared = nf4_bytes(model) - not_shared
+    two_layers = 2 * shared / model.config.get_text_config().num_hidden_layers
+    whole = two_layers + (0 if model.config.tie_word_embeddings else head)
+    return int(not_shared + shared / train.processes + whole)
 
 
 def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: bool) -> int:

@@ -164,8 +164,7 @@ def shard(model: PeftModel, device: torch.device) -> None:
 def average_gradients(model: torch.nn.Module) -> None:
     """Over all processes, as DDP does."""
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    sums = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
+    for gradient, done in zip(gradients, sums, strict=True):
+        done.wait()
+        gradient /= dist.get_world_size()

@@ -41,10 +41,13 @@ def examine(parameters: Parameters) -> None:
     from pipeline.llama_cpp import no_gguf_lora
     from pipeline.memory import free, other_stages, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
+    from pipeline.processes import require_gpus, share_of_step
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
     device = pick_device(base.device)
+    require_gpus(train.processes, device)
+    share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     dtype = pick_dtype(base.compute_dtype, device)
     model = skeleton(folder, dtype)
     size, saved = model.num_parameters(), saved_dtype(folder)
@@ -72,7 +75,8 @@ def examine(parameters: Parameters) -> None:
     else:
         trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
         say("adapter", f"{trained:,} parameters, r {lora.r}")
-        if not fits(f"{memory}: train_qlora", parts, room := free(device)):
+        room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
+        if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
     others = other_stages(model, saved, device, dtype)
     stage, most = max(others.items(), key=lambda item: item[1])
