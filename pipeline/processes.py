@@ -77,22 +77,25 @@ def launch(module: str, processes: int, threads: int, machines: list[str]) -> No
             raise KeyboardInterrupt from None
         raise Refused(f"training was ended by {ended.sigval.name}: run dvc repro again to go on") from None
     except ChildFailedError as failed:
-        raise cause(list(failed.failures.values())) from None
+        raise cause(failed.failures) from None
 
 
-def cause(failures: list[ProcessFailure]) -> BaseException:
-    """What ended the processes: one that was killed or refused ends others in the midst of an exchange with it."""
-    killed = [failure for failure in failures if failure.exitcode < 0]
-    if any(failure.exitcode == -signal.SIGINT for failure in killed):
+def cause(failures: dict[int, ProcessFailure]) -> BaseException:
+    """What ended the processes, by their numbers: one that was killed or refused ends others that wait for it."""
+    killed = {number: failure for number, failure in failures.items() if failure.exitcode < 0}
+    if any(failure.exitcode == -signal.SIGINT for failure in killed.values()):
         return KeyboardInterrupt()
-    if killed:
-        who, how = killed[0].local_rank, killed[0].signal_name()
-        return Refused(f"process {who} of training was ended by {how}, as when memory runs out: run dvc repro to go on")
-    told = [failure.error_file_data["message"] for failure in failures if Path(failure.error_file).exists()]
+    for number, failure in killed.items():
+        return Refused(
+            f"process {number} of training was ended by {failure.signal_name()}: run dvc repro again to go on"
+        )
+    told = [failure.error_file_data["message"] for failure in failures.values() if Path(failure.error_file).exists()]
     for message in told:
         kind, _, text = message["message"].partition(": ")
         if kind in ("Refused", "OutOfMemoryError"):
             return Refused(text if kind == "Refused" else OUT_OF_MEMORY)
+        if "by peer" in text or "remote process exited" in text:  # Gloo's and NCCL's words
+            return Refused("training on another machine ended, which tells why: start all again to go on")
     return SystemExit(told[0]["extraInfo"]["py_callstack"] if told else 1)
 
 
