@@ -42,6 +42,11 @@ def curve() -> list[list[float]]:
         return [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
 
 
+def same(curve: list[list[float]], other: list[list[float]]) -> bool:
+    """But for the order in which gradients are summed; measured: 1e-4."""
+    return all(row == pytest.approx(their, abs=3e-4) for row, their in zip(curve, other, strict=True))
+
+
 def by_one_process(project: Project, **changed: object) -> list[list[float]]:
     project.set(**changed, train__processes=1)
     train_qlora.main()
@@ -58,7 +63,7 @@ def test_two_processes_take_the_same_steps_as_one(tokenized: Project, strategy: 
     metrics, adapter = told(), load_file("outputs/adapter/adapter_model.safetensors")
     tokenized.set(train__processes=2, train__strategy=strategy)
     tokenized.run(*TRAIN)
-    assert [row == pytest.approx(other, abs=3e-4) for row, other in zip(curve(), one, strict=True)] == [True] * len(one)
+    assert same(curve(), one)
     assert told() == metrics
     shared = load_file("outputs/adapter/adapter_model.safetensors")
     torch.testing.assert_close(shared, adapter, rtol=0, atol=3e-3)
@@ -93,22 +98,19 @@ def test_a_loss_that_is_no_number_ends_all_processes_in_one_line(tokenized: Proj
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize(("strategy", "victim"), [("ddp", "first"), ("fsdp", "last")])
-def test_a_killed_process_ends_the_others_and_the_next_run_goes_on(
-    tokenized: Project, strategy: str, victim: str
-) -> None:
+def test_a_killed_process_ends_the_others_in_one_line_and_the_next_run_goes_on(tokenized: Project) -> None:
     one = by_one_process(tokenized, **UNEVEN)
-    tokenized.set(train__processes=2, train__strategy=strategy)
-    printed = tokenized.kill(*TRAIN, step=4, victim=victim)
-    if victim == "last":
-        assert printed.count("was ended by SIGKILL") == 1 and "Traceback" not in printed
+    tokenized.set(train__processes=2, train__strategy="fsdp")
+    printed = tokenized.kill(*TRAIN, step=4, victim="last")
+    assert printed.count("was ended by SIGKILL") == 1 and "Traceback" not in printed
     assert "going on from checkpoint-" in tokenized.run(*TRAIN).stdout
-    assert [row == pytest.approx(other, abs=3e-4) for row, other in zip(curve(), one, strict=True)] == [True] * len(one)
+    assert same(curve(), one)
 
 
-def test_an_interrupted_run_says_so_once(tokenized: Project) -> None:
+def test_a_killed_or_interrupted_launcher_leaves_no_process(tokenized: Project) -> None:
     tokenized.set(train__processes=2, train__epochs=1, train__eval_steps=2)
-    printed = tokenized.kill(*TRAIN, step=2, how=signal.SIGINT)
+    tokenized.kill(*TRAIN, step=2, victim="first")
+    printed = tokenized.kill(*TRAIN, step=4, how=signal.SIGINT)
     assert printed.count("interrupted: run dvc repro again to go on") == 1 and "Traceback" not in printed
 
 
