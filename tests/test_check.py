@@ -171,6 +171,11 @@ def test_more_of_anything_needs_more_memory(needed: Callable[..., int]) -> None:
     assert needed(train__gradient_checkpointing=True) < needed(train__gradient_checkpointing=False)
 
 
+def test_processes_share_a_step_and_under_fsdp_the_base(needed: Callable[..., int]) -> None:
+    alone, ddp = needed(device=GPU), needed(device=GPU, train__processes=4)
+    assert needed(device=GPU, train__strategy="fsdp") < ddp < alone
+
+
 def test_training_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
     predicted, measured = measure(tmp_path, llama(256, 4, 2048), 16, 128, False, [])
     assert 0.85 < predicted / measured < 1.25
