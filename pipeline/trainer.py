@@ -5,10 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from pyarrow.compute import list_value_length
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -42,12 +44,8 @@ class Trainer(SFTTrainer):
             dataset = filled(dataset, self.args.per_device_train_batch_size * self.args.world_size)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
-    def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
-        sampler = super()._get_train_sampler(self.train_dataset)
-        return sampler if self.args.world_size == 1 else BlankLast(sampler, len(dataset))
-
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
-        supervised = (inputs["labels"] != -100).any(1, keepdim=True)
+        supervised = (inputs["labels"] != -100).any(1, keepdim=True)  # a blank row's only token does not count
         super()._track_num_input_tokens(inputs | {"attention_mask": inputs["attention_mask"] * supervised})
 
     def evaluation_loop(self, dataloader: DataLoader, *_: Any, **__: Any) -> EvalLoopOutput:
@@ -69,6 +67,19 @@ class Trainer(SFTTrainer):
             average_gradients(self.model)
         return loss
 
+    def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
+        """Transformers' own groups the rows of a process, not of a step, and reads every row to know its length."""
+        sampler = RandomSampler(self.train_dataset)
+        if self.args.train_sampling_strategy == "group_by_length":
+            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            sampler = LengthGroupedSampler(step, lengths=lengths(self.train_dataset).tolist())
+        return Order(sampler, len(dataset), self.args.seed)
+
+
+def lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row."""
+    return list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
+
 
 def filled(rows: Dataset, share: int) -> Dataset:
     """`rows`, with blank ones at the end, from which nothing is learnt, up to a multiple of `share`."""
@@ -79,13 +90,14 @@ def filled(rows: Dataset, share: int) -> Dataset:
     return concatenate_datasets([rows, Dataset.from_dict(blank, features=rows.features)])
 
 
-class BlankLast(Sampler[int]):
-    """The rows of an epoch in the order in which one process takes them, then the blank ones up to `size`."""
+class Order(Sampler[int]):
+    """The rows of an epoch in an order that the seed and the epoch alone make, then the blank ones up to `size`."""
 
-    def __init__(self, rows: RandomSampler, size: int) -> None:
-        self.rows, self.size = SeedableRandomSampler(rows.data_source), size
+    def __init__(self, rows: RandomSampler | LengthGroupedSampler, size: int, seed: int) -> None:
+        self.rows, self.size, self.seed, self.epoch = rows, size, seed, 0
 
     def __iter__(self) -> Iterator[int]:
+        self.rows.generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from self.rows
         yield from range(len(self.rows), self.size)
 
@@ -93,7 +105,7 @@ class BlankLast(Sampler[int]):
         return self.size
 
     def set_epoch(self, epoch: int) -> None:
-        self.rows.set_epoch(epoch)
+        self.epoch = epoch
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
@@ -153,6 +165,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         lr_scheduler_type=parameters.train.schedule,
         weight_decay=parameters.train.weight_decay,
         max_grad_norm=parameters.train.max_grad_norm,
+        train_sampling_strategy="group_by_length" if parameters.train.group_by_length else "random",
         optim=pick_optimizer(parameters.train.optimizer, device),
         gradient_checkpointing=pick_checkpointing(parameters.train.gradient_checkpointing, device),
         logging_steps=parameters.train.eval_steps,
