@@ -45,6 +45,11 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def on_this_machine() -> int:
+    """How many processes train on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def launch(module: str, processes: int, threads: int, machines: list[str]) -> None:
     """Run `module` in that many processes, which share the `threads` of a CPU, and wait for them.
 
@@ -123,7 +128,7 @@ def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
     try:
         if (started := int(os.environ["WORLD_SIZE"])) != processes:
             raise Refused(f"train.processes is {processes}, and {started} were started: set it to {started}")
-        require_gpus(int(os.environ["LOCAL_WORLD_SIZE"]), device)
+        require_gpus(on_this_machine(), device)
         process = PartialState(cpu=device.type == "cpu")
         yield process
         process.destroy_process_group()

@@ -28,7 +28,7 @@ from pipeline.checkpoints import checkpoint_folder, fingerprint
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
-from pipeline.processes import is_launched, launch, newest_common, one_of, shard, share_of_step
+from pipeline.processes import is_launched, launch, newest_common, on_this_machine, one_of, shard, share_of_step
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
 from pipeline.trainer import Trainer, build_trainer, lengths
@@ -54,7 +54,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
     device = process.device
     with checkpoint_folder(fingerprint(parameters, device.type), process.is_local_main_process) as checkpoints:
         checkpoint = newest_common(checkpoints, process)
-        reproducible(parameters.seed, max(1, parameters.threads // process.num_processes))
+        reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
         tokenizer = load_tokenizer(folder)
         model = load_trainable(parameters, folder, tokenizer, device)
         train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
