@@ -47,6 +47,10 @@ def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> 
     return device.type == "cuda" if wanted == "auto" else wanted
 
 
+def pick_offloading(wanted: bool, checkpointing: bool, device: torch.device) -> bool:
+    return wanted and checkpointing and device.type == "cuda"
+
+
 def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The base with its linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314), the rest and
     all arithmetic in `dtype`."""
@@ -55,12 +59,7 @@ def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
         folder,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
+        quantization_config=nf4(dtype),
     )
     give_back_from(KEPT)
     for module in model.modules():
@@ -68,6 +67,15 @@ def load_quantized(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
             # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights, and training stops learning.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def give_back_from(size: int) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.checkpoints import seal
-from pipeline.models import pick_checkpointing, pick_dtype, pick_optimizer
+from pipeline.models import pick_checkpointing, pick_dtype, pick_offloading, pick_optimizer
 from pipeline.parameters import Parameters
 from pipeline.refusal import Refused
 
@@ -71,6 +71,7 @@ def build_trainer(
 
 
 def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
+    checkpointing = pick_checkpointing(parameters.train.gradient_checkpointing, device)
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=parameters.seed,
@@ -87,7 +88,8 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         weight_decay=parameters.train.weight_decay,
         max_grad_norm=parameters.train.max_grad_norm,
         optim=pick_optimizer(parameters.train.optimizer, device),
-        gradient_checkpointing=pick_checkpointing(parameters.train.gradient_checkpointing, device),
+        gradient_checkpointing=checkpointing,
+        activation_offloading=pick_offloading(parameters.train.activation_offloading, checkpointing, device),
         logging_steps=parameters.train.eval_steps,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

@@ -24,6 +24,7 @@ from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.checkpoints import checkpoint_folder, fingerprint, last_whole
+from pipeline.embedding import keep_in_ram
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
@@ -62,7 +63,10 @@ def load_trainable(
     base = load_quantized(folder, device, pick_dtype(parameters.base.compute_dtype, device))
     require_possible(parameters.lora, base)
     tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
-    return with_adapter(base, lora_config(parameters.lora, tokens))
+    model = with_adapter(base, lora_config(parameters.lora, tokens))
+    if device.type == "cuda":
+        keep_in_ram(model)
+    return model
 
 
 def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:

@@ -259,6 +259,7 @@ CHANGED: dict[str, object] = {
     "train__max_grad_norm": 0.5,
     "train__optimizer": "paged_adamw_8bit",
     "train__gradient_checkpointing": True,
+    "train__activation_offloading": False,
     "train__adapter_dtype": "bfloat16",
     "train__eval_steps": 8,
     "train__early_stopping_patience": 2,

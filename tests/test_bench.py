@@ -1,0 +1,80 @@
+"""The benchmark of GPUs does on a CPU, with tiny shapes, what it does on a GPU with true ones."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Project
+from transformers import AutoModelForCausalLM
+
+from bench.gpu_case import TINY, random_nf4
+from bench.gpu_qlora import longest
+from pipeline.models import load_quantized
+
+CPU = torch.device("cpu")
+
+
+def test_the_benchmark_trains_a_tiny_model_and_tells_what_is_left_out(project: Project) -> None:
+    printed = project.run(sys.executable, "-m", "bench.gpu_qlora", "speed", "Llama", "--tiny").stdout
+    assert printed.startswith("Unsloth is left out (ModuleNotFoundError: No module named 'unsloth')")
+    rows = re.findall(r"^Llama +(.+?)  +16 +\d+ tokens/s +\d+\.\d% of \d+ TFLOP/s .* a CPU$", printed, re.MULTILINE)
+    assert rows == ["this pipeline", "TRL's defaults"]
+
+
+def test_a_case_that_fails_is_a_row_and_not_an_end(project: Project) -> None:
+    Path("params.yaml").write_text("seed: no number", encoding="utf-8")
+    printed = project.run(sys.executable, "-m", "bench.gpu_qlora", "speed", "Llama", "--tiny").stdout
+    assert len(re.findall(r"^Llama .* 16  params\.yaml: ", printed, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_random_model_is_of_the_kind_that_the_stage_loads(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    AutoModelForCausalLM.from_config(TINY[family], dtype=torch.bfloat16).save_pretrained(tmp_path)
+    made, loaded = random_nf4(TINY[family], CPU, dtype), load_quantized(tmp_path, CPU, dtype)
+    assert kind(made) == kind(loaded)
+    ids = torch.arange(8).unsqueeze(0)
+    assert made(ids).logits.isfinite().all()
+
+
+def kind(model: Any) -> list[object]:
+    """All but the numbers: modules, types, shapes, quantization, ties."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    tied = [name for name, tensor in tensors if tensor is model.get_input_embeddings().weight]
+    told = ["is_loaded_in_4bit", "is_quantized", "quantization_method", "training"]
+    return [
+        {name: type(module) for name, module in model.named_modules()},
+        {name: (type(tensor), tensor.dtype, tensor.shape, tensor.device) for name, tensor in tensors},
+        {name: quantization(tensor.quant_state) for name, tensor in tensors if hasattr(tensor, "quant_state")},
+        [getattr(module, "compute_dtype", None) for module in model.modules()],
+        tied,
+        [getattr(model, name) for name in told],
+        model.config._attn_implementation,
+        model.config.quantization_config.to_dict(),
+    ]
+
+
+def quantization(state: Any) -> dict[str, object]:
+    return {
+        name: (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
+        for name, value in state.as_dict().items()
+        if name != "nested_offset"  # a mean of the numbers
+    }
+
+
+@pytest.mark.parametrize("limit", [0, 64, 100, 1000, 4097, 60_000])
+@pytest.mark.parametrize("guess", [1, 1000, 50_000])
+def test_the_longest_context_is_found_from_any_guess(limit: int, guess: int) -> None:
+    tried = list[int]()
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        return length <= limit
+
+    found = longest(fits, guess)
+    assert found <= limit and (found in tried or not found)
+    assert limit - found <= max(64, found // 32)
+    assert len(tried) < 25
