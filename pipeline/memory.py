@@ -102,11 +102,12 @@ def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: 
 
 
 def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
-    """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most, on a CPU eight more
-    such tiles in 32 bits, and in 32 bits the gradients of its input and, if any of it is trained, of all of it."""
+    """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most (on a GPU that many
+    words, be there fewer), on a CPU eight more such tiles in 32 bits, and in 32 bits the gradients of its input and, if
+    any of it is trained, of all of it."""
     head = model.get_output_embeddings()
     rows, words = min(tokens, 4096), model.config.get_text_config().vocab_size
-    tile = rows * 32768 * model.dtype.itemsize
+    tile = rows * (32768 if device.type == "cuda" else min(words, 32768)) * model.dtype.itemsize
     more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(words, 32768)
     weight = head.weight  # with trained tokens, a copy of the whole matrix with their rows in it
     copied = 0 if isinstance(weight, torch.nn.Parameter) else weight.nbytes
