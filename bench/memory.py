@@ -10,7 +10,6 @@ two steps; its peak resident memory is the one that it writes to metrics/train_c
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,18 +18,13 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from ruamel.yaml import YAML
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from pipeline.base import TOKENIZER_FILES, describe
+from bench.project import ROOT, make_project
 from pipeline.chat_template import load_tokenizer
 from pipeline.memory import training
-from pipeline.outputs import write_json
 from pipeline.parameters import check
 from pipeline.special_tokens import trainable_tokens
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "models/tiny-base"
 
 
 def llama(hidden: int, layers: int, vocabulary: int = 32_000, **more: Any) -> PreTrainedConfig:
@@ -87,7 +81,9 @@ def measure(
     project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool, tokens: list[str]
 ) -> tuple[float, float]:
     """MiB predicted and measured of a training in `project`, an empty folder."""
-    prepare(project, config, batch, length, checkpointing, tokens)
+    train = {"train.batch_size": batch, "train.epochs": 1.0, "train.gradient_checkpointing": checkpointing}
+    make_project(project, config, {"lora.trainable_tokens": tokens} | train)
+    make_rows(project, batch, length)
     parameters, cpu, base = check(project / "params.yaml"), torch.device("cpu"), project / "base"
     ids = trainable_tokens(parameters.lora.trainable_tokens, base, load_tokenizer(base))
     parts = training(base, parameters.lora, parameters.train, ids, length, cpu, torch.float32)
@@ -97,25 +93,8 @@ def measure(
     return sum(parts.values()) / 2**20, cost["peak_memory_mb"]
 
 
-def prepare(
-    project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool, tokens: list[str]
-) -> None:
-    """What the stage needs, and nothing else: parameters, a base, and rows."""
-    for folder in ("base", "data/tokens", "metrics"):
-        (project / folder).mkdir(parents=True)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(project / "base")
-    for file in TOKENIZER_FILES:
-        if (TINY / file).exists():
-            shutil.copy(TINY / file, project / "base")
-    write_json(project / "models/base.json", describe(str(project / "base"), None))
-    shutil.copy(ROOT / "dvc.yaml", project)
-    yaml = YAML()
-    parameters = yaml.load(ROOT / "params.yaml")
-    parameters["base"] |= {"device": "cpu", "compute_dtype": "float32"}
-    parameters["lora"]["trainable_tokens"] = tokens
-    parameters["train"] |= {"batch_size": batch, "epochs": 1.0, "gradient_checkpointing": checkpointing}
-    yaml.dump(parameters, project / "params.yaml")
+def make_rows(project: Path, batch: int, length: int) -> None:
+    """Two batches of rows to train on, and a row to validate with."""
     for side, rows in {"train": 2 * batch, "valid": 1}.items():
         lengths = [length if row % batch == 0 else length // 2 for row in range(rows)]  # padded, as real rows are
         table = pa.table({column: [[5] * tokens for tokens in lengths] for column in ("input_ids", "labels")})

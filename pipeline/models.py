@@ -23,8 +23,7 @@ def reproducible(seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     transformers.set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Otherwise torch.empty writes NaN over all that bitsandbytes dequantizes into: with 8B 42 GB in each step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # takes a fifth of a step, to show the bugs of kernels
 
 
 def pick_device(wanted: str) -> torch.device:

@@ -89,6 +89,7 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)]
     batch_size: Positive
     gradient_accumulation: Positive
+    group_by_length: bool
     warmup_share: Share
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     weight_decay: Annotated[float, Field(ge=0)]

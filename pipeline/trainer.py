@@ -4,9 +4,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from pyarrow.compute import list_value_length
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
@@ -14,6 +16,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.checkpoints import seal
@@ -32,6 +35,18 @@ class Trainer(SFTTrainer):
         if not loss.isfinite():
             raise Refused(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {MEND}")
         return loss
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler[int]:
+        """Transformers' own groups the rows of a process, not of a step, and reads every row to know its length."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(rows, lengths=lengths(self.train_dataset).tolist())
+
+
+def lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row."""
+    return list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
@@ -87,6 +102,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         lr_scheduler_type=parameters.train.schedule,
         weight_decay=parameters.train.weight_decay,
         max_grad_norm=parameters.train.max_grad_norm,
+        train_sampling_strategy="group_by_length" if parameters.train.group_by_length else "random",
         optim=pick_optimizer(parameters.train.optimizer, device),
         gradient_checkpointing=checkpointing,
         activation_offloading=pick_offloading(parameters.train.activation_offloading, checkpointing, device),

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pyarrow.compute import list_value_length
 from transformers import PreTrainedTokenizerFast, TrainerState
 
 from pipeline.adapter import lora_config, require_possible, with_adapter
@@ -30,7 +29,7 @@ from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
-from pipeline.trainer import Trainer, build_trainer
+from pipeline.trainer import Trainer, build_trainer, lengths
 
 ADAPTER = Path("outputs/adapter")
 
@@ -124,16 +123,16 @@ def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     best = min(curve, key=lambda point: point[2])
     kept = best if trainer.args.load_best_model_at_end else curve[-1]
-    lengths = list_value_length(trainer.train_dataset.with_format("arrow")["input_ids"]).to_numpy()
+    tokens = lengths(trainer.train_dataset)
     return {
         "loss": {"before": before, "train": kept[1], "valid": kept[2]},
         "steps": curve[-1][0],
         "best_step": best[0],
         "tokens": {
             "trained": trainer.state.num_input_tokens_seen,
-            "p50": int(np.quantile(lengths, 0.5)),
-            "p95": int(np.quantile(lengths, 0.95)),
-            "max": int(lengths.max()),
+            "p50": int(np.quantile(tokens, 0.5)),
+            "p95": int(np.quantile(tokens, 0.95)),
+            "max": int(tokens.max()),
         },
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }

@@ -258,6 +258,7 @@ CHANGED: dict[str, object] = {
     "train__weight_decay": 0.1,
     "train__max_grad_norm": 0.5,
     "train__optimizer": "paged_adamw_8bit",
+    "train__group_by_length": False,
     "train__gradient_checkpointing": True,
     "train__adapter_dtype": "bfloat16",
     "train__eval_steps": 8,

@@ -1,0 +1,41 @@
+"""A folder in which the train_qlora stage can run by itself: a base, parameters, dvc.yaml."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from pipeline.base import TOKENIZER_FILES, describe
+from pipeline.outputs import write_json
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models/tiny-base"
+
+
+def make_project(project: Path, config: PreTrainedConfig | None, parameters: dict[str, Any]) -> None:
+    """In the empty folder `project`, with `parameters` such as {"lora.r": 8} changed.
+
+    The base is the built-in one, or of random weights in the shape of `config`, with the built-in one's tokenizer.
+    """
+    (project / "base").mkdir()
+    (project / "data/tokens").mkdir(parents=True)
+    (project / "metrics").mkdir()
+    if config is None:
+        shutil.copytree(TINY, project / "base", dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe", ".dvc*"))
+    else:
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(project / "base")
+        for file in TOKENIZER_FILES:
+            if (TINY / file).exists():
+                shutil.copy(TINY / file, project / "base")
+    write_json(project / "models/base.json", describe(str(project / "base"), None))
+    shutil.copy(ROOT / "dvc.yaml", project)
+    yaml = YAML()
+    values = yaml.load(ROOT / "params.yaml")
+    for name, value in ({"base.device": "cpu", "base.compute_dtype": "float32"} | parameters).items():
+        *sections, key = name.split(".")
+        (values[sections[0]] if sections else values)[key] = value
+    yaml.dump(values, project / "params.yaml")

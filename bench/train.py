@@ -1,0 +1,191 @@
+"""Training by this pipeline beside what people use instead: the same rows, the same optimizer steps.
+
+    python -m bench.train tiny     # the built-in base: TIME
+    python -m bench.train wide     # a random one of 100 M parameters: TIME
+
+bench/README.md has what it printed. Needs the rows that `dvc repro tokenize` makes. The loss curves go to
+bench/train_tiny.svg and bench/train_wide.svg.
+
+The others are TRL's own command line, `trl sft`, told the rows, this project's LoRA and schedule, and nothing else:
+with its defaults, and with the batches of one row that most scripts have. Each recipe runs in a process of its own, and
+takes steps of eight rows. The loss is that of the adapter that it saved, on the base in NF4, in nats per token of the
+validation rows' answers; the peak is of the resident memory.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import vl_convert
+import yaml
+from datasets import Dataset, disable_progress_bars
+from transformers import LlamaConfig
+
+from bench.project import ROOT, make_project
+from pipeline.models import load_tuned
+from pipeline.parameters import Parameters, check
+
+WIDE = LlamaConfig(
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=14,
+    num_attention_heads=12,
+    vocab_size=2048,
+    tie_word_embeddings=True,
+)
+BASES = {"tiny": (None, 4.0e-3, 4.0), "wide": (WIDE, 1.0e-3, 0.5)}  # its shape, learning rate, epochs
+ROWS = 8
+EVAL_STEPS = 10
+
+
+@dataclass
+class Recipe:
+    name: str
+    trl: dict[str, Any] | None = None  # options of `trl sft`; None is this pipeline
+    parameters: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    busy: bool = False  # another process keeps a core busy meanwhile
+    wide: bool = True
+
+
+ONE_ROW = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS}
+FLOAT32 = {"bf16": False}
+KEPT = FLOAT32 | {"gradient_checkpointing": False}
+RECIPES = [
+    Recipe("the usual script", ONE_ROW),
+    Recipe("  in float32", ONE_ROW | FLOAT32),
+    Recipe("TRL's defaults", {}),
+    Recipe("  in float32", FLOAT32),
+    Recipe("    and without checkpointing", KEPT),
+    Recipe("      and padding-free", KEPT | {"padding_free": True, "max_length": None}, wide=False),
+    Recipe("this pipeline"),
+    Recipe("  not grouped by length", parameters={"train.group_by_length": False}, wide=False),
+    Recipe("  in one thread", parameters={"threads": 1}, wide=False),
+    Recipe("  beside a busy process", busy=True, wide=False),
+    Recipe("    with spinning threads", environment={"OMP_WAIT_POLICY": "ACTIVE"}, busy=True, wide=False),
+]
+
+
+def main() -> None:
+    base = sys.argv[1]
+    config, rate, epochs = BASES[base]
+    disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    parameters = {"train.learning_rate": rate, "train.epochs": epochs, "train.eval_steps": EVAL_STEPS}
+    curves: dict[str, list[float]] = {}
+    print(f"{'':32}{'seconds':>9}{'training':>10}{'tokens/s':>10}{'peak MiB':>10}{'loss':>8}", flush=True)
+    for recipe in RECIPES:
+        if recipe.wide or base == "tiny":
+            with tempfile.TemporaryDirectory() as folder:
+                project = Path(folder)
+                make_project(project, config, parameters | {"train.batch_size": ROWS} | recipe.parameters)
+                shutil.copytree(ROOT / "data/tokens", project / "data/tokens", dirs_exist_ok=True)
+                curves[recipe.name] = measure(project, recipe)
+    draw(curves, ROOT / f"bench/train_{base}.svg")
+
+
+def measure(project: Path, recipe: Recipe) -> list[float]:
+    """Run `recipe` in `project` and print its line; its curve of validation losses."""
+    parameters = check(project / "params.yaml")
+    command = [sys.executable, "-m", "stages.train_qlora"] if recipe.trl is None else trl(project, parameters, recipe)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | recipe.environment
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if recipe.busy else None
+    started = time.monotonic()
+    with open(project / "log", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - started
+        log.seek(0)
+        printed = log.read()
+    if busy:
+        busy.kill()
+    assert status == 0, printed
+    training = float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
+    tokens = parameters.train.epochs * sum(len(row["input_ids"]) for row in rows(project, "train"))
+    loss = final_loss(project / ("outputs/adapter" if recipe.trl is None else "trl"), project)
+    numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{usage.ru_maxrss / 1024:10.0f}{loss:8.3f}"
+    print(f"{recipe.name:32}{numbers}", flush=True)
+    return [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
+
+
+def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
+    """The command of `trl sft` for the project's rows, with what QLoRA needs to be told."""
+    for side, split in {"train": "train", "valid": "test"}.items():
+        rows(project, side).to_json(project / f"rows/{split}.jsonl")
+    train, lora = parameters.train, parameters.lora
+    options = {
+        "model_name_or_path": "base",
+        "dataset_name": "rows",
+        "output_dir": "trl",
+        "seed": parameters.seed,
+        "use_cpu": True,
+        "load_in_4bit": True,
+        "use_peft": True,
+        "lora_r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "lora_target_modules": lora.target_modules,
+        "learning_rate": train.learning_rate,
+        "num_train_epochs": train.epochs,
+        "lr_scheduler_type": train.schedule,
+        "warmup_steps": train.warmup_share,
+        "eval_strategy": "steps",
+        "eval_steps": train.eval_steps,
+        "eval_on_start": True,
+        "save_strategy": "no",
+    } | (recipe.trl or {})
+    (project / "trl.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    return ["trl", "sft", "--config", "trl.yaml"]
+
+
+def rows(project: Path, side: str) -> Dataset:
+    return Dataset.from_file(str(project / f"data/tokens/{side}.arrow"))
+
+
+def final_loss(adapter: Path, project: Path) -> float:
+    """Nats per token of the validation rows' answers."""
+    model = load_tuned(project / "base", adapter, torch.device("cpu"), torch.float32).eval()
+    total, tokens = 0.0, 0
+    for row in rows(project, "valid"):
+        labels = torch.tensor(row["labels"][1:])
+        with torch.no_grad():
+            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        tokens += int((labels != -100).sum())
+    return total / tokens
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """The validation losses of all recipes over the steps, as an SVG."""
+    points = [
+        {"recipe": f"{number} {name.strip()}", "step": point * EVAL_STEPS, "loss": loss}
+        for number, (name, losses) in enumerate(curves.items(), 1)
+        for point, loss in enumerate(losses)
+    ]
+    axes = {"x": {"field": "step"}, "y": {"field": "loss", "title": "validation loss, nats per token"}}
+    path.write_text(
+        vl_convert.vegalite_to_svg(
+            {
+                "data": {"values": points},
+                "mark": {"type": "line", "point": True},
+                "encoding": {name: channel | {"type": "quantitative"} for name, channel in axes.items()}
+                | {"color": {"field": "recipe", "type": "nominal", "scale": {"scheme": "tableau20"}}},
+                "width": 600,
+                "height": 300,
+            }
+        ),
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
