@@ -13,6 +13,7 @@ ruamel.yaml`; `--unsloth` names that environment's Python.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -75,10 +76,11 @@ def case(python: str, *arguments: str) -> dict[str, Any]:
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of a process that failed; "" of one that did not."""
+    """Why a process failed, in its own last words; "" if it did not."""
     if not done.returncode:
         return ""
-    return (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return ([line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines)[-1]
 
 
 def print_speed(model: str, recipe: str, length: int, shape: PreTrainedConfig, result: dict[str, Any]) -> None:
@@ -113,13 +115,13 @@ def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
 
 
 def foretold(shape: PreTrainedConfig, length: int) -> int:
-    """Bytes of torch's on the GPU, by `make check`."""
+    """Bytes that torch has on the GPU, as `make check` foretells: without CUDA's own and the paged optimizer's."""
     gpu = torch.device("cuda")
     parameters = of_params_yaml(gpu)
     with tempfile.TemporaryDirectory() as folder:
         shape.save_pretrained(folder)
         parts = training(Path(folder), parameters.lora, parameters.train, [], length, gpu, torch.bfloat16)
-    return sum(parts.values()) - parts["process"]
+    return sum(parts.values()) - parts["process"] - parts["optimizer"]
 
 
 def print_contexts(model: str, recipe: str, caps: list[float], run: Callable[..., dict[str, Any]]) -> None:
@@ -127,7 +129,7 @@ def print_contexts(model: str, recipe: str, caps: list[float], run: Callable[...
     short, long = (run("--length", str(length), "--steps", "2") for length in (2048, 8192))
     for cap in caps:
         guess = 2048
-        if "failed" not in long:
+        if "failed" not in short | long:
             left = cap * GIB - short["reserved"] - short["outside"]
             guess += int(left * (8192 - 2048) / (long["reserved"] - short["reserved"]))
         results: dict[int, dict[str, Any]] = {}

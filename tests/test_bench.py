@@ -11,7 +11,7 @@ from conftest import Project
 from transformers import AutoModelForCausalLM
 
 from bench.gpu_case import TINY, random_nf4
-from bench.gpu_qlora import longest
+from bench.gpu_qlora import OUT_OF_MEMORY, longest, print_contexts
 from pipeline.models import load_quantized
 
 CPU = torch.device("cpu")
@@ -78,3 +78,22 @@ def test_the_longest_context_is_found_from_any_guess(limit: int, guess: int) -> 
     assert found <= limit and (found in tried or not found)
     assert limit - found <= max(64, found // 32)
     assert len(tried) < 25
+
+
+def test_contexts_are_told_for_each_cap_and_so_is_what_stops_them_but_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(*options: str) -> dict[str, Any]:
+        """A card on which a model takes 6 GiB and 256 KiB a token, and whose kernels fail at 50,000 tokens."""
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        length, reserved = int(given["--length"]), 6 * 2**30 + int(given["--length"]) * 2**18
+        if length > 50_000:
+            return {"failed": "RuntimeError: no kernel"}
+        over = reserved + 2**29 > float(given.get("--cap", 80)) * 2**30
+        return {"failed": OUT_OF_MEMORY} if over else {"reserved": reserved, "outside": 2**29}
+
+    print_contexts("Llama", "this pipeline", [4, 8, 24], run)
+    none, some, many = capsys.readouterr().out.splitlines()
+    assert none.split()[-4:] == ["4", "GiB", "0", "tokens"]
+    assert 5900 < int(some.split()[-5]) <= 6144 and some.endswith("8.00 GiB taken")
+    assert "49" in many and many.endswith("longer ones failed otherwise: RuntimeError: no kernel")
