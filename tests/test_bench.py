@@ -11,7 +11,7 @@ from conftest import Project
 from transformers import AutoModelForCausalLM
 
 from bench.gpu_case import TINY, random_nf4
-from bench.gpu_qlora import OUT_OF_MEMORY, longest, print_contexts
+from bench.gpu_qlora import OUT_OF_MEMORY, case, longest, print_contexts, print_speed
 from pipeline.models import load_quantized
 
 CPU = torch.device("cpu")
@@ -24,10 +24,11 @@ def test_the_benchmark_trains_a_tiny_model_and_tells_what_is_left_out(project: P
     assert rows == ["this pipeline", "TRL's defaults"]
 
 
-def test_a_case_that_fails_is_a_row_and_not_an_end(project: Project) -> None:
-    Path("params.yaml").write_text("seed: no number", encoding="utf-8")
-    printed = project.run(sys.executable, "-m", "bench.gpu_qlora", "speed", "Llama", "--tiny").stdout
-    assert len(re.findall(r"^Llama .* 16  params\.yaml: ", printed, re.MULTILINE)) == 2
+def test_a_case_that_fails_is_a_row_with_its_last_words(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = case(sys.executable, "this pipeline", "Llama", "--length", "16", "--steps", "none")
+    print_speed("Llama", "this pipeline", 16, TINY["Llama"], failed)
+    told = "gpu_case.py: error: argument --steps: invalid int value: 'none'"
+    assert capsys.readouterr().out == f"Llama         this pipeline       16  {told}\n"
 
 
 @pytest.mark.parametrize("family", TINY)
