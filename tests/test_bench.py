@@ -10,8 +10,8 @@ import torch
 from conftest import Project
 from transformers import AutoModelForCausalLM
 
-from bench.gpu_case import TINY, random_nf4
-from bench.gpu_qlora import OUT_OF_MEMORY, case, longest, print_contexts, print_speed
+from bench.gpu_case import OUT_OF_MEMORY, TINY, random_nf4
+from bench.gpu_qlora import case, longest, print_contexts, print_speed
 from pipeline.models import load_quantized
 
 CPU = torch.device("cpu")
