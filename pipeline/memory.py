@@ -2,20 +2,24 @@
 torch's meta device, where tensors have shapes and types but no bytes."""
 
 import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.adapter import lora_config, with_adapter
-from pipeline.models import KEPT, pick_checkpointing, pick_optimizer
+from pipeline.embedding import only_looked_up
+from pipeline.models import KEPT, pick_checkpointing, pick_offloading, pick_optimizer
 from pipeline.parameters import Lora, Train
-from pipeline.processes import share_of_step
+from pipeline.processes import is_sharded, share_of_step
 from pipeline.refusal import Refused
 
 # Bytes a weight: 4 bits, and with double quantization 8 bits for each 64 weights, 32 for each 256 of those.
@@ -54,12 +58,12 @@ def training(
     weights' files, in memory while they are loaded, count as activations if they need more than those.
     """
     model = skeleton(folder, dtype)
-    base, dequantized = (
-        kept_bytes(model, train),
-        max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize,
-    )
+    base = kept_bytes(model, train)
+    dequantized = max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
     tuned = with_adapter(model, lora_config(lora, tokens))
+    if device.type == "cuda" and only_looked_up(tuned) and not is_sharded(train):
+        base -= tuned.get_input_embeddings().weight.nbytes
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     kept = getattr(torch, train.adapter_dtype)
     for weight in trained:  # under autocast it computes in bfloat16, whatever it is kept in
@@ -67,7 +71,9 @@ def training(
     rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     optimizer = pick_optimizer(train.optimizer, device)
     embeddings = {id(module.weight) for module in tuned.modules() if isinstance(module, torch.nn.Embedding)}
-    step = one_step(tuned, rows, length, pick_checkpointing(train.gradient_checkpointing, device))
+    checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
+    offloading = pick_offloading(train.activation_offloading, checkpointing, device)
+    step = one_step(tuned, rows, length, checkpointing, offloading)
     head = head_bytes(tuned, rows * length, device)
     return {
         "base": base,
@@ -93,7 +99,7 @@ def nf4_bytes(model: PreTrainedModel) -> int:
 def kept_bytes(model: PreTrainedModel, train: Train) -> int:
     """Of the base, by one process. Under FSDP that is its share, what is not shared (the scales of NF4, and embeddings
     that are the head too), and whole: the layer that computes, the next one, and the head."""
-    if train.processes == 1 or train.strategy == "ddp":
+    if not is_sharded(train):
         return nf4_bytes(model)
     scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8)
     head = model.get_output_embeddings().weight.nbytes
@@ -113,11 +119,12 @@ def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: 
 
 
 def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
-    """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most, on a CPU eight more
-    such tiles in 32 bits, and in 32 bits the gradients of its input and, if any of it is trained, of all of it."""
+    """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most (on a GPU that many
+    words, be there fewer), on a CPU eight more such tiles in 32 bits, and in 32 bits the gradients of its input and, if
+    any of it is trained, of all of it."""
     head = model.get_output_embeddings()
     rows, words = min(tokens, 4096), model.config.get_text_config().vocab_size
-    tile = rows * 32768 * model.dtype.itemsize
+    tile = rows * (32768 if device.type == "cuda" else min(words, 32768)) * model.dtype.itemsize
     more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(words, 32768)
     weight = head.weight  # with trained tokens, a copy of the whole matrix with their rows in it
     copied = 0 if isinstance(weight, torch.nn.Parameter) else weight.nbytes
@@ -134,7 +141,7 @@ class StepBytes:
     small: int  # of all under KEPT that the forward pass makes
 
 
-def one_step(model: Any, batch_size: int, length: int, checkpointing: bool) -> StepBytes:
+def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offloading: bool) -> StepBytes:
     """A forward and a backward pass of `model` without its head; it lies on the meta device."""
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("fused_on_meta")
@@ -148,12 +155,27 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool) -> S
             weight.grad = gradients[-1]
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     eager = model.config._attn_implementation == "eager"
-    mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
-    with Alive([*model.parameters(), *model.buffers(), *gradients, ids]) as alive:
+    mask = None
+    if eager or batch_size > 1:  # a single row is not padded, and SDPA makes its own mask of it
+        mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
+    saving = saved_tensors_hooks(moved_away, brought_back) if offloading else nullcontext()
+    with Alive([*model.parameters(), *model.buffers(), *gradients, ids]) as alive, saving:
         hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         saved, small = alive.now, alive.small
         torch.autograd.backward(hidden, torch.empty_like(hidden))
     return StepBytes(saved, alive.peak, small)
+
+
+def moved_away(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
+    """What is left on the device, as TRL offloads it, of a tensor that the backward pass needs: weights alone."""
+    if isinstance(saved, torch.nn.Parameter):
+        return saved
+    shape, dtype = saved.shape, saved.dtype
+    return lambda: torch.empty(shape, dtype=dtype, device="meta")
+
+
+def brought_back(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
+    return kept if isinstance(kept, torch.Tensor) else kept()
 
 
 class Alive(TorchDispatchMode):
@@ -189,20 +211,32 @@ def fused_on_meta(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as SDPA's fused kernels do it for padded rows: heads repeated, the mask in the queries' type, and no
+    """Attention as SDPA's fused kernels do it: heads repeated, the mask of padded rows in the queries' type, and no
     scores kept. On meta tensors SDPA itself keeps them. Shapes: batch, heads, length, width of a head."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bias = torch.zeros_like(attention_mask, dtype=query.dtype)
+    bias = None if attention_mask is None else torch.zeros_like(attention_mask, dtype=query.dtype)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, attn_mask=bias)[0].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("fused_on_meta", fused_on_meta)
+
+
+def offloaded(model: PreTrainedModel, train: Train, length: int, device: torch.device) -> int:
+    """Bytes of the machine's own memory that training needs for a GPU: each layer's input, which torch rounds up to a
+    power of two where it pins it, and the embedding."""
+    checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
+    if not pick_offloading(train.activation_offloading, checkpointing, device):
+        return 0
+    config = model.config.get_text_config()
+    size = train.batch_size * length * config.hidden_size * model.dtype.itemsize
+    pinned = config.num_hidden_layers * 2 ** (size - 1).bit_length()
+    return PROCESS["cpu"] + pinned + model.get_input_embeddings().weight.nbytes
 
 
 def other_stages(

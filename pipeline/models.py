@@ -48,6 +48,10 @@ def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> 
     return device.type == "cuda" if wanted == "auto" else wanted
 
 
+def pick_offloading(wanted: bool, checkpointing: bool, device: torch.device) -> bool:
+    return wanted and checkpointing and device.type == "cuda"
+
+
 def load_quantized(
     folder: Path, device: torch.device, dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8
 ) -> PreTrainedModel:
@@ -58,13 +62,7 @@ def load_quantized(
         folder,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=quant_storage,
-        ),
+        quantization_config=nf4(dtype, quant_storage),
     )
     give_back_from(KEPT)
     for module in model.modules():
@@ -72,6 +70,16 @@ def load_quantized(
             # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights, and training stops learning.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def nf4(dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=quant_storage,
+    )
 
 
 def give_back_from(size: int) -> None:

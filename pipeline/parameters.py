@@ -98,6 +98,7 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)]
     optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
     gradient_checkpointing: Literal["auto"] | bool
+    activation_offloading: bool
     adapter_dtype: Literal["float32", "bfloat16"]
     eval_steps: Positive
     early_stopping_patience: Positive | None

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.fsdp import fully_shard
 
 from pipeline.checkpoints import last_whole
+from pipeline.parameters import Train
 from pipeline.refusal import OUT_OF_MEMORY, Refused
 
 
@@ -38,6 +39,11 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -
     share = rows // processes
     at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)
     return at_once, share // at_once
+
+
+def is_sharded(train: Train) -> bool:
+    """Whether each process keeps a part of the base alone."""
+    return train.processes > 1 and train.strategy == "fsdp"
 
 
 def is_launched() -> bool:

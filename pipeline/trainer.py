@@ -24,7 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.checkpoints import seal
-from pipeline.models import pick_checkpointing, pick_dtype, pick_optimizer
+from pipeline.models import pick_checkpointing, pick_dtype, pick_offloading, pick_optimizer
 from pipeline.parameters import Parameters
 from pipeline.processes import average_gradients, share_of_step
 from pipeline.refusal import Refused
@@ -149,6 +149,7 @@ def build_trainer(
 def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
     train = parameters.train
     batch_size, gradient_accumulation = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
+    checkpointing = pick_checkpointing(parameters.train.gradient_checkpointing, device)
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=parameters.seed,
@@ -167,7 +168,8 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         max_grad_norm=parameters.train.max_grad_norm,
         train_sampling_strategy="group_by_length" if parameters.train.group_by_length else "random",
         optim=pick_optimizer(parameters.train.optimizer, device),
-        gradient_checkpointing=pick_checkpointing(parameters.train.gradient_checkpointing, device),
+        gradient_checkpointing=checkpointing,
+        activation_offloading=pick_offloading(parameters.train.activation_offloading, checkpointing, device),
         logging_steps=parameters.train.eval_steps,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

@@ -25,10 +25,20 @@ from pipeline.adapter import lora_config, require_possible, with_adapter
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.checkpoints import checkpoint_folder, fingerprint
+from pipeline.embedding import keep_in_ram
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
-from pipeline.processes import is_launched, launch, newest_common, on_this_machine, one_of, shard, share_of_step
+from pipeline.processes import (
+    is_launched,
+    is_sharded,
+    launch,
+    newest_common,
+    on_this_machine,
+    one_of,
+    shard,
+    share_of_step,
+)
 from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
 from pipeline.trainer import Trainer, build_trainer, lengths
@@ -74,7 +84,7 @@ def load_trainable(
 ) -> PeftModel:
     """The base in NF4 with a new adapter on it."""
     dtype = pick_dtype(parameters.base.compute_dtype, device)
-    sharded = parameters.train.strategy == "fsdp" and parameters.train.processes > 1
+    sharded = is_sharded(parameters.train)
     if sharded:  # on a GPU the whole base may have no room, and FSDP shards no integers
         base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
     else:
@@ -84,6 +94,8 @@ def load_trainable(
     tuned = with_adapter(base, lora_config(parameters.lora, tokens))
     if sharded:
         shard(tuned, device)
+    elif device.type == "cuda":
+        keep_in_ram(tuned)
     return tuned
 
 

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from bench.memory import llama, measure
 from pipeline.disk import filled
-from pipeline.memory import training
-from pipeline.parameters import check
+from pipeline.memory import PROCESS, offloaded, skeleton, training
+from pipeline.parameters import Train, check
 from pipeline.refusal import Refused
 from tools import check as tool
 
@@ -192,9 +192,30 @@ def test_what_others_measured_of_8b_and_7b_at_2048_tokens_comes_out(
     config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": hidden}
     LlamaConfig(**config, num_key_value_heads=kv_heads, vocab_size=vocabulary).save_pretrained(tmp_path)
     parameters = check(ROOT / "params.yaml")
-    train = parameters.train.model_copy(update={"batch_size": batch_size})
+    train = parameters.train.model_copy(update={"batch_size": batch_size, "activation_offloading": False})
     parts = training(tmp_path, parameters.lora, train, [], 2048, GPU, torch.bfloat16)
+    parts["embedding"] = vocabulary * 4096 * 2  # theirs are on the GPU
     assert sum(parts.values()) - (0 if process else parts["process"]) == pytest.approx(known * GIB, rel=0.15)
+
+
+def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: Project) -> None:
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
+    LlamaConfig(**shape, num_key_value_heads=8, vocab_size=128256).save_pretrained("8b")
+    parameters = check(ROOT / "params.yaml")
+    train = parameters.train.model_copy(update={"batch_size": 1})
+
+    def needed(train: Train, length: int) -> dict[str, int]:
+        return training(Path("8b"), parameters.lora, train, [], length, GPU, torch.bfloat16)
+
+    parts = needed(train, 2048)
+    assert sum(parts.values()) - parts["process"] < 6.5e9
+    assert sum(needed(train, 30_000).values()) < 16 * GIB
+    on_gpu = train.model_copy(update={"activation_offloading": False})
+    saved = sum(needed(on_gpu, 2048).values()) - sum(parts.values())
+    assert saved == pytest.approx(31 * 2048 * 4096 * 2, rel=0.02)  # the inputs of all layers but one
+    model = skeleton(Path("8b"), torch.bfloat16)
+    assert offloaded(model, train, 2048, GPU) == PROCESS["cpu"] + (32 * 2048 + 128256) * 4096 * 2
+    assert not offloaded(model, on_gpu, 2048, GPU) and not offloaded(model, train, 2048, CPU)
 
 
 def test_the_disk_that_gguf_files_fill_comes_out() -> None:

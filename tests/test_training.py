@@ -22,7 +22,7 @@ from pipeline.models import pick_device, pick_dtype
 from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
-from pipeline.trainer import build_trainer
+from pipeline.trainer import build_trainer, training_arguments
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -290,7 +290,7 @@ def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Pr
         rows = [json.dumps({"id": "1", "messages": each, "source": "a.csv:1"}) for each in messages]
         Path(f"data/{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
-    assert set(CHANGED) == {f"lora__{key}" for key in Lora.model_fields} | {
+    assert {*CHANGED, "train__activation_offloading"} == {f"lora__{key}" for key in Lora.model_fields} | {
         f"train__{key}" for key in Train.model_fields
     } - {"train__strategy"}  # of several processes: test_processes.py
     project.set(train__max_length=40, train__on_overflow="truncate")
@@ -300,3 +300,14 @@ def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Pr
         assert built(**{key: value}) != first, key
         Path("params.yaml").write_text(parameters, encoding="utf-8")
     assert built() == first
+
+
+def test_activations_are_offloaded_where_a_gpu_checkpoints(project: Project) -> None:
+    def offloads(device: str, **changed: object) -> bool:
+        project.set(base__compute_dtype="float32", **changed)  # transformers refuses bfloat16 where there is no GPU
+        return training_arguments(load("train_qlora"), torch.device(device), Path("checkpoints")).activation_offloading
+
+    assert offloads("cuda") and not offloads("cpu")
+    assert not offloads("cuda", train__gradient_checkpointing=False)
+    assert not offloads("cpu", train__gradient_checkpointing=True)
+    assert not offloads("cuda", train__activation_offloading=False)

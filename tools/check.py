@@ -39,7 +39,7 @@ def examine(parameters: Parameters) -> None:
     from pipeline.base import SMALL_FILES, fetched, has_weights
     from pipeline.disk import filled
     from pipeline.llama_cpp import no_gguf_lora
-    from pipeline.memory import free, other_stages, saved_dtype, skeleton, training
+    from pipeline.memory import free, offloaded, other_stages, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
     from pipeline.processes import require_gpus, share_of_step
 
@@ -78,6 +78,10 @@ def examine(parameters: Parameters) -> None:
         room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
+    if in_ram := offloaded(model, train, length, device):
+        needs = {"train_qlora": in_ram}
+        if not fits("memory: train_qlora", needs, room := free(torch.device("cpu"))):
+            refusals.append(f"train_qlora {short(needs, room, 'memory')}: set train.activation_offloading to false")
     others = other_stages(model, saved, device, dtype)
     stage, most = max(others.items(), key=lambda item: item[1])
     if not fits(f"memory: {stage}", {stage: most}, room := free(torch.device("cpu"))):
@@ -182,6 +186,8 @@ def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
     change: dict[str, object] = {}
     if not pick_checkpointing(train.gradient_checkpointing, device):
         yield (change := change | {"gradient_checkpointing": True})
+    if device.type == "cuda" and not train.activation_offloading:
+        yield (change := change | {"activation_offloading": True})
     batch_size, rows = train.batch_size, train.batch_size * train.gradient_accumulation
     while batch_size > 1:
         batch_size //= 2

@@ -1,0 +1,307 @@
+"""One case of `bench.gpu_qlora`, in a process of its own: it prints what it measured as a line of JSON.
+
+python -m bench.gpu_case RECIPE MODEL LENGTH [--steps N] [--cap GIB] [--saved FOLDER] [--tiny]
+python -m bench.gpu_case peak                           # the card's bf16 peak
+python -m bench.gpu_case save MODEL --saved FOLDER      # the random model, for a recipe that loads a folder
+"""
+
+import sys
+
+if sys.argv[1:2] == ["Unsloth"]:
+    import unsloth  # first of all: it patches what is imported after it
+
+import argparse
+import copy
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    TrainerCallback,
+)
+from transformers.quantizers import AutoHfQuantizer
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.adapter import lora_config, with_adapter
+from pipeline.base import TOKENIZER_FILES
+from pipeline.chat_template import load_tokenizer
+from pipeline.embedding import keep_in_ram
+from pipeline.models import nf4, pick_device, pick_dtype, reproducible
+from pipeline.parameters import Parameters, check
+from pipeline.trainer import build_trainer
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "models/tiny-base"
+OUT_OF_MEMORY = "out of memory"
+WARM = 3  # steps before the clock starts: kernels are compiled and memory is reserved in them
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def config(
+    kind: type[PreTrainedConfig],
+    vocabulary: int,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    **more: Any,
+) -> PreTrainedConfig:
+    return kind(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=131_072,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
+        **more,
+    )
+
+
+# The shapes in the config.json of each on the hub.
+MODELS = {
+    "Llama 3.1 8B": config(LlamaConfig, 128_256, 4096, 14_336, 32, 32, 8, tie_word_embeddings=False),
+    "Qwen2.5 7B": config(Qwen2Config, 152_064, 3584, 18_944, 28, 28, 4, tie_word_embeddings=False),
+    "Qwen2.5 0.5B": config(Qwen2Config, 151_936, 896, 4864, 24, 14, 2, tie_word_embeddings=True),
+    "Gemma 2 9B": config(Gemma2Config, 256_000, 3584, 14_336, 42, 16, 8, head_dim=256, query_pre_attn_scalar=256),
+}
+TINY = {
+    "Llama": config(LlamaConfig, 2048, 64, 128, 2, 4, 2, tie_word_embeddings=False),
+    "Qwen": config(Qwen2Config, 2048, 64, 128, 2, 4, 2, tie_word_embeddings=True),
+    "Gemma": config(Gemma2Config, 2048, 64, 128, 2, 4, 2, head_dim=16),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=[*RECIPES, "save"])
+    parser.add_argument("model", choices=[*MODELS, *TINY])
+    parser.add_argument("--length", type=int, metavar="TOKENS")
+    parser.add_argument("--steps", type=int, default=WARM + 5)
+    parser.add_argument("--cap", type=float, metavar="GIB")
+    parser.add_argument("--saved", type=Path, metavar="FOLDER")
+    asked = parser.parse_args()
+    device = pick_device("cpu" if asked.model in TINY else "cuda")
+    if asked.recipe == "save":
+        save(asked.saved, (MODELS | TINY)[asked.model], device)
+        print("{}")
+        return
+    if asked.cap:
+        cap_memory(asked.cap)
+    try:
+        print(json.dumps(measured(asked, device)))
+    except RuntimeError as error:  # torch's OutOfMemoryError, or that of a library beside it
+        if not any(sign in str(error).lower() for sign in ("out of memory", "alloc_failed")):
+            raise
+        print(json.dumps({"failed": OUT_OF_MEMORY}))
+
+
+def measured(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Tokens a second after the first steps; bytes of the peak that torch allocated and reserved, and `outside`: what
+    the process has on the card beside them (CUDA's context, libraries, the pages of a paged optimizer); the card, and
+    the floating point operations a second of its own peak."""
+    on_gpu = device.type == "cuda"
+    clock = Clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RECIPES[asked.recipe](asked, device, Path(folder))
+        trainer.add_callback(clock)
+        trainer.train()
+    free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
+    return {
+        "tokens_per_second": asked.length * clock.steps_per_second(),
+        "allocated": torch.cuda.max_memory_allocated() if on_gpu else 0,
+        "reserved": torch.cuda.max_memory_reserved() if on_gpu else 0,
+        "outside": total - free - torch.cuda.memory_reserved() if on_gpu else 0,
+        "card": torch.cuda.get_device_name() if on_gpu else "a CPU",
+        "peak": matmul_peak(device) if not asked.cap else 0,
+    }
+
+
+def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
+    """As stages.train_qlora trains, with params.yaml's values, but for one row a step and a large model's rate."""
+    parameters = of_params_yaml(device)
+    reproducible(parameters.seed, parameters.threads)
+    model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))
+    tuned = with_adapter(model, lora_config(parameters.lora, []))
+    if device.type == "cuda":
+        keep_in_ram(tuned)
+    trainer = build_trainer(parameters, tuned, load_tokenizer(TOKENIZER), rows(asked), rows(asked), folder)
+    trainer.args.eval_strategy = trainer.args.save_strategy = "no"
+    return trainer
+
+
+def of_params_yaml(device: torch.device) -> Parameters:
+    parameters = check(ROOT / "params.yaml")
+    steps = {"batch_size": 1, "gradient_accumulation": 1, "epochs": 1.0, "learning_rate": 2.0e-4}
+    return parameters.model_copy(
+        update={
+            "base": parameters.base.model_copy(update={"device": device.type}),
+            "train": parameters.train.model_copy(update=steps),
+        }
+    )
+
+
+def trl_defaults(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
+    """The same model and LoRA; all else is what SFTTrainer does unless told, but for the batch and the full length."""
+    lora = check(ROOT / "params.yaml").lora
+    return SFTTrainer(
+        model=random_nf4((MODELS | TINY)[asked.model], device, pick_dtype("auto", device)),
+        args=SFTConfig(**common(folder), max_length=None, bf16=device.type == "cuda", use_cpu=device.type == "cpu"),
+        train_dataset=rows(asked),
+        processing_class=load_tokenizer(TOKENIZER),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, target_modules="all-linear"),
+    )
+
+
+def unsloth_recipe(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
+    """As Unsloth documents it (https://docs.unsloth.ai), from the folder that `save` made."""
+    lora = check(ROOT / "params.yaml").lora
+    model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+        str(asked.saved), max_seq_length=asked.length, load_in_4bit=True
+    )
+    model = unsloth.FastLanguageModel.get_peft_model(
+        model,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0,
+        bias="none",
+        target_modules=PROJECTIONS,
+        use_gradient_checkpointing="unsloth",
+    )
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **common(folder),
+            max_length=asked.length,
+            optim="adamw_8bit",
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=rows(asked),
+        processing_class=tokenizer,
+    )
+
+
+def common(folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
+RECIPES = {"this pipeline": this_pipeline, "TRL's defaults": trl_defaults, "Unsloth": unsloth_recipe}
+
+
+def rows(asked: argparse.Namespace) -> Dataset:
+    """Random tokens, one row a step, all of them learnt."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = (MODELS | TINY)[asked.model].vocab_size
+    ids = torch.randint(vocabulary, (asked.steps, asked.length), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+class Clock(TrainerCallback):
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.ends = device, list[float]()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what only building the model took
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.monotonic())
+
+    def steps_per_second(self) -> float:
+        timed = self.ends[WARM - 1 :] if len(self.ends) > WARM else self.ends
+        return (len(timed) - 1) / (timed[-1] - timed[0])
+
+
+def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights as `pipeline.models.load_quantized` loads a base's, made one at a time: there are never more than
+    one tensor's in 16 bits on the device beside those that stay so."""
+    quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)
+    quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
+    model.tie_weights()
+    torch.manual_seed(1)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if module is model.get_output_embeddings() and model.config.tie_word_embeddings:
+                continue
+            values = torch.empty(weight.shape, dtype=dtype, device=device)
+            if weight.ndim == 2:
+                values.normal_(std=0.02)
+            else:  # of a norm, which Gemma adds 1 to, or a bias
+                values.fill_(0 if name == "bias" or shape.model_type == "gemma2" else 1)
+            if isinstance(weight, bnb.nn.Params4bit):
+                new = bnb.nn.Params4bit(values, requires_grad=False, **weight.__dict__).to(device)
+            else:
+                new = torch.nn.Parameter(values)
+            setattr(module, name, new)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+    model.tie_weights()
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return model.eval()
+
+
+def save(folder: Path, shape: PreTrainedConfig, device: torch.device) -> None:
+    random_nf4(shape, device, pick_dtype("auto", device)).save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        if (TOKENIZER / file).exists():
+            shutil.copy(TOKENIZER / file, folder)
+
+
+def cap_memory(gib: float) -> None:
+    """Let torch reserve what a card of `gib` GiB has beside CUDA's context: that is what is taken of an idle card once
+    it has multiplied two matrices, and not reserved by torch. Not under the cap: what libraries load later, and a paged
+    optimizer's states, which CUDA moves to RAM where the card is full. `outside` tells both."""
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
+    torch.mm(ones, ones)
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - context) / total))
+
+
+def matmul_peak(device: torch.device) -> float:
+    """Floating point operations a second of a large product of bf16 matrices: the fastest of ten."""
+    size = 8192 if device.type == "cuda" else 256
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        started = time.monotonic()
+        for _ in range(10):
+            torch.mm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.monotonic() - started) / 10)
+    return 2 * size**3 / min(seconds[2:])
+
+
+if __name__ == "__main__":
+    main()

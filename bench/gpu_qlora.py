@@ -1,0 +1,171 @@
+"""Speed, memory and the longest context of training on a GPU: this pipeline, TRL's defaults, and Unsloth's recipe.
+
+    python -m bench.gpu_qlora speed [MODEL ...]      # all four unless told otherwise; some minutes each
+    python -m bench.gpu_qlora context [MODEL ...] [--caps GIB ...]
+    python -m bench.gpu_qlora speed --tiny           # on a CPU, with tiny shapes: to see that it runs
+
+bench/README.md tells what it prints. Nothing is downloaded: models of the true shapes get random weights, straight in
+NF4. Each case is a process of its own (bench.gpu_case), so that no memory is left over from the one before.
+
+Unsloth wants other versions than requirements.txt. In an environment of its own: `pip install unsloth pydantic
+ruamel.yaml`; `--unsloth` names that environment's Python.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from bench.gpu_case import MODELS, OUT_OF_MEMORY, RECIPES, ROOT, TINY, of_params_yaml
+from pipeline.memory import training
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
+GIB = 2**30
+MULTIPLE = 64  # tokens, of which contexts are told in multiples
+TIMEOUT = 400  # seconds of a case
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "context"])
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--caps", nargs="+", type=float, default=[8, 12, 16, 24], metavar="GIB")
+    parser.add_argument("--unsloth", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--tiny", action="store_true")
+    asked = parser.parse_args()
+    shapes = TINY if asked.tiny else MODELS
+    if unknown := set(asked.models) - set(shapes):
+        parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(shapes)}")
+    pythons = dict.fromkeys(RECIPES, sys.executable) | {"Unsloth": asked.unsloth}
+    if reason := failure(subprocess.run([asked.unsloth, "-c", "import unsloth"], capture_output=True, text=True)):
+        print(f"Unsloth is left out ({reason}): --help tells how to install it", flush=True)
+        del pythons["Unsloth"]
+    for model in asked.models or shapes:
+        with tempfile.TemporaryDirectory() as saved:
+            if "Unsloth" in pythons:
+                case(sys.executable, "save", model, "--saved", saved)
+            for recipe, python in pythons.items():
+                run = partial(case, python, recipe, model, "--saved", saved)
+                if asked.what == "speed":
+                    for length in [16] if asked.tiny else [512, 2048, 8192]:
+                        print_speed(model, recipe, length, shapes[model], run("--length", str(length)))
+                else:
+                    print_contexts(model, recipe, asked.caps, run)
+
+
+def case(python: str, *arguments: str) -> dict[str, Any]:
+    """What a case measured; {"failed": why} if it did not."""
+    command = [python, "-m", "bench.gpu_case", *arguments]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in {TIMEOUT} s"}
+    if reason := failure(done):
+        return {"failed": reason}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed, in its own last words; "" if it did not."""
+    if not done.returncode:
+        return ""
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return ([line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)] or lines)[-1]
+
+
+def print_speed(model: str, recipe: str, length: int, shape: PreTrainedConfig, result: dict[str, Any]) -> None:
+    told = f"{model:14}{recipe:16}{length:6}"
+    if "failed" in result:
+        told += f"  {result['failed']}"
+    else:
+        speed, peak = result["tokens_per_second"], result["peak"]
+        told += (
+            f"{speed:9.0f} tokens/s{speed * flops_of_a_token(shape, length) / peak:7.1%} of {peak / 1e12:.0f} TFLOP/s"
+        )
+        told += f"{result['allocated'] / GIB:8.2f} GiB allocated{result['reserved'] / GIB:7.2f} reserved"
+        if recipe == "this pipeline":
+            told += f"{foretold(shape, length) / GIB:7.2f} foretold"
+        told += f"  {result['card']}"
+    print(told, flush=True)
+
+
+def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
+    """Floating point operations that training needs for a token of a row of `length`: what is computed twice or cast on
+    the way does not count, nor the adapter (below 1 %).
+
+    PaLM, appendix B (https://arxiv.org/abs/2204.02311), has 6 for each weight, 2 of them for the weight's gradient,
+    which a frozen one has not, and 12 x layers x heads x width of a head x length for attention, which needs half
+    of that where a token attends to those before it alone.
+    """
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    queries, keys = shape.num_attention_heads * width, shape.num_key_value_heads * width
+    layer = shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
+    weights = shape.num_hidden_layers * layer + shape.vocab_size * shape.hidden_size
+    return 4 * weights + 6 * shape.num_hidden_layers * queries * length
+
+
+def foretold(shape: PreTrainedConfig, length: int) -> int:
+    """Bytes that torch has on the GPU, as `make check` foretells: without CUDA's own and the paged optimizer's."""
+    gpu = torch.device("cuda")
+    parameters = of_params_yaml(gpu)
+    with tempfile.TemporaryDirectory() as folder:
+        shape.save_pretrained(folder)
+        parts = training(Path(folder), parameters.lora, parameters.train, [], length, gpu, torch.bfloat16)
+    return sum(parts.values()) - parts["process"] - parts["optimizer"]
+
+
+def print_contexts(model: str, recipe: str, caps: list[float], run: Callable[..., dict[str, Any]]) -> None:
+    """The longest row that fits under each cap, from a guess: memory grows evenly with the length."""
+    short, long = (run("--length", str(length), "--steps", "2") for length in (2048, 8192))
+    for cap in caps:
+        guess = 2048
+        if "failed" not in short | long:
+            left = cap * GIB - short["reserved"] - short["outside"]
+            guess += int(left * (8192 - 2048) / (long["reserved"] - short["reserved"]))
+        results: dict[int, dict[str, Any]] = {}
+        length = longest(partial(fits, run, cap, results), guess)
+        told = f"{model:14}{recipe:16}{cap:5.0f} GiB{length:8} tokens"
+        if length:
+            told += f"{(results[length]['reserved'] + results[length]['outside']) / GIB:8.2f} GiB taken"
+        if odd := {result.get("failed", OUT_OF_MEMORY) for result in results.values()} - {OUT_OF_MEMORY}:
+            told += f"  longer ones failed otherwise: {'; '.join(sorted(odd))}"
+        print(told, flush=True)
+
+
+def fits(run: Callable[..., dict[str, Any]], cap: float, results: dict[int, dict[str, Any]], length: int) -> bool:
+    results[length] = run("--length", str(length), "--steps", "2", "--cap", str(cap))
+    return "failed" not in results[length]
+
+
+def longest(fits: Callable[[int], bool], guess: int) -> int:
+    """The longest length that fits, or 3 % less; 0 if none does. From `guess` on by growing strides, then by halves."""
+    low, high = 0, 0  # the longest that fitted, the shortest that did not; 0 for none yet
+    stride = max(MULTIPLE, guess // 16 // MULTIPLE * MULTIPLE)
+    length = max(MULTIPLE, guess // MULTIPLE * MULTIPLE)
+    while not (low and high) or high - low > max(MULTIPLE, low // 32):
+        if fits(length):
+            low = length
+        else:
+            high = length
+        if high == MULTIPLE:
+            return 0
+        if low and high:
+            length = (low + high) // 2 // MULTIPLE * MULTIPLE
+        else:
+            length = low + stride if low else max(MULTIPLE, high - stride)
+            stride *= 2
+    return low
+
+
+if __name__ == "__main__":
+    main()
