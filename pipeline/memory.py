@@ -62,7 +62,7 @@ def training(
     dequantized = max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
     tuned = with_adapter(model, lora_config(lora, tokens))
-    if device.type == "cuda" and only_looked_up(tuned) and not is_sharded(train):
+    if device.type == "cuda" and only_looked_up(tuned) and not is_sharded(train.processes, train.strategy):
         base -= tuned.get_input_embeddings().weight.nbytes
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     kept = getattr(torch, train.adapter_dtype)
@@ -99,7 +99,7 @@ def nf4_bytes(model: PreTrainedModel) -> int:
 def kept_bytes(model: PreTrainedModel, train: Train) -> int:
     """Of the base, by one process. Under FSDP that is its share, what is not shared (the scales of NF4, and embeddings
     that are the head too), and whole: the layer that computes, the next one, and the head."""
-    if not is_sharded(train):
+    if not is_sharded(train.processes, train.strategy):
         return nf4_bytes(model)
     scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8)
     head = model.get_output_embeddings().weight.nbytes

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.fsdp import fully_shard
 
 from pipeline.checkpoints import last_whole
-from pipeline.parameters import Train
 from pipeline.refusal import OUT_OF_MEMORY, Refused
 
 
@@ -41,9 +41,9 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -
     return at_once, share // at_once
 
 
-def is_sharded(train: Train) -> bool:
-    """Whether each process keeps a part of the base alone."""
-    return train.processes > 1 and train.strategy == "fsdp"
+def is_sharded(processes: int, strategy: Literal["ddp", "fsdp"]) -> bool:
+    """Whether each process keeps no more of the base than its share."""
+    return processes > 1 and strategy == "fsdp"
 
 
 def is_launched() -> bool:

@@ -84,7 +84,7 @@ def load_trainable(
 ) -> PeftModel:
     """The base in NF4 with a new adapter on it."""
     dtype = pick_dtype(parameters.base.compute_dtype, device)
-    sharded = is_sharded(parameters.train)
+    sharded = is_sharded(parameters.train.processes, parameters.train.strategy)
     if sharded:  # on a GPU the whole base may have no room, and FSDP shards no integers
         base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
     else:
