@@ -147,8 +147,9 @@ def build_trainer(
 
 
 def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
-    train = parameters.train
-    batch_size, gradient_accumulation = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
+    batch_size, gradient_accumulation = share_of_step(
+        parameters.train.batch_size, parameters.train.gradient_accumulation, parameters.train.processes
+    )
     checkpointing = pick_checkpointing(parameters.train.gradient_checkpointing, device)
     return SFTConfig(
         output_dir=str(checkpoints),
