@@ -1,4 +1,4 @@
-"""The input embedding in RAM: the same numbers, and nothing of it on the GPU."""
+"""What lies in RAM beside a GPU: the same numbers, and nothing of it on the GPU."""
 
 from pathlib import Path
 
@@ -45,3 +45,11 @@ def test_an_embedding_that_is_the_head_too_or_is_trained_stays(family: str, toke
     before = model.get_input_embeddings()
     keep_in_ram(model)
     assert model.get_input_embeddings() is before
+
+
+def test_a_model_learns_the_same_with_its_checkpoints_in_ram() -> None:
+    there, here = adapted("Llama", []).train(), adapted("Llama", []).train()
+    there.gradient_checkpointing_enable({"use_reentrant": False})
+    here.gradient_checkpointing_enable({"use_reentrant": False, "offload": True})
+    for one, other in zip(loss_and_gradients(there), loss_and_gradients(here), strict=True):
+        assert torch.equal(one, other)
