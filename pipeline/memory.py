@@ -167,7 +167,7 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offl
 
 
 def moved_away(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
-    """What is left on the device, as TRL offloads it, of a tensor that the backward pass needs: weights alone."""
+    """What is left on the device of a tensor that the backward pass needs: weights alone."""
     if isinstance(saved, torch.nn.Parameter):
         return saved
     shape, dtype = saved.shape, saved.dtype

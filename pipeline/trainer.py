@@ -170,7 +170,9 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         train_sampling_strategy="group_by_length" if parameters.train.group_by_length else "random",
         optim=pick_optimizer(parameters.train.optimizer, device),
         gradient_checkpointing=checkpointing,
-        activation_offloading=pick_offloading(parameters.train.activation_offloading, checkpointing, device),
+        gradient_checkpointing_kwargs={
+            "offload": pick_offloading(parameters.train.activation_offloading, checkpointing, device)
+        },
         logging_steps=parameters.train.eval_steps,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

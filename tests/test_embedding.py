@@ -1,10 +1,12 @@
-"""The input embedding in RAM: the same numbers, and nothing of it on the GPU."""
+"""What lies in RAM beside a GPU: the same numbers, and nothing of it on the GPU."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from torch.autograd.graph import save_on_cpu
+from transformers import modeling_utils
 
 from bench.gpu_case import TINY, random_nf4
 from pipeline.adapter import lora_config, with_adapter
@@ -45,3 +47,19 @@ def test_an_embedding_that_is_the_head_too_or_is_trained_stays(family: str, toke
     before = model.get_input_embeddings()
     keep_in_ram(model)
     assert model.get_input_embeddings() is before
+
+
+def test_a_model_learns_the_same_with_its_checkpoints_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    offloaded = list[str]()
+
+    def unpinned(pin_memory: bool, device_type: str) -> save_on_cpu:
+        offloaded.append(device_type)
+        return save_on_cpu(pin_memory=False, device_type=device_type)
+
+    monkeypatch.setattr(modeling_utils, "save_on_cpu", unpinned)  # without a GPU no memory can be pinned
+    there, here = adapted("Llama", []).train(), adapted("Llama", []).train()
+    there.activation_checkpointing_enable()
+    here.activation_checkpointing_enable(offload=True)
+    for one, other in zip(loss_and_gradients(there), loss_and_gradients(here), strict=True):
+        assert torch.equal(one, other)
+    assert len(offloaded) == TINY["Llama"].num_hidden_layers
