@@ -1,7 +1,6 @@
 """One case of `bench.gpu_qlora`, in a process of its own: it prints what it measured as a line of JSON.
 
-python -m bench.gpu_case RECIPE MODEL LENGTH [--steps N] [--cap GIB] [--saved FOLDER] [--tiny]
-python -m bench.gpu_case peak                           # the card's bf16 peak
+python -m bench.gpu_case RECIPE MODEL --length TOKENS [--steps N] [--cap GIB] [--saved FOLDER]
 python -m bench.gpu_case save MODEL --saved FOLDER      # the random model, for a recipe that loads a folder
 """
 

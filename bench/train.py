@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ WIDE = LlamaConfig(
     vocab_size=2048,
     tie_word_embeddings=True,
 )
-BASES = {"tiny": (None, 4.0e-3, 4.0), "wide": (WIDE, 1.0e-3, 0.5)}  # its shape, learning rate, epochs
+BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.2)}  # its shape, learning rate, epochs
 ROWS = 8
-EVAL_STEPS = 10
+EVAL_STEPS = 20
 
 
 @dataclass
@@ -68,7 +69,6 @@ RECIPES = [
     Recipe("    and without checkpointing", KEPT),
     Recipe("      and padding-free", KEPT | {"padding_free": True, "max_length": None}, wide=False),
     Recipe("this pipeline"),
-    Recipe("  not grouped by length", parameters={"train.group_by_length": False}, wide=False),
     Recipe("  in one thread", parameters={"threads": 1}, wide=False),
     Recipe("  beside a busy process", busy=True, wide=False),
     Recipe("    with spinning threads", environment={"OMP_WAIT_POLICY": "ACTIVE"}, busy=True, wide=False),
@@ -81,7 +81,7 @@ def main() -> None:
     disable_progress_bars()
     transformers.logging.disable_progress_bar()
     parameters = {"train.learning_rate": rate, "train.epochs": epochs, "train.eval_steps": EVAL_STEPS}
-    curves: dict[str, list[float]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     print(f"{'':32}{'seconds':>9}{'training':>10}{'tokens/s':>10}{'peak MiB':>10}{'loss':>8}", flush=True)
     for recipe in RECIPES:
         if recipe.wide or base == "tiny":
@@ -93,8 +93,8 @@ def main() -> None:
     draw(curves, ROOT / f"bench/train_{base}.svg")
 
 
-def measure(project: Path, recipe: Recipe) -> list[float]:
-    """Run `recipe` in `project` and print its line; its curve of validation losses."""
+def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
+    """Run `recipe` in `project` and print its line; its curve of steps and validation losses."""
     parameters = check(project / "params.yaml")
     command = [sys.executable, "-m", "stages.train_qlora"] if recipe.trl is None else trl(project, parameters, recipe)
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | recipe.environment
@@ -114,7 +114,9 @@ def measure(project: Path, recipe: Recipe) -> list[float]:
     loss = final_loss(project / ("outputs/adapter" if recipe.trl is None else "trl"), project)
     numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{usage.ru_maxrss / 1024:10.0f}{loss:8.3f}"
     print(f"{recipe.name:32}{numbers}", flush=True)
-    return [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
+    losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
+    steps = ceil(parameters.train.epochs * ceil(len(rows(project, "train")) / ROWS))
+    return [(min(point * EVAL_STEPS, steps), loss) for point, loss in enumerate(losses)]
 
 
 def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
@@ -164,12 +166,12 @@ def final_loss(adapter: Path, project: Path) -> float:
     return total / tokens
 
 
-def draw(curves: dict[str, list[float]], path: Path) -> None:
+def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """The validation losses of all recipes over the steps, as an SVG."""
     points = [
-        {"recipe": f"{number} {name.strip()}", "step": point * EVAL_STEPS, "loss": loss}
-        for number, (name, losses) in enumerate(curves.items(), 1)
-        for point, loss in enumerate(losses)
+        {"recipe": f"{number} {name.strip()}", "step": step, "loss": loss}
+        for number, (name, curve) in enumerate(curves.items(), 1)
+        for step, loss in curve
     ]
     axes = {"x": {"field": "step"}, "y": {"field": "loss", "title": "validation loss, nats per token"}}
     path.write_text(

@@ -89,7 +89,6 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)]
     batch_size: Positive
     gradient_accumulation: Positive
-    group_by_length: bool
     processes: Positive
     strategy: Literal["ddp", "fsdp"]
     warmup_share: Share

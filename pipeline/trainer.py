@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from pyarrow.compute import list_value_length
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
@@ -19,7 +19,6 @@ from transformers import (
     TrainerControl,
     TrainerState,
 )
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
@@ -68,12 +67,8 @@ class Trainer(SFTTrainer):
         return loss
 
     def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
-        """Transformers' own groups the rows of a process, not of a step, and reads every row to know its length."""
-        sampler = RandomSampler(self.train_dataset)
-        if self.args.train_sampling_strategy == "group_by_length":
-            step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            sampler = LengthGroupedSampler(step, lengths=lengths(self.train_dataset).tolist())
-        return Order(sampler, len(dataset), self.args.seed)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return StepsByLength(lengths(self.train_dataset), step, len(dataset), self.args.seed)
 
 
 def lengths(rows: Dataset) -> np.ndarray:
@@ -90,16 +85,19 @@ def filled(rows: Dataset, share: int) -> Dataset:
     return concatenate_datasets([rows, Dataset.from_dict(blank, features=rows.features)])
 
 
-class Order(Sampler[int]):
-    """The rows of an epoch in an order that the seed and the epoch alone make, then the blank ones up to `size`."""
+class StepsByLength(Sampler[int]):
+    """The rows of an epoch in a random order that the seed and the epoch alone make, but those of a step by length, so
+    that each of its batches has rows of like length, and little padding. At the end the blank ones up to `size`."""
 
-    def __init__(self, rows: RandomSampler | LengthGroupedSampler, size: int, seed: int) -> None:
-        self.rows, self.size, self.seed, self.epoch = rows, size, seed, 0
+    def __init__(self, lengths: np.ndarray, step: int, size: int, seed: int) -> None:
+        self.lengths, self.step, self.size, self.seed, self.epoch = lengths, step, size, seed, 0
 
     def __iter__(self) -> Iterator[int]:
-        self.rows.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from self.rows
-        yield from range(len(self.rows), self.size)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+        for start in range(0, len(order), self.step):
+            rows = order[start : start + self.step]
+            yield from rows[np.argsort(self.lengths[rows])].tolist()
+        yield from range(len(order), self.size)
 
     def __len__(self) -> int:
         return self.size
@@ -167,7 +165,6 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         lr_scheduler_type=parameters.train.schedule,
         weight_decay=parameters.train.weight_decay,
         max_grad_norm=parameters.train.max_grad_norm,
-        train_sampling_strategy="group_by_length" if parameters.train.group_by_length else "random",
         optim=pick_optimizer(parameters.train.optimizer, device),
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={

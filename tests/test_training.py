@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Project
@@ -22,7 +23,7 @@ from pipeline.models import pick_device, pick_dtype
 from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
-from pipeline.trainer import build_trainer, training_arguments
+from pipeline.trainer import StepsByLength, build_trainer, training_arguments
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -259,7 +260,6 @@ CHANGED: dict[str, object] = {
     "train__weight_decay": 0.1,
     "train__max_grad_norm": 0.5,
     "train__optimizer": "paged_adamw_8bit",
-    "train__group_by_length": False,
     "train__gradient_checkpointing": True,
     "train__adapter_dtype": "bfloat16",
     "train__eval_steps": 8,
@@ -312,3 +312,19 @@ def test_activations_are_offloaded_where_a_gpu_checkpoints(project: Project) -> 
     assert not offloads("cuda", train__gradient_checkpointing=False)
     assert not offloads("cpu", train__gradient_checkpointing=True)
     assert not offloads("cuda", train__activation_offloading=False)
+
+
+def test_an_epoch_has_every_row_once_and_batches_of_like_length_and_another_epoch_another_order() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 75)
+    sampler = StepsByLength(lengths, step=16, size=80, seed=1)
+    first = list(sampler)
+    assert first == list(sampler) and sorted(first[:75]) == list(range(75)) and first[75:] == list(range(75, 80))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+    def padded(order: list[int]) -> int:
+        return sum(2 * max(lengths[order[i : i + 2]]) for i in range(0, 64, 2))
+
+    steps = [first[i : i + 16] for i in range(0, 64, 16)]
+    by_chance = [row for step in steps for row in np.random.default_rng(0).permutation(step)]
+    assert padded(first) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
