@@ -150,10 +150,11 @@ def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path)
 def of_params_yaml(device: torch.device) -> Parameters:
     parameters = check(ROOT / "params.yaml")
     steps = {"batch_size": 1, "gradient_accumulation": 1, "epochs": 1.0, "learning_rate": 2.0e-4}
+    alone = {"processes": 1, "early_stopping_patience": None, "load_best_model_at_end": False}
     return parameters.model_copy(
         update={
             "base": parameters.base.model_copy(update={"device": device.type}),
-            "train": parameters.train.model_copy(update=steps),
+            "train": parameters.train.model_copy(update=steps | alone),
         }
     )
 

@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--unsloth", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
+    if asked.tiny and asked.what == "context":
+        parser.error("--tiny is for speed: on a CPU no memory is capped")
     shapes = TINY if asked.tiny else MODELS
     if unknown := set(asked.models) - set(shapes):
         parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(shapes)}")

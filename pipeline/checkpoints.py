@@ -101,7 +101,7 @@ def last_whole(folder: Path) -> Path | None:
     """The newest checkpoint to go on from. Those after it are removed: half-written, damaged, of a run whose best one
     is damaged, or the last of a run that had ended but for its outputs, which Transformers would train a step longer.
     """
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         if is_whole(checkpoint):
             state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             best = state["best_model_checkpoint"]
@@ -111,6 +111,10 @@ def last_whole(folder: Path) -> Path | None:
                 return checkpoint
         remove(checkpoint)
     return None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -3,6 +3,7 @@
 import torch
 from peft import PeftModel
 from torch.nn.functional import embedding
+from transformers import PreTrainedModel
 
 
 class InRam(torch.nn.Module):
@@ -17,7 +18,7 @@ class InRam(torch.nn.Module):
         return embedding(ids.cpu(), self.weight).to(ids.device)
 
 
-def only_looked_up(model: PeftModel) -> bool:
+def only_looked_up(model: PeftModel | PreTrainedModel) -> bool:
     """Whether the embedding is neither the head too, nor trained (PEFT wraps it then), nor of a kind of its own."""
     return type(model.get_input_embeddings()) is torch.nn.Embedding and not model.config.tie_word_embeddings
 

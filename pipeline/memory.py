@@ -227,16 +227,23 @@ def fused_on_meta(
 AttentionInterface.register("fused_on_meta", fused_on_meta)
 
 
-def offloaded(model: PreTrainedModel, train: Train, length: int, device: torch.device) -> int:
-    """Bytes of the machine's own memory that training needs for a GPU: each layer's input, which torch rounds up to a
-    power of two where it pins it, and the embedding."""
-    checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
-    if not pick_offloading(train.activation_offloading, checkpointing, device):
+def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch.device) -> int:
+    """Bytes of the machine's own memory that training on GPUs needs, of all its processes: under FSDP the base in NF4,
+    which each makes there; else the embedding; and each layer's input, which torch rounds up to a power of two where it
+    pins it."""
+    if device.type != "cuda":
         return 0
     config = model.config.get_text_config()
-    size = train.batch_size * length * config.hidden_size * model.dtype.itemsize
-    pinned = config.num_hidden_layers * 2 ** (size - 1).bit_length()
-    return PROCESS["cpu"] + pinned + model.get_input_embeddings().weight.nbytes
+    rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
+    each = PROCESS["cpu"]
+    if is_sharded(train.processes, train.strategy):
+        each += nf4_bytes(model)
+    elif only_looked_up(model):
+        each += model.get_input_embeddings().weight.nbytes
+    if pick_offloading(train.activation_offloading, pick_checkpointing(train.gradient_checkpointing, device), device):
+        size = rows * length * config.hidden_size * model.dtype.itemsize
+        each += config.num_hidden_layers * 2 ** (size - 1).bit_length()
+    return each * train.processes
 
 
 def other_stages(

@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.fsdp import fully_shard
 
-from pipeline.checkpoints import last_whole
+from pipeline.checkpoints import last_whole, step_of
+from pipeline.outputs import remove
 from pipeline.refusal import OUT_OF_MEMORY, Refused
 
 
@@ -92,29 +93,38 @@ def launch(module: str, processes: int, threads: int, machines: list[str]) -> No
 
 
 def cause(failures: dict[int, ProcessFailure]) -> BaseException:
-    """What ended the processes, by their numbers: one that was killed or refused ends others that wait for it."""
-    killed = {number: failure for number, failure in failures.items() if failure.exitcode < 0}
-    if any(failure.exitcode == -signal.SIGINT for failure in killed.values()):
+    """What ended the processes, by their numbers. Whichever fails first ends the others, by SIGTERM or by leaving them
+    in the midst of an exchange."""
+    if any(failure.exitcode == -signal.SIGINT for failure in failures.values()):
         return KeyboardInterrupt()
-    for number, failure in killed.items():
-        return Refused(
-            f"process {number} of training was ended by {failure.signal_name()}: run dvc repro again to go on"
-        )
-    told = [failure.error_file_data["message"] for failure in failures.values() if Path(failure.error_file).exists()]
-    for message in told:
-        kind, _, text = message["message"].partition(": ")
+    told = {
+        number: failure.error_file_data["message"]
+        for number, failure in failures.items()
+        if Path(failure.error_file).exists()
+    }
+    for error in told.values():
+        kind, _, text = error["message"].partition(": ")
         if kind in ("Refused", "OutOfMemoryError"):
             return Refused(text if kind == "Refused" else OUT_OF_MEMORY)
-        if "by peer" in text or "remote process exited" in text:  # Gloo's and NCCL's words
-            return Refused("training on another machine ended, which tells why: start all again to go on")
-    return SystemExit(told[0]["extraInfo"]["py_callstack"] if told else 1)
+    for error in told.values():
+        if not any(words in error["message"] for words in ("by peer", "remote process exited")):  # Gloo's, NCCL's
+            return SystemExit(error["extraInfo"]["py_callstack"])
+    for number, failure in failures.items():
+        if number not in told and failure.exitcode != -signal.SIGTERM:
+            how = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+            return Refused(f"process {number} of training was ended by {how}: run the same command again to go on")
+    return Refused("training was ended, here or on another machine, which tells why: run it again to go on")
 
 
 def newest_common(folder: Path, process: PartialState) -> Path | None:
-    """The newest checkpoint in `folder` that is whole on every machine."""
+    """The newest checkpoint in `folder` that is whole on every machine. Later ones are removed."""
     here = [last_whole(folder)] if process.is_local_main_process else []
-    steps = [int(checkpoint.name.split("-")[1]) if checkpoint else 0 for checkpoint in gather_object(here)]
-    return folder / f"checkpoint-{min(steps)}" if min(steps) else None
+    step = min(step_of(checkpoint) if checkpoint else 0 for checkpoint in gather_object(here))
+    if process.is_local_main_process:
+        for checkpoint in folder.glob("checkpoint-*"):
+            if step_of(checkpoint) > step:
+                remove(checkpoint)
+    return folder / f"checkpoint-{step}" if step else None
 
 
 @contextmanager
@@ -157,17 +167,20 @@ def require_gpus(processes: int, device: torch.device) -> None:
 
 def shard(model: PeftModel, device: torch.device) -> None:
     """Leave each process its share of each layer of the base (FSDP2), on its `device`; a layer is whole only while it
-    computes. What is trained stays whole, and so do embeddings that are one matrix with the head.
+    computes. What is trained stays whole, and so do embeddings of which any is, or that are one matrix with the head.
 
     https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     whole = {weight for weight in model.parameters() if weight.requires_grad}
-    if model.config.tie_word_embeddings:  # FSDP needs them in one group, and then waits for a call of the head itself
-        whole |= set(ends.pop().parameters())
-        ends.pop()
+    ends = []
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # FSDP needs tied ones in one group, and then waits for a call of the head itself; PEFT adds to trained ones.
+        if model.config.tie_word_embeddings or whole & set(end.parameters()):
+            whole |= set(end.parameters())
+        else:
+            ends.append(end)
     for weight in whole:
         weight.data = weight.data.to(device)
     for module in [*layers, *ends, model]:
@@ -177,7 +190,8 @@ def shard(model: PeftModel, device: torch.device) -> None:
 
 def average_gradients(model: torch.nn.Module) -> None:
     """Over all processes, as DDP does."""
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
     sums = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
     for gradient, done in zip(gradients, sums, strict=True):
         done.wait()

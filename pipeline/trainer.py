@@ -1,6 +1,6 @@
 """TRL's trainer as this project sets it up."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ class Trainer(SFTTrainer):
 
     def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return StepsByLength(lengths(self.train_dataset), step, len(dataset), self.args.seed)
+        return StepsByLength(
+            lengths(self.train_dataset), step, len(dataset), self.args.seed, lambda: int(self.state.epoch or 0)
+        )
 
 
 def lengths(rows: Dataset) -> np.ndarray:
@@ -89,21 +91,20 @@ class StepsByLength(Sampler[int]):
     """The rows of an epoch in a random order that the seed and the epoch alone make, but those of a step by length, so
     that each of its batches has rows of like length, and little padding. At the end the blank ones up to `size`."""
 
-    def __init__(self, lengths: np.ndarray, step: int, size: int, seed: int) -> None:
-        self.lengths, self.step, self.size, self.seed, self.epoch = lengths, step, size, seed, 0
+    def __init__(self, lengths: np.ndarray, step: int, size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.step, self.size, self.seed, self.epoch = lengths, step, size, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.lengths))
+        # Accelerate's set_epoch does not reach a sampler whose first batches are skipped, so `epoch` is asked.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
         for start in range(0, len(order), self.step):
             rows = order[start : start + self.step]
-            yield from rows[np.argsort(self.lengths[rows])].tolist()
+            yield from rows[np.argsort(self.lengths[rows], kind="stable")].tolist()
         yield from range(len(order), self.size)
 
     def __len__(self) -> int:
         return self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from bench.memory import llama, measure
 from pipeline.disk import filled
-from pipeline.memory import PROCESS, offloaded, skeleton, training
+from pipeline.memory import PROCESS, beside_gpus, skeleton, training
 from pipeline.parameters import Train, check
 from pipeline.refusal import Refused
 from tools import check as tool
@@ -214,8 +214,9 @@ def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: 
     saved = sum(needed(on_gpu, 2048).values()) - sum(parts.values())
     assert saved == pytest.approx(31 * 2048 * 4096 * 2, rel=0.02)  # the inputs of all layers but one
     model = skeleton(Path("8b"), torch.bfloat16)
-    assert offloaded(model, train, 2048, GPU) == PROCESS["cpu"] + (32 * 2048 + 128256) * 4096 * 2
-    assert not offloaded(model, on_gpu, 2048, GPU) and not offloaded(model, train, 2048, CPU)
+    assert beside_gpus(model, train, 2048, GPU) == PROCESS["cpu"] + (32 * 2048 + 128256) * 4096 * 2
+    assert beside_gpus(model, on_gpu, 2048, GPU) == PROCESS["cpu"] + 128256 * 4096 * 2
+    assert not beside_gpus(model, train, 2048, CPU)
 
 
 def test_the_disk_that_gguf_files_fill_comes_out() -> None:

@@ -50,11 +50,18 @@ def test_an_embedding_that_is_the_head_too_or_is_trained_stays(family: str, toke
 
 
 def test_a_model_learns_the_same_with_its_checkpoints_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
-    offloaded = list[str]()
+    offloaded = list[torch.Size]()
 
     def unpinned(pin_memory: bool, device_type: str) -> save_on_cpu:
-        offloaded.append(device_type)
-        return save_on_cpu(pin_memory=False, device_type=device_type)
+        hooks = save_on_cpu(pin_memory=False, device_type=device_type)
+        pack = hooks.pack_hook
+
+        def counted(saved: torch.Tensor) -> object:
+            offloaded.append(saved.shape)
+            return pack(saved)
+
+        hooks.pack_hook = counted
+        return hooks
 
     monkeypatch.setattr(modeling_utils, "save_on_cpu", unpinned)  # without a GPU no memory can be pinned
     there, here = adapted("Llama", []).train(), adapted("Llama", []).train()
@@ -62,4 +69,4 @@ def test_a_model_learns_the_same_with_its_checkpoints_in_ram(monkeypatch: pytest
     here.activation_checkpointing_enable(offload=True)
     for one, other in zip(loss_and_gradients(there), loss_and_gradients(here), strict=True):
         assert torch.equal(one, other)
-    assert len(offloaded) == TINY["Llama"].num_hidden_layers
+    assert offloaded.count(torch.Size([2, 16, TINY["Llama"].hidden_size])) == TINY["Llama"].num_hidden_layers

@@ -12,12 +12,15 @@ import torch
 import torch.distributed as dist
 from conftest import Project
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoModelForCausalLM
 
+from pipeline.base import copy_tokenizer
 from pipeline.chat_template import load_tokenizer
 from pipeline.parameters import load
-from pipeline.processes import require_gpus, share_of_step
+from pipeline.processes import cause, require_gpus, share_of_step
 from pipeline.refusal import Refused
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
@@ -59,6 +62,10 @@ def test_two_processes_take_the_same_steps_as_one(tokenized: Project, strategy: 
         metrics = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))
         return [metrics["steps"], metrics["tokens"], metrics["trainable_parameters"]]
 
+    if strategy == "fsdp":  # which shares an untied base's embeddings and head too, unless any of it is trained
+        untied(Path("untied"))
+        tokenized.set(base__model="untied", lora__trainable_tokens=["<|im_end|>"])
+        prepare_base.main()
     one = by_one_process(tokenized, **UNEVEN)
     metrics, adapter = told(), load_file("outputs/adapter/adapter_model.safetensors")
     tokenized.set(train__processes=2, train__strategy=strategy)
@@ -67,6 +74,15 @@ def test_two_processes_take_the_same_steps_as_one(tokenized: Project, strategy: 
     assert told() == metrics
     shared = load_file("outputs/adapter/adapter_model.safetensors")
     torch.testing.assert_close(shared, adapter, rtol=0, atol=3e-3)
+
+
+def untied(folder: Path) -> None:
+    """The built-in base, its head a matrix of its own."""
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    copy_tokenizer(TINY, folder)
 
 
 @pytest.fixture
@@ -99,12 +115,34 @@ def test_a_loss_that_is_no_number_ends_all_processes_in_one_line(tokenized: Proj
 
 
 def test_a_killed_process_ends_the_others_in_one_line_and_the_next_run_goes_on(tokenized: Project) -> None:
-    one = by_one_process(tokenized, **UNEVEN)
+    one = by_one_process(tokenized, **UNEVEN | {"train__epochs": 1.6})
     tokenized.set(train__processes=2, train__strategy="fsdp")
-    printed = tokenized.kill(*TRAIN, step=4, victim="last")
+    printed = tokenized.kill(*TRAIN, step=8, victim="last")  # in the midst of the second epoch
     assert printed.count("was ended by SIGKILL") == 1 and "Traceback" not in printed
     assert "going on from checkpoint-" in tokenized.run(*TRAIN).stdout
     assert same(curve(), one)
+
+
+def test_what_ended_training_is_told_and_not_what_that_ended(tmp_path: Path) -> None:
+    def told(*processes: tuple[int, str | None]) -> str:
+        failures = {}
+        for number, (exitcode, message) in enumerate(processes):
+            file = tmp_path / f"{number}.json"
+            file.unlink(missing_ok=True)
+            if message:
+                extra = {"py_callstack": "the traceback", "timestamp": "0"}
+                file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}), encoding="utf-8")
+            failures[number] = ProcessFailure(number, 1, exitcode, str(file))
+        return str(cause(failures))
+
+    left = (1, "RuntimeError: Connection closed by peer")
+    assert told((-signal.SIGTERM, None), (1, "Refused: the loss is nan")) == "the loss is nan"
+    assert told(left, (1, "ValueError: of no kind that is known")) == "the traceback"
+    assert told(left, (3, None)).startswith("process 1 of training was ended by exit status 3: ")
+    assert told((-signal.SIGTERM, None), (-signal.SIGKILL, None)).startswith(
+        "process 1 of training was ended by SIGKILL"
+    )
+    assert told(left).startswith("training was ended, here or on another machine")
 
 
 def test_a_killed_or_interrupted_launcher_leaves_no_process(tokenized: Project) -> None:

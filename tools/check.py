@@ -39,14 +39,14 @@ def examine(parameters: Parameters) -> None:
     from pipeline.base import SMALL_FILES, fetched, has_weights
     from pipeline.disk import filled
     from pipeline.llama_cpp import no_gguf_lora
-    from pipeline.memory import free, offloaded, other_stages, saved_dtype, skeleton, training
+    from pipeline.memory import beside_gpus, free, other_stages, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
     from pipeline.processes import require_gpus, share_of_step
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
     device = pick_device(base.device)
-    require_gpus(train.processes, device)
+    require_gpus(min(train.processes, torch.cuda.device_count() or 1), device)  # the others are on other machines
     share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     dtype = pick_dtype(base.compute_dtype, device)
     model = skeleton(folder, dtype)
@@ -78,10 +78,13 @@ def examine(parameters: Parameters) -> None:
         room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
-    if in_ram := offloaded(model, train, length, device):
-        needs = {"train_qlora": in_ram}
+    if beside := beside_gpus(model, train, length, device):
+        needs = {"train_qlora": beside}
         if not fits("memory: train_qlora", needs, room := free(torch.device("cpu"))):
-            refusals.append(f"train_qlora {short(needs, room, 'memory')}: set train.activation_offloading to false")
+            refusals.append(
+                f"train_qlora {short(needs, room, 'memory')}: set train.activation_offloading to false, or spread "
+                "train.processes over more machines"
+            )
     others = other_stages(model, saved, device, dtype)
     stage, most = max(others.items(), key=lambda item: item[1])
     if not fits(f"memory: {stage}", {stage: most}, room := free(torch.device("cpu"))):
@@ -180,7 +183,7 @@ def mend(train: Train, device: "torch.device", needed: Any, room: int) -> str:
 
 
 def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
-    """What saves memory, each with all before it. None makes a step of fewer rows."""
+    """What saves memory, each with all before it. None makes a step of fewer rows, or one that cannot be shared."""
     from pipeline.models import pick_checkpointing, pick_optimizer
 
     change: dict[str, object] = {}
@@ -191,9 +194,13 @@ def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
     batch_size, rows = train.batch_size, train.batch_size * train.gradient_accumulation
     while batch_size > 1:
         batch_size //= 2
-        yield (change := change | {"batch_size": batch_size, "gradient_accumulation": -(-rows // batch_size)})
+        batches = -(-rows // batch_size)
+        if batch_size * batches % train.processes == 0:
+            yield (change := change | {"batch_size": batch_size, "gradient_accumulation": batches})
     if pick_optimizer(train.optimizer, device) != "paged_adamw_8bit":
         yield (change := change | {"optimizer": "paged_adamw_8bit"})
+    if train.processes > 1 and train.strategy == "ddp":
+        yield change | {"strategy": "fsdp"}
 
 
 if __name__ == "__main__":
