@@ -44,7 +44,7 @@ WIDE = LlamaConfig(
     vocab_size=2048,
     tie_word_embeddings=True,
 )
-BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.2)}  # its shape, learning rate, epochs
+BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04)}  # its shape, learning rate, epochs
 ROWS = 8
 EVAL_STEPS = 20
 

@@ -16,6 +16,7 @@ import torch
 from conftest import Project
 from datasets import Dataset
 from safetensors import safe_open
+from transformers import TrainerState
 
 from pipeline import checkpoints
 from pipeline.chat_template import load_tokenizer
@@ -23,7 +24,7 @@ from pipeline.models import pick_device, pick_dtype
 from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
-from pipeline.trainer import StepsByLength, build_trainer, training_arguments
+from pipeline.trainer import StepsByLength, Trainer, build_trainer, training_arguments
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -268,15 +269,19 @@ CHANGED: dict[str, object] = {
 }
 
 
+def built_trainer() -> Trainer:
+    parameters, tokenizer = load("train_qlora"), load_tokenizer(TINY)
+    model = train_qlora.load_trainable(parameters, TINY, tokenizer, torch.device("cpu"))
+    train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+    return build_trainer(parameters, model, tokenizer, train_rows, valid_rows, Path("checkpoints"))
+
+
 def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Project) -> None:
     def built(**changed: object) -> list[object]:
         project.set(**changed)
         tokenize.main()
         rows = [Path(f"data/tokens/{side}.arrow").read_bytes() for side in ("train", "valid")]
-        parameters, tokenizer = load("train_qlora"), load_tokenizer(TINY)
-        model = train_qlora.load_trainable(parameters, TINY, tokenizer, torch.device("cpu"))
-        train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
-        trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, Path("checkpoints"))
+        trainer = built_trainer()
         weights = [(name, weight.dtype) for name, weight in trainer.model.named_parameters() if weight.requires_grad]
         callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
         return [rows, trainer.model.peft_config["default"].to_dict(), weights, trainer.args.to_dict(), callbacks]
@@ -328,3 +333,11 @@ def test_an_epoch_has_every_row_once_and_batches_of_like_length_and_another_epoc
     steps = [first[i : i + 16] for i in range(0, 64, 16)]
     by_chance = [row for step in steps for row in np.random.default_rng(0).permutation(step)]
     assert padded(first) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
+
+
+def test_each_epoch_of_a_run_has_an_order_of_its_own(train: Callable[..., str]) -> None:
+    trainer = built_trainer()
+    sampler = trainer._get_train_sampler(trainer.train_dataset)
+    first = list(sampler)
+    trainer.state = TrainerState(epoch=1.0)  # as Transformers replaces it when training begins
+    assert list(sampler) != first
