@@ -38,13 +38,15 @@ TIMEOUT = 400  # seconds of a case
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["speed", "context"])
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(MODELS))
-    parser.add_argument("--caps", nargs="+", type=float, default=[8, 12, 16, 24], metavar="GIB")
-    parser.add_argument("--unsloth", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(f"'{model}'" for model in MODELS))
+    parser.add_argument("--caps", nargs="+", type=float, default=[8, 12, 16, 24], metavar="GIB", help="sizes of cards")
+    parser.add_argument("--unsloth", default=sys.executable, metavar="PYTHON", help="of an environment with Unsloth")
+    parser.add_argument("--tiny", action="store_true", help=f"tiny shapes on a CPU: {', '.join(TINY)}")
     asked = parser.parse_args()
     if asked.tiny and asked.what == "context":
         parser.error("--tiny is for speed: on a CPU no memory is capped")
+    if not asked.tiny and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here: --tiny shows on a CPU that it runs")
     shapes = TINY if asked.tiny else MODELS
     if unknown := set(asked.models) - set(shapes):
         parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(shapes)}")

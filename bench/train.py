@@ -13,6 +13,7 @@ validation rows' answers; the peak is of the resident memory. What training take
 pipeline its checkpoints.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -77,7 +78,9 @@ RECIPES = [
 
 
 def main() -> None:
-    base = sys.argv[1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", choices=BASES)
+    base = parser.parse_args().base
     config, rate, epochs = BASES[base]
     disable_progress_bars()
     transformers.logging.disable_progress_bar()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -81,15 +82,16 @@ def launch(module: str, processes: int, threads: int, machines: list[str]) -> No
     }
     arguments = [text for name, value in explicit.items() for text in (f"--{name}", str(value))]
     # Without --multi_gpu it starts one process; it does not look for a GPU.
-    command = launch_command_parser().parse_args([*arguments, "--multi_gpu", *machines, "--module", module])
-    try:
-        launch_command(command)
-    except SignalException as ended:
-        if ended.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise Refused(f"training was ended by {ended.sigval.name}: run dvc repro again to go on") from None
-    except ChildFailedError as failed:
-        raise cause(failed.failures) from None
+    arguments += ["--multi_gpu", *machines]
+    with TemporaryDirectory() as logs:  # else torch leaves a folder behind
+        try:
+            launch_command(launch_command_parser().parse_args([*arguments, "--log_dir", logs, "--module", module]))
+        except SignalException as ended:
+            if ended.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise Refused(f"training was ended by {ended.sigval.name}: run the same command again to go on") from None
+        except ChildFailedError as failed:
+            raise cause(failed.failures) from None
 
 
 def cause(failures: dict[int, ProcessFailure]) -> BaseException:

@@ -75,6 +75,8 @@ def examine(parameters: Parameters) -> None:
     else:
         trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
         say("adapter", f"{trained:,} parameters, r {lora.r}")
+        if train.processes > 1:
+            say("processes", f"{train.processes}, {train.strategy}; of train_qlora what one of them needs follows")
         room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
