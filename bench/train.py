@@ -3,8 +3,8 @@
     python -m bench.train tiny     # the built-in base: a quarter of an hour on two cores
     python -m bench.train wide     # a random one of 100 M parameters: as long
 
-bench/README.md has what it printed. Needs the rows that `dvc repro tokenize` makes. The loss curves go to
-bench/train_tiny.svg and bench/train_wide.svg.
+bench/README.md has what it printed. Needs the rows that `dvc repro tokenize` makes. The loss curves are drawn to
+bench/train_tiny.svg or bench/train_wide.svg.
 
 The others are TRL's own command line, `trl sft`, told the rows, this project's LoRA and schedule, and nothing else:
 with its defaults, and with the batches of one row that most scripts have. Each recipe runs in a process of its own, and
