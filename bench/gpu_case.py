@@ -12,7 +12,6 @@ if sys.argv[1:2] == ["Unsloth"]:
 import argparse
 import copy
 import json
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.adapter import lora_config, with_adapter
-from pipeline.base import TOKENIZER_FILES
+from pipeline.base import copy_tokenizer
 from pipeline.chat_template import load_tokenizer
 from pipeline.embedding import keep_in_ram
 from pipeline.models import nf4, pick_device, pick_dtype, reproducible
@@ -272,9 +271,7 @@ def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 
 def save(folder: Path, shape: PreTrainedConfig, device: torch.device) -> None:
     random_nf4(shape, device, pick_dtype("auto", device)).save_pretrained(folder)
-    for file in TOKENIZER_FILES:
-        if (TOKENIZER / file).exists():
-            shutil.copy(TOKENIZER / file, folder)
+    copy_tokenizer(TOKENIZER, folder)
 
 
 def cap_memory(gib: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.base import TOKENIZER_FILES, describe
+from pipeline.base import copy_tokenizer, describe
 from pipeline.outputs import write_json
 
 ROOT = Path(__file__).parent.parent
@@ -28,9 +28,7 @@ def make_project(project: Path, config: PreTrainedConfig | None, parameters: dic
     else:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(project / "base")
-        for file in TOKENIZER_FILES:
-            if (TINY / file).exists():
-                shutil.copy(TINY / file, project / "base")
+        copy_tokenizer(TINY, project / "base")
     write_json(project / "models/base.json", describe(str(project / "base"), None))
     shutil.copy(ROOT / "dvc.yaml", project)
     yaml = YAML()
