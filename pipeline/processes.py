@@ -193,8 +193,9 @@ def shard(model: PeftModel, device: torch.device) -> None:
 def average_gradients(model: torch.nn.Module) -> None:
     """Over all processes, as DDP does."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    gradients = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
-    sums = [dist.all_reduce(gradient, async_op=True) for gradient in gradients]
-    for gradient, done in zip(gradients, sums, strict=True):
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    sums = [dist.all_reduce(weight.grad, async_op=True) for weight in weights]
+    for weight, done in zip(weights, sums, strict=True):
         done.wait()
-        gradient /= dist.get_world_size()
+        weight.grad /= dist.get_world_size()
