@@ -7,28 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Project
 from transformers import AutoModelForCausalLM
 
 from bench.gpu_case import OUT_OF_MEMORY, TINY, random_nf4
-from bench.gpu_qlora import case, longest, print_contexts, print_speed
+from bench.gpu_qlora import case, longest, main, print_contexts, print_speed
 from pipeline.models import load_quantized
 
 CPU = torch.device("cpu")
 
 
-def test_the_benchmark_trains_a_tiny_model_and_tells_what_is_left_out(project: Project) -> None:
-    printed = project.run(sys.executable, "-m", "bench.gpu_qlora", "speed", "Llama", "--tiny").stdout
+def test_the_benchmark_trains_a_tiny_model_and_tells_what_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_qlora", "speed", "Llama", "--tiny"])
+    main()
+    printed = capsys.readouterr().out
     assert printed.startswith("Unsloth is left out (ModuleNotFoundError: No module named 'unsloth')")
     rows = re.findall(r"^Llama +(.+?)  +16 +\d+ tokens/s +\d+\.\d% of \d+ TFLOP/s .* a CPU$", printed, re.MULTILINE)
     assert rows == ["this pipeline", "TRL's defaults"]
 
 
 def test_a_case_that_fails_is_a_row_with_its_last_words(capsys: pytest.CaptureFixture[str]) -> None:
-    failed = case(sys.executable, "this pipeline", "Llama", "--length", "16", "--steps", "none")
-    print_speed("Llama", "this pipeline", 16, TINY["Llama"], failed)
-    told = "gpu_case.py: error: argument --steps: invalid int value: 'none'"
-    assert capsys.readouterr().out == f"Llama         this pipeline       16  {told}\n"
+    failed = case(sys.executable, "Unsloth", "Llama", "--length", "16")  # which is not installed here
+    print_speed("Llama", "Unsloth", 16, TINY["Llama"], failed)
+    told = "ModuleNotFoundError: No module named 'unsloth'"
+    assert capsys.readouterr().out == f"Llama         Unsloth             16  {told}\n"
 
 
 @pytest.mark.parametrize("family", TINY)
