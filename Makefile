@@ -13,7 +13,7 @@ test: $(VENV)/.dev
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@pytest
+	@pytest --numprocesses 2 --dist loadgroup
 
 check: setup
 	@python -m tools.check

@@ -16,6 +16,15 @@ import stages  # noqa: F401  # sets how OpenMP waits, before any test imports to
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers one runs all tests of a file, and one all that need the whole pipeline: what tests share is
+    made once."""
+    for item in items:
+        shared = "finished" if "finished" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 class Project:
     """A clone of this repository, its working tree committed, with a DVC cache of its own."""
 
