@@ -13,7 +13,7 @@ test: $(VENV)/.dev
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@pytest --numprocesses 2 --dist loadgroup
+	@pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	@python -m tools.check

@@ -16,15 +16,6 @@ import stages  # noqa: F401  # sets how OpenMP waits, before any test imports to
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers one runs all tests of a file, and one all that need the whole pipeline: what tests share is
-    made once."""
-    for item in items:
-        shared = "finished" if "finished" in getattr(item, "fixturenames", ()) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(shared))
-
-
 class Project:
     """A clone of this repository, its working tree committed, with a DVC cache of its own."""
 
@@ -108,7 +99,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Project:
-    """A clone in which `dvc repro` has run with the default parameters. Tests that change it put it back."""
+    """A clone in which `dvc repro` has run with the default parameters. Tests that change it put it back.
+
+    `make test` gives a file's tests to one of two workers, and each of these makes its own: keep such tests in
+    test_end_to_end.py.
+    """
     project = clone(tmp_path_factory.mktemp("finished"))
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\nthe whole pipeline, in a clone (minutes):", flush=True)
