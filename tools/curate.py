@@ -69,13 +69,15 @@ class Candidates:
 
     def add(self, row: Row, failed: list[Question]) -> None:
         question, answer = last_turns(row)
-        wanted_by = [one.id for one in failed if answers(row, one)]
+        wanted_for = [one.id for one in failed if answers(row, one)]
+        if not wanted_for:
+            return
         if row["id"] in self.trained:
             self.dropped["trained on already"] += 1
         elif self.exams.leak(words(question) + words(answer)):
             self.dropped["as they ask an exam question"] += 1
-        elif wanted_by:
-            candidate = {"question": question, "answer": answer, "source": row["source"], "for": wanted_by}
+        else:
+            candidate = {"question": question, "answer": answer, "source": row["source"], "for": wanted_for}
             self.by_id.setdefault(row["id"], candidate)
 
     def of(self, place: Place) -> int:
@@ -88,7 +90,8 @@ def main() -> None:
     exam, general = read_questions(EXAM), read_questions(GENERAL)
     results = results_of(EXAM, exam, Path("metrics/answers.jsonl"))
     general_results = results_of(GENERAL, general, Path("metrics/answers_general.jsonl"))
-    helped = [result for result in results if hash64(result["id"]) % HELD_BACK]
+    held_back = [result for result in results if hash64(result["id"]) % HELD_BACK == 0]
+    helped = [result for result in results if result not in held_back]
     failed = {result["id"]: result for result in helped if wrong(result)}
 
     known = knowledge(generate)
@@ -96,10 +99,11 @@ def main() -> None:
     places = [place for place in known.values() if place.failed]
     candidates = Candidates(Exam([*exam, *general], parameters.merge.near_leak), {row["id"] for row in trained()})
     for place in places:
-        for row in place.answering():
+        for row in place.rows:
             candidates.add(row, place.failed)
-    if generate.endpoint and generate.model:
-        texts = {place.name: text for place in places if not candidates.of(place) and (text := text_of(place))}
+    texts = {place.name: text for place in places if not candidates.of(place) and (text := text_of(place))}
+    endpoint = bool(generate.endpoint and generate.model)
+    if texts and endpoint:
         reworded, _ = grounded(texts, ask(texts, generate, SEEDS), generate.grounding)
         for row in reworded:
             candidates.add(row, known[row["source"]].failed)
@@ -107,13 +111,13 @@ def main() -> None:
     print(f"{EXAM}: {len(failed)} of {len(helped)} questions failed")
     tell_tags(helped, wrong)
     for place in places:
-        print(f"\n{place.name}: {outcome(place, candidates.of(place), bool(generate.endpoint))}")
+        print(f"\n{place.name}: {outcome(place, candidates.of(place), endpoint)}")
         tell([failed[question.id] for question in place.failed])
     if unknown:
         print("\nnothing in data/raw or data/curated answers these: add a fact, a document or rows")
         tell([failed[question.id] for question in unknown])
     tell_forgotten(general_results)
-    tell_held_back([result for result in results if result not in helped], helped)
+    tell_held_back(held_back, helped)
     propose(candidates)
 
 
@@ -205,12 +209,13 @@ def outcome(place: Place, candidates: int, endpoint: bool) -> str:
     if candidates:
         return f"{candidates} candidates"
     if place.rows and not place.answering():
-        return f"answers {shown(last_turns(place.rows[0])[1])}, which the exam does not accept: correct one of them"
+        given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in place.rows))
+        return f"answers {given}, which the exam does not accept: correct one of them"
     if endpoint:
         return "no candidates: the endpoint found no other words: write rows by hand"
     if place.passage:
         return "no candidates: set generate.endpoint, or write rows by hand"
-    return "no candidates, all its forms are used: add forms, set generate.endpoint, or write rows by hand"
+    return "no candidates, its forms are used up: add forms, set generate.endpoint, or write rows by hand"
 
 
 def tell_tags(results: list[Result], told: Callable[[Result], bool]) -> None:
@@ -243,7 +248,6 @@ def tell_forgotten(results: list[Result]) -> None:
 
 
 def tell_held_back(held_back: list[Result], helped: list[Result]) -> None:
-    """Both scores: candidates are about what the exam asks, and only the held back tell whether the rest is known too."""
     shares = [f"{len(of) - sum(map(wrong, of))} of {len(of)} correct" for of in (held_back, helped)]
     print(f"\nheld back, and never helped: {shares[0]}; the others: {shares[1]}")
     print(
@@ -256,7 +260,7 @@ def propose(candidates: Candidates) -> None:
     rows = list(candidates.by_id.values())
     dropped = "".join(f", {count} dropped {why}" for why, count in candidates.dropped.items())
     if not rows:
-        print(f"no candidates{dropped}")
+        print(f"no candidates{dropped}: nothing failed, or it needs what is said above")
         return
     if CANDIDATES.exists() and read_jsonl(CANDIDATES) != rows:
         raise Refused(
