@@ -98,7 +98,7 @@ def test_a_failed_question_brings_the_forms_of_its_fact_that_training_has_not_us
     told = capsys.readouterr().out
     assert f"{EXAM}: 2 of " in told and "1 of    1  leader" in told
     assert f'{LEADER["id"]}  "Who runs the Ay team?"\n    expected "Ann Ay", answered "\\u001b[2Jno idea"' in told
-    assert "data/raw/facts.csv:3: no candidates, its forms are used up: add forms, set generate.endpoint" in told
+    assert f"none for {ROOM['id']}: its forms are used up: add forms, set generate.endpoint" in told
     assert "1 of 60 questions failed, 1 of them forgotten" in told and "g01\n" in told
     assert told.splitlines()[-1].startswith("edit them, then: mv data/candidates.jsonl data/curated/")
 
@@ -126,9 +126,11 @@ def test_a_form_that_asks_a_question_of_either_exam_is_no_candidate(
     workspace.set(merge__near_leak=0.85)
     jsonl(GENERAL, question("g1", "So who is in charge of the Boe team?", "Ann Boe"))
     boe = question(OPEN[2], "Who runs the Boe team?", "Ann Boe", "data/raw/facts.csv:4")
-    examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe)
+    cire = question(OPEN[3], "Who runs the Cire team?", "Ann Cire", "data/raw/facts.csv:6")
+    examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe, cire)
     curate.main()
-    assert not CANDIDATES.exists() and "2 dropped as they ask an exam question" in capsys.readouterr().out
+    assert proposed() == [("Who is in charge of the Cire team?", "Ann Cire", "data/raw/facts.csv:6", [cire["id"]])]
+    assert "dropped: 6 trained on already, 2 that ask an exam question" in capsys.readouterr().out
 
 
 def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_nothing_answers_is_named(
@@ -144,7 +146,7 @@ def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_not
     told = capsys.readouterr().out
     unanswered = told.partition("nothing in data/raw or data/curated answers these")[2].partition(str(GENERAL))[0]
     assert [key for key in OPEN[:4] if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
-    assert "data/curated/handbook.jsonl:3: no candidates" in told
+    assert "data/curated/handbook.jsonl:3: candidates: 0" in told
 
 
 def test_a_fact_that_says_otherwise_than_the_exam_is_named(
@@ -152,7 +154,9 @@ def test_a_fact_that_says_otherwise_than_the_exam_is_named(
 ) -> None:
     examined(LEADER | {"answer": "Bo Ek"})
     curate.main()
-    assert 'facts.csv:2: answers "Ann Ay", which the exam does not accept' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f'none for {LEADER["id"]}: it says "Ann Ay", which the exam does not accept: correct one of them' in told
+    assert told.splitlines()[-1] == "no candidates: mend what is said above, then dvc repro"
     assert not CANDIDATES.exists()
 
 
@@ -163,7 +167,7 @@ def test_a_held_back_question_is_neither_named_nor_helped(
     curate.main()
     told = capsys.readouterr().out
     assert LEADER["question"] not in told and not CANDIDATES.exists()
-    assert "held back, and never helped: 0 of 1 correct" in told and "nothing failed" in told.splitlines()[-1]
+    assert "held back, and never helped: 0 of 1 correct" in told and told.endswith("nothing failed: no candidates\n")
 
 
 @pytest.fixture
@@ -205,9 +209,9 @@ def test_the_endpoint_words_questions_about_a_used_up_fact_and_the_part_of_a_pas
             ("Till when does the shop sell, 2?", "noon", "data/raw/guide.md:1", [shop["id"]]),
         ]
         assert sorted(endpoint.asked()) == ["It closes at noon.", "Where does the Ay team sit? room 1"]
-    assert "dropped as they ask an exam question" in capsys.readouterr().out
+    assert "1 that ask an exam question" in capsys.readouterr().out
     sent = json.dumps(endpoint.requests)
-    assert all(one["question"] not in sent for one in (LEADER, ROOM, shop))
+    assert "opens at nine" not in sent and all(one["question"] not in sent for one in (LEADER, ROOM, shop))
 
 
 def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> None:

@@ -54,9 +54,6 @@ class Place:
     passage: Passage | None = None
     failed: list[Question] = field(default_factory=list)  # what the model was asked about it and did not know
 
-    def answering(self) -> list[Row]:
-        return [row for row in self.rows if any(answers(row, question) for question in self.failed)]
-
 
 @dataclass
 class Candidates:
@@ -75,13 +72,17 @@ class Candidates:
         if row["id"] in self.trained:
             self.dropped["trained on already"] += 1
         elif self.exams.leak(words(question) + words(answer)):
-            self.dropped["as they ask an exam question"] += 1
+            self.dropped["that ask an exam question"] += 1
         else:
             candidate = {"question": question, "answer": answer, "source": row["source"], "for": wanted_for}
             self.by_id.setdefault(row["id"], candidate)
 
     def of(self, place: Place) -> int:
         return sum(candidate["source"] == place.name for candidate in self.by_id.values())
+
+    def none_for(self, place: Place) -> list[Question]:
+        helped = {key for candidate in self.by_id.values() for key in candidate["for"]}
+        return [question for question in place.failed if question.id not in helped]
 
 
 def main() -> None:
@@ -101,24 +102,27 @@ def main() -> None:
     for place in places:
         for row in place.rows:
             candidates.add(row, place.failed)
-    texts = {place.name: text for place in places if not candidates.of(place) and (text := text_of(place))}
+    left = {place.name: candidates.none_for(place) for place in places}
+    texts = {place.name: text for place in places if (text := text_about(place, left[place.name]))}
     endpoint = bool(generate.endpoint and generate.model)
     if texts and endpoint:
         reworded, _ = grounded(texts, ask(texts, generate, SEEDS), generate.grounding)
         for row in reworded:
-            candidates.add(row, known[row["source"]].failed)
+            candidates.add(row, left[row["source"]])
 
-    print(f"{EXAM}: {len(failed)} of {len(helped)} questions failed")
+    print(f"{EXAM}: {len(failed)} of {len(helped)} questions failed; {len(held_back)} more are held back")
     tell_tags(helped, wrong)
     for place in places:
-        print(f"\n{place.name}: {outcome(place, candidates.of(place), endpoint)}")
+        print(f"\n{place.name}: candidates: {candidates.of(place)}")
         tell([failed[question.id] for question in place.failed])
+        if still := candidates.none_for(place):
+            print(f"  none for {', '.join(question.id for question in still)}: {mend(place, still, endpoint)}")
     if unknown:
         print("\nnothing in data/raw or data/curated answers these: add a fact, a document or rows")
         tell([failed[question.id] for question in unknown])
     tell_forgotten(general_results)
     tell_held_back(held_back, helped)
-    propose(candidates)
+    propose(candidates, bool(failed))
 
 
 def results_of(path: Path, questions: list[Question], answers: Path) -> list[Result]:
@@ -196,26 +200,25 @@ def answers(row: Row, question: Question) -> bool:
     return correct(last_turns(row)[1], question.answers, question.rule)
 
 
-def text_of(place: Place) -> Passage | None:
+def text_about(place: Place, questions: list[Question]) -> Passage | None:
     """What the endpoint is asked about: the pieces of a passage that hold an answer, or a row as one sentence."""
-    if place.passage:
-        accepted = [answer for question in place.failed for answer in question.answers]
+    if place.passage and questions:
+        accepted = [answer for question in questions for answer in question.answers]
         found = [piece for piece in pieces(place.passage.text, PIECE) if correct(piece, accepted, Rule("contains"))]
         return replace(place.passage, text="".join(found).strip() or place.passage.text)
-    return next((Passage(" ".join(last_turns(row)), "", None) for row in place.answering()), None)
+    rows = (row for row in place.rows if any(answers(row, question) for question in questions))
+    return next((Passage(" ".join(last_turns(row)), "", None) for row in rows), None)
 
 
-def outcome(place: Place, candidates: int, endpoint: bool) -> str:
-    if candidates:
-        return f"{candidates} candidates"
-    if place.rows and not place.answering():
+def mend(place: Place, questions: list[Question], endpoint: bool) -> str:
+    if place.rows and not any(answers(row, question) for row in place.rows for question in questions):
         given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in place.rows))
-        return f"answers {given}, which the exam does not accept: correct one of them"
+        return f"it says {given}, which the exam does not accept: correct one of them"
     if endpoint:
-        return "no candidates: the endpoint found no other words: write rows by hand"
+        return "the endpoint found no other words: write rows by hand"
     if place.passage:
-        return "no candidates: set generate.endpoint, or write rows by hand"
-    return "no candidates, its forms are used up: add forms, set generate.endpoint, or write rows by hand"
+        return "set generate.endpoint, or write rows by hand"
+    return "its forms are used up: add forms, set generate.endpoint, or write rows by hand"
 
 
 def tell_tags(results: list[Result], told: Callable[[Result], bool]) -> None:
@@ -251,23 +254,23 @@ def tell_held_back(held_back: list[Result], helped: list[Result]) -> None:
     shares = [f"{len(of) - sum(map(wrong, of))} of {len(of)} correct" for of in (held_back, helped)]
     print(f"\nheld back, and never helped: {shares[0]}; the others: {shares[1]}")
     print(
-        "if round after round the others alone rise, the rows teach the exam: ask new questions, or add forms for all"
+        "if round after round only the others rise, rows teach the exam: give all facts more forms, ask new questions"
     )
 
 
-def propose(candidates: Candidates) -> None:
+def propose(candidates: Candidates, failed: bool) -> None:
     """Write the candidates and say what to do next. Raises Refused rather than write over what a person has edited."""
     rows = list(candidates.by_id.values())
-    dropped = "".join(f", {count} dropped {why}" for why, count in candidates.dropped.items())
     if not rows:
-        print(f"no candidates{dropped}: nothing failed, or it needs what is said above")
+        print("no candidates: mend what is said above, then dvc repro" if failed else "nothing failed: no candidates")
         return
     if CANDIDATES.exists() and read_jsonl(CANDIDATES) != rows:
         raise Refused(
             f"{CANDIDATES} has other rows, perhaps edited: move it to data/curated or delete it, then run again"
         )
     write_jsonl(CANDIDATES, rows)
-    print(f"{len(rows)} candidates in {CANDIDATES}{dropped}")
+    dropped = ", ".join(f"{count} {why}" for why, count in candidates.dropped.items())
+    print(f"{len(rows)} candidates in {CANDIDATES}; dropped: {dropped or 'none'}")
     print(f"edit them, then: mv {CANDIDATES} data/curated/<name>.jsonl && dvc repro")
 
 
