@@ -84,9 +84,9 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
 
 NOISE = """
 from pathlib import Path
+from pipeline.noise import NOISE, measured_on
 from pipeline.outputs import write_json
 from pipeline.parameters import check
-from tools.noise import NOISE, measured_on
 write_json(NOISE, {"of": measured_on(check(Path("params.yaml"))), "tuned": {"correct": {"noise": 0.07}}})
 """
 

@@ -21,10 +21,10 @@ import dvc.api
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from pipeline.noise import noise_of
 from pipeline.parameters import Parameters, check
 from pipeline.refusal import Refused
 from pipeline.scores import LOWER_IS_BETTER
-from tools.noise import NOISE, measured_on
 
 EVALUATE = "metrics/evaluate.json"
 
@@ -68,7 +68,8 @@ def floors(wanted: dict[str, float]) -> Iterator[Demand]:
 
 
 def falls(parameters: Parameters, revision: str) -> Iterator[Demand]:
-    metrics, earlier, noise = read(EVALUATE), read_at(revision), noise_of(parameters)
+    metrics, earlier = read(EVALUATE), read_at(revision)
+    noise = {f"tuned.{score}": value for score, value in noise_of(parameters).items()}
     for name, allowed in parameters.gate.falls.items():
         value, was = metric(metrics, name, "gate.falls"), flat(earlier).get(name)
         if was is None:
@@ -125,13 +126,6 @@ def flat(metrics: dict[str, Any]) -> dict[str, float]:
         elif value is not None:
             values[key] = value
     return values
-
-
-def noise_of(parameters: Parameters) -> dict[str, float]:
-    """How much each metric differs between trainings that differ in their seed alone; none measured on another exam."""
-    if not NOISE.is_file() or (noise := read(str(NOISE)))["of"] != measured_on(parameters):
-        return {}
-    return {name.removesuffix(".noise"): value for name, value in flat(noise).items() if name.endswith(".noise")}
 
 
 def read(path: str) -> Any:

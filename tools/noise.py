@@ -7,24 +7,18 @@ metrics/noise.json: each score's mean, standard deviation, and `noise`: two such
 cases. `dvc exp show` lists the experiments; one that is there already is not run again.
 """
 
-import hashlib
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import dvc.api
 
-from pipeline.exam import EXAM
+from pipeline.noise import NOISE, measured_on, spread
 from pipeline.outputs import write_json
-from pipeline.parameters import Parameters, check
+from pipeline.parameters import check
 from pipeline.refusal import Refused
-
-NOISE = Path("metrics/noise.json")
-REPEATABILITY = 1.96 * math.sqrt(2)  # standard deviations: ISO 5725's repeatability limit
 
 
 def main() -> None:
@@ -48,19 +42,6 @@ def main() -> None:
     for prefix in ("tuned", "general"):
         told = noise[prefix]["correct"]
         print(f"{prefix:8} correct {told['mean']:.3f}, standard deviation {told['sd']:.3f}, noise {told['noise']:.3f}")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"mean": fmean(values), "sd": stdev(values), "noise": REPEATABILITY * stdev(values)}
-
-
-def measured_on(parameters: Parameters) -> dict[str, Any]:
-    """What noise depends on most: of another base or exam it says nothing."""
-    return {
-        "base": parameters.base.model,
-        "base_revision": parameters.base.revision,
-        "exam": hashlib.sha256(EXAM.read_bytes()).hexdigest(),
-    }
 
 
 def git(*arguments: str) -> str:
