@@ -8,6 +8,7 @@ Needs dvc.lock and the metrics alone, no data and no models.
 """
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dvc.api
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, ReproductionError
 from dvc.repo import Repo
 
 from pipeline.noise import noise_of
@@ -53,10 +54,14 @@ def main(revision: str = "HEAD") -> None:
 
 def require_up_to_date() -> None:
     """Raises Refused if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
-    with Repo() as repo, redirect_stdout(StringIO()):  # DVC would print every stage
-        stale = [stage.name for stage in repo.reproduce(dry=True, allow_missing=True)]
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # it would tell of every stage
+    try:
+        with Repo() as repo, redirect_stdout(StringIO()):
+            stale = ", ".join(stage.name for stage in repo.reproduce(dry=True, allow_missing=True))
+    except ReproductionError as error:  # a stage would run, and what it needs is absent
+        stale = str(error.__cause__ or error)
     if stale:
-        raise Refused(f"gate: the metrics are not of this state of the project: dvc repro would run {', '.join(stale)}")
+        raise Refused(f"gate: the metrics are not of these parameters, code and data, run dvc repro first: {stale}")
 
 
 def floors(wanted: dict[str, float]) -> Iterator[Demand]:
