@@ -4,7 +4,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check curate setup requirements
+.PHONY: repro test check gate noise curate setup requirements
 
 repro: setup
 	@dvc repro
@@ -18,6 +18,13 @@ test: $(VENV)/.dev
 
 check: setup
 	@python -m tools.check
+
+REVISION := HEAD
+gate: setup
+	@python -m tools.gate $(REVISION)
+
+noise: setup
+	@python -m tools.noise
 
 curate: setup
 	@python -m tools.curate
