@@ -245,9 +245,7 @@ def tell_forgotten(results: list[Result]) -> None:
     if gone:
         tell_tags(results, forgotten)
         print(f"  {', '.join(gone)}")
-        print(
-            "  rehearsal keeps the rest: add rows of these kinds, other questions than these, to data/curated by hand"
-        )
+        print("  rehearsal helps: put rows of these kinds, but other questions, into data/curated by hand")
 
 
 def tell_held_back(held_back: list[Result], helped: list[Result]) -> None:
