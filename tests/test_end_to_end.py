@@ -20,8 +20,8 @@ KEYS = [
     for section, values in yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")).items()
     for key in (values if isinstance(values, dict) else [None])
 ]
-# Which stages `dvc status` names, and `dvc repro` runs, for a change of a key: those that read it. Those after them run if
-# what they make is different.
+# Which stages `dvc status` names, and `dvc repro` runs, for a change of a key: those that read it. Those after them run
+# if what they make is different.
 RERUN = {
     "seed": {"train_qlora"},
     "threads": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
