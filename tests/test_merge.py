@@ -185,7 +185,7 @@ def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated:
 @pytest.mark.parametrize(
     ("name", "content", "reason", "place"),
     [
-        ("cut.jsonl.gz", gzip.compress(b'{"question": "Q?", "answer": "a"}\n' * 9)[:-9], "unreadable", 10),
+        ("cut.jsonl.gz", gzip.compress(b'{"question": "Q?", "answer": "a"}\n' * 9, mtime=0)[:-9], "unreadable", 10),
         ("no.parquet", b"PAR1 or not", "unreadable", 1),
         ("no.json", b"[{]", "not JSON", 1),
         ("short.csv", b"question,answer\nQ?,a\nonly one\n", "not CSV", 3),
