@@ -97,6 +97,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return clone(tmp_path)
 
 
+@pytest.fixture
+def tokenized(project: Project) -> Project:
+    """A clone with 107 rows to train on: with 16 rows a step, seven steps an epoch, the last of fewer rows."""
+    from stages import generate, merge, prepare_base, tokenize  # imports Transformers, which few files need
+
+    prepare_base.main()
+    generate.main()
+    merge.main()
+    rows = Path("data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("data/valid.jsonl").write_text("".join(rows[::20]), encoding="utf-8")
+    Path("data/train_merged.jsonl").write_text("".join(rows[1::3][:107]), encoding="utf-8")
+    tokenize.main()
+    return project
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Project:
     """A clone in which `dvc repro` has run with the default parameters. Tests that change it put it back.

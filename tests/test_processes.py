@@ -23,27 +23,23 @@ from pipeline.chat_template import load_tokenizer
 from pipeline.parameters import load
 from pipeline.processes import cause, require_gpus, share_of_step
 from pipeline.refusal import Refused
-from stages import generate, merge, prepare_base, tokenize, train_qlora
+from stages import prepare_base, train_qlora
 
 TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
 # An epoch ends with a step of fewer rows, more for one process than for the other.
-UNEVEN = {"train__batch_size": 32, "train__gradient_accumulation": 2, "train__epochs": 1.2, "train__eval_steps": 2}
+UNEVEN = {"train__batch_size": 8, "train__gradient_accumulation": 2, "train__epochs": 1.2, "train__eval_steps": 2}
 
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by a launcher, which leaves its handlers
 
 
 @pytest.fixture
-def tokenized(project: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
-    """Rows to train on, and this process ready to be the launcher, which saves the start of another."""
-    prepare_base.main()
-    generate.main()
-    merge.main()
-    tokenize.main()
+def launching(tokenized: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    """This process can be the launcher, which saves the start of another."""
     monkeypatch.setattr(sys, "argv", ["train_qlora"])
     handlers = {number: signal.getsignal(number) for number in HANDLED}
-    yield project
+    yield tokenized
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -69,27 +65,27 @@ def require_same(shared: dict[str, Any], alone: dict[str, Any]) -> None:
     torch.testing.assert_close(shared["adapter"], alone["adapter"], rtol=0, atol=3e-3)
 
 
-def test_two_processes_take_the_same_steps_as_one(tokenized: Project) -> None:
-    alone = trained(tokenized, **UNEVEN)
-    require_same(trained(tokenized, train__processes=2), alone)
+def test_two_processes_take_the_same_steps_as_one(launching: Project) -> None:
+    alone = trained(launching, **UNEVEN)
+    require_same(trained(launching, train__processes=2), alone)
 
 
 def test_however_two_processes_end_none_is_left_and_the_next_go_on_with_the_steps_of_one(
-    tokenized: Project, capfd: pytest.CaptureFixture[str]
+    launching: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
     untied(Path("untied"))  # fsdp shares its embeddings and head too, unless any of it is trained
-    tokenized.set(base__model="untied", lora__trainable_tokens=["<|im_end|>"])
+    launching.set(base__model="untied", lora__trainable_tokens=["<|im_end|>"])
     prepare_base.main()
-    alone = trained(tokenized, **UNEVEN | {"train__epochs": 1.6})
+    alone = trained(launching, **UNEVEN | {"train__epochs": 1.6})
 
-    tokenized.set(train__processes=2, train__strategy="fsdp")
-    tokenized.kill(*TRAIN, step=2, victim="first")
-    printed = tokenized.kill(*TRAIN, step=4, how=signal.SIGINT)
+    launching.set(train__processes=2, train__strategy="fsdp")
+    launching.kill(*TRAIN, step=2, victim="first")
+    printed = launching.kill(*TRAIN, step=4, how=signal.SIGINT)
     assert printed.count("interrupted: run dvc repro again to go on") == 1 and "Traceback" not in printed
-    printed = tokenized.kill(*TRAIN, step=8, victim="last")  # in the midst of the second epoch
+    printed = launching.kill(*TRAIN, step=8, victim="last")  # in the midst of the second epoch
     assert printed.count("was ended by SIGKILL") == 1 and "Traceback" not in printed
     capfd.readouterr()
-    require_same(trained(tokenized), alone)
+    require_same(trained(launching), alone)
     assert "going on from checkpoint-" in capfd.readouterr().out
 
 
@@ -124,9 +120,9 @@ def test_under_fsdp_a_process_keeps_its_share_of_the_base_and_the_whole_adapter(
 
 
 def test_a_loss_that_is_no_number_ends_all_processes_with_one_reason(
-    tokenized: Project, capfd: pytest.CaptureFixture[str]
+    launching: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tokenized.set(train__processes=2, train__epochs=0.5, train__learning_rate=1.0e30)
+    launching.set(train__processes=2, train__epochs=1, train__learning_rate=1.0e30)
     with pytest.raises(Refused, match=r"the loss of step \d is nan: lower train\.learning_rate"):
         train_qlora.main()
     assert "Traceback" not in capfd.readouterr().err

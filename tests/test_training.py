@@ -25,7 +25,7 @@ from pipeline.parameters import Lora, Train, load
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
 from pipeline.trainer import StepsByLength, Trainer, build_trainer, training_arguments
-from stages import generate, merge, prepare_base, tokenize, train_qlora
+from stages import prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
@@ -35,15 +35,11 @@ TOO_FAST = {"train__learning_rate": 2.0e-2, "train__schedule": "constant_with_wa
 
 
 @pytest.fixture
-def train(project: Project) -> Callable[..., str]:
+def train(tokenized: Project) -> Callable[..., str]:
     """Train seven steps with some parameters changed; the SHA-256 of the adapter's weights."""
-    prepare_base.main()
-    generate.main()
-    merge.main()
-    tokenize.main()
 
     def run(**changed: object) -> str:
-        project.set(**{"train__epochs": 0.25} | changed)
+        tokenized.set(**{"train__epochs": 1} | changed)
         train_qlora.main()
         return hashlib.sha256(Path("outputs/adapter/adapter_model.safetensors").read_bytes()).hexdigest()
 
@@ -87,7 +83,7 @@ def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
 
 
 def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_the_knob(train: Callable[..., str]) -> None:
-    line = r"the validation loss is \d+\.\d\d after step 4, and was 2\.\d\d before training: lower train\.learning_rate"
+    line = r"the validation loss is \d+\.\d\d after step 4, and was 3\.\d\d before training: lower train\.learning_rate"
     with pytest.raises(Refused, match=line):
         train(train__learning_rate=0.1, train__eval_steps=4)
     with pytest.raises(Refused, match=r"the loss of step \d is nan: lower train\.learning_rate, or raise"):
@@ -123,7 +119,7 @@ def goes_on_from(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
     train: Callable[..., str], project: Project, goes_on_from: Callable[[], str]
 ) -> None:
-    knobs = {"train__epochs": 0.5, "train__eval_steps": 2, "lora__dropout": 0.1}
+    knobs = {"train__epochs": 2, "train__eval_steps": 2, "lora__dropout": 0.1}
     undisturbed = train(**knobs)
     assert goes_on_from() == "the start"
     assert not list(checkpoints.FOLDER.glob("*/*"))  # a run that ends leaves none
@@ -148,7 +144,7 @@ def interrupt(*_: object) -> None:
 @pytest.mark.parametrize(
     "knobs",
     [
-        {"train__optimizer": "paged_adamw_8bit", "train__epochs": 1.1, "train__gradient_accumulation": 2},
+        {"train__optimizer": "paged_adamw_8bit", "train__epochs": 1.5, "train__gradient_accumulation": 2},
         {"train__early_stopping_patience": 2, "train__eval_steps": 1, **TOO_FAST},
         {"lora__use_dora": True, "lora__modules_to_save": ["norm"], "lora__trainable_tokens": ["<|im_end|>"]},
         {"train__adapter_dtype": "bfloat16", "train__load_best_model_at_end": True, **TOO_FAST},
@@ -201,7 +197,7 @@ def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_
     project.env = {"SHELL": "/bin/sh"}  # cron's; unlike others it would stay the parent of what it runs
     adapter = Path("outputs/adapter/adapter_model.safetensors")
     before = adapter.read_bytes()
-    project.set(train__epochs=1, train__eval_steps=2)
+    project.set(train__epochs=3, train__eval_steps=2)
     project.kill("dvc", "repro", "train_qlora", step=4, victim="first")
     printed = project.kill("dvc", "repro", "train_qlora", step=8, how=signal.SIGINT)
     assert "going on from checkpoint-" in printed
