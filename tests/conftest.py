@@ -34,7 +34,16 @@ class Project:
         printed = self.folder.with_name(f"{self.folder.name}.log")
         with open(printed, "w", encoding="utf-8") as log:
             own = environment() | self.env
-            first = psutil.Popen(command, cwd=self.folder, env=own, stdout=log, stderr=log, start_new_session=True)
+            first = psutil.Popen(
+                command,
+                cwd=self.folder,
+                env=own,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                # pytest-xdist's workers ignore it, and so would what they start.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
             while not any(int(path.name[11:]) >= step for path in self.checkpoints()):
                 assert first.poll() is None, printed.read_text(encoding="utf-8")
                 time.sleep(0.01)
