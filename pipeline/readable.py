@@ -69,6 +69,6 @@ def verdict(metrics: dict[str, Any]) -> str:
 
 
 def detectable(metrics: dict[str, Any]) -> str:
-    """The smallest gain that the exam tells from chance."""
-    smallest, broken = metrics["detectable"], metrics["flips"]["broken"]
-    return f"{100 * smallest:.1f} points" if smallest else f"none, with {broken} broken and so few questions"
+    """Which gains the exam can tell from chance."""
+    smallest = metrics["detectable"]
+    return f"gains from {100 * smallest:.1f} points on" if smallest else "no gain: too few questions for so many broken"

@@ -35,10 +35,9 @@ def headline(name: str, exam: Exam) -> list[str]:
     gain, flips = exam.metrics["gain"]["correct"], exam.metrics["flips"]
     before, after = (percent(exam.metrics[who]["correct"]) for who in ("base", "tuned"))
     return [
-        f"**{name}: {verdict(exam.metrics)}.** Correct before {before}, after {after}: {change(gain['mean'], 'correct')}",
-        f"points (95 % interval {interval(gain, 'correct')}; p = {p_value(gain['p_value'])}). Of {exam.total.questions}",
-        f"questions {flips['fixed']} were fixed, {flips['broken']} broken. Smallest gain that it could tell from chance:",
-        f"{detectable(exam.metrics)}.",
+        f"**{name}: {verdict(exam.metrics)}.** {before} → {after} of {exam.total.questions} answers are correct:",
+        f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}; p = {p_value(gain['p_value'])}).",
+        f"{flips['fixed']} fixed, {flips['broken']} broken. It can tell from chance {detectable(exam.metrics)}.",
         "",
     ]
 
