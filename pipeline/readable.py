@@ -55,7 +55,7 @@ def megabytes(size: int) -> str:
 
 
 def trend(score: str, gain: dict[str, float]) -> str:
-    """better, worse, or same if chance explains the difference: by McNemar's test, or the interval where there is none."""
+    """better, worse, or same if chance explains it: by McNemar's test, or where there is none by the interval."""
     sure = gain["p_value"] < SIGNIFICANT if "p_value" in gain else gain["low"] > 0 or gain["high"] < 0
     if not sure or score == "characters":
         return "same"

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline import readable
+from pipeline.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, trend, value
 
 PARTS = Path(__file__).parent  # report_page.html, .css and .js
 WIDTH, HEIGHT = 640, 240  # of the loss chart, in its own units
@@ -30,10 +30,9 @@ def page(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        name: getattr(readable, name) for name in ("percent", "p_value", "megabytes", "value", "change", "interval")
-    }
-    environment.globals |= {"trend": readable.trend, "detectable": readable.detectable, "SCORES": readable.SCORES}
+    for shape in (change, interval, megabytes, p_value, percent, value):
+        environment.filters[shape.__name__] = shape
+    environment.globals |= {"SCORES": SCORES, "detectable": detectable, "trend": trend}
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")
     return environment.get_template("report_page.html").render(
         style=Markup((PARTS / "report_page.css").read_text(encoding="utf-8")),

@@ -33,10 +33,11 @@ def summary(exam: Exam, general: Exam, forms: dict[str, Any]) -> str:
 
 def headline(name: str, exam: Exam) -> list[str]:
     gain, flips = exam.metrics["gain"]["correct"], exam.metrics["flips"]
+    mean, p = change(gain["mean"], "correct"), p_value(gain["p_value"])
     before, after = (percent(exam.metrics[who]["correct"]) for who in ("base", "tuned"))
     return [
         f"**{name}: {verdict(exam.metrics)}.** {before} → {after} of {exam.total.questions} answers are correct:",
-        f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}; p = {p_value(gain['p_value'])}).",
+        f"{mean} points (95 % interval {interval(gain, 'correct')}; p = {p}).",
         f"{flips['fixed']} fixed, {flips['broken']} broken. It can tell from chance {detectable(exam.metrics)}.",
         "",
     ]

@@ -73,7 +73,7 @@ class Exam:
 
 
 def side_by_side(questions: list[Question], answers: list[Any], of_files: list[Any]) -> list[Item]:
-    """`answers` are the lines of metrics/answers.jsonl, `of_files` those of metrics/answers_gguf.jsonl, if there are any."""
+    """`answers` are the lines of metrics/answers.jsonl, `of_files` those of metrics/answers_gguf.jsonl, or none."""
     of_files_by_id = {row["id"]: {name: row[name] for name in row if name != "id"} for row in of_files}
     rules = {question.id: question.rule for question in questions}
     return [
@@ -91,7 +91,7 @@ def side_by_side(questions: list[Question], answers: list[Any], of_files: list[A
 
 
 def by_tag(items: list[Item]) -> list[Tally]:
-    """Those that fell most first. A question counts for each of its tags; without any tags in the exam there is none."""
+    """Those that fell most first; none if the exam has no tags. A question counts for each of its tags."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         for tag in item.groups:
