@@ -4,13 +4,13 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.matching import Rule, correct, normalise, read_rule
+from pipeline.matching import EXACT, Rule, correct, normalise, read_rule
 from pipeline.refusal import Refused
 from pipeline.rows import read_lines
 
 EXAM = Path("data/questions.jsonl")  # what the model is trained for
 GENERAL = Path("data/general.jsonl")  # what it should not forget
-KEYS = {"id", "question", "answer", "tags", "match", "source"}
+KEYS = ["id", "question", "answer", "tags", "match", "source"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Question:
     answers: list[str]  # all that are accepted
     source: str
     tags: list[str] = field(default_factory=list)
-    rule: Rule = Rule()
+    rule: Rule = EXACT
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Answer:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Raises Refused, naming the line, if a question is incomplete, contradicts itself or repeats another's id or text."""
+    """Raises Refused, naming the line, if a question is incomplete, repeats another or contradicts its own answer."""
     places: dict[tuple[str, str], str] = {}
     questions = []
     for place, content in read_lines(path):
@@ -52,8 +52,8 @@ def read_question(place: str, content: object) -> Question:
             answers = answer if isinstance(answer, list) else [answer]
         case _:
             raise Refused(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
-    if unknown := rest.keys() - KEYS:
-        raise Refused(f"{place}: {sorted(unknown)} is no key of a question; accepted: {', '.join(sorted(KEYS))}")
+    if unknown := [key for key in rest if key not in KEYS]:
+        raise Refused(f"{place}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
     if not answers or not all(isinstance(part, str) and part.strip() for part in [text, *answers]):
         raise Refused(f"{place}: the question and each accepted answer must be text, and not empty")
     tags, source = rest.get("tags", []), rest.get("source", place)
@@ -64,6 +64,11 @@ def read_question(place: str, content: object) -> Question:
     text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
     rule = read_rule(rest.get("match", "exact"), place)
     for accepted in answers:
-        if not correct(accepted, [accepted], rule) or (rule.kind in ("exact", "contains") and not normalise(accepted)):
+        if rule.kind in ("exact", "contains") and not normalise(accepted):
+            raise Refused(
+                f"{place}: articles and punctuation do not count, and the answer {accepted!r} is nothing else: "
+                f'use "match": {{"regex": ...}}'
+            )
+        if not correct(accepted, [accepted], rule):
             raise Refused(f"{place}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})")
     return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule)

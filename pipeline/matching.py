@@ -27,11 +27,12 @@ class Rule:
     json      the same JSON value, bare or in a fenced block; the order of keys and 1 or 1.0 make no difference
     """
 
-    kind: Literal["exact", "contains", "number", "regex", "json"] = "exact"
+    kind: Literal["exact", "contains", "number", "regex", "json"]
     tolerance: float = 0.0
     pattern: str = ""
 
 
+EXACT = Rule("exact")
 RULES = '"exact", "contains", "number", {"number": tolerance}, {"regex": pattern} or "json"'
 
 

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def compare(questions: list[Question], answers: list[Answer], before: str, after: str, metrics: str) -> None:
-    """Write metrics/`after`.jsonl and metrics/`metrics`.json of the tuned model's answers and the base's in `before`."""
+    """metrics/`before`.jsonl and the tuned model's answers -> metrics/`after`.jsonl, metrics/`metrics`.json."""
     of_base = {row["id"]: row for row in read_jsonl(Path(f"metrics/{before}.jsonl"))}
     rows = [side_by_side(of_base[q.id], graded(q, answer)) for q, answer in zip(questions, answers, strict=True)]
     write_jsonl(f"metrics/{after}.jsonl", rows)

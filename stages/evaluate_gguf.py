@@ -25,12 +25,12 @@ from pipeline.base import located
 from pipeline.chat_template import control_tokens, load_tokenizer
 from pipeline.exam import EXAM, Question, read_questions
 from pipeline.llama_cpp import Server, run_script, served
+from pipeline.matching import correct
 from pipeline.models import pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
 from pipeline.rows import read_jsonl
-from pipeline.matching import correct
 from pipeline.scores import exact_match, f1
 
 GGUF = Path("models/gguf")

@@ -1,0 +1,123 @@
+"""The gate in a checkout that has dvc.lock and the metrics alone: no data, no models, an empty cache."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+
+import tools.gate
+from pipeline.noise import NOISE, measured_on, noise_of
+from pipeline.outputs import write_json
+from pipeline.parameters import check
+
+Change = Callable[[Any], None]
+Gate = Callable[..., tuple[bool, str, str]]
+
+
+@pytest.fixture
+def gate(project: Project, capsys: pytest.CaptureFixture[str]) -> Gate:
+    """(whether it passed, what it printed, how it ended) of the gate against a revision."""
+
+    def run(*revision: str) -> tuple[bool, str, str]:
+        try:
+            tools.gate.main(*revision)
+        except SystemExit as end:
+            return False, capsys.readouterr().out, str(end)
+        return True, capsys.readouterr().out, ""
+
+    return run
+
+
+def change(project: Project, name: str, change: Change) -> None:
+    """A metric as if the pipeline had made it so: dvc.lock knows its new content."""
+    path, lock = project.folder / f"metrics/{name}.json", project.folder / "dvc.lock"
+    before = path.read_bytes()
+    content = json.loads(before)
+    change(content)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    old, new = (hashlib.md5(data).hexdigest() for data in (before, path.read_bytes()))
+    text = lock.read_text(encoding="utf-8")
+    assert old in text
+    lock.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def set_correct(value: float) -> Change:
+    return lambda metrics: metrics["tuned"].update(correct=value)
+
+
+def test_the_model_that_ships_passes(gate: Gate) -> None:
+    passed, told, _ = gate()
+    assert passed and "FAIL" not in told
+    for name in (
+        "floor of tuned.correct",
+        "fall of tuned.correct",
+        "lag of model-q4_k_m.gguf",
+        "fall of the general exam",
+    ):
+        assert f"ok    {name}: " in told
+
+
+@pytest.mark.parametrize(
+    ("metrics", "worsen", "named"),
+    [
+        ("evaluate", set_correct(0.5), "floor of tuned.correct"),
+        (
+            "gguf",
+            lambda of: of["model-q8_0.gguf"].update(correct=of["merged"]["correct"] - 0.1),
+            "lag of model-q8_0.gguf",
+        ),
+        ("general", set_correct(0.0), "fall of the general exam"),
+    ],
+)
+def test_each_demand_that_is_not_met_is_named(
+    project: Project, gate: Gate, metrics: str, worsen: Change, named: str
+) -> None:
+    change(project, metrics, worsen)
+    passed, told, end = gate()
+    assert not passed and f"FAIL  {named}: " in told and f"not met: {named}" in end
+
+
+def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project: Project, gate: Gate) -> None:
+    now = json.loads((project.folder / "metrics/evaluate.json").read_text(encoding="utf-8"))["tuned"]["correct"]
+    (project.folder / "metrics/noise.json").unlink(missing_ok=True)
+    project.run("git", "commit", "-qam", "no noise", "--allow-empty")
+    change(project, "evaluate", set_correct(now - 0.06))
+    project.set(gate__floors={}, gate__falls={"tuned.correct": 0.02})
+    passed, told, end = gate()
+    assert not passed and end == "gate: 1 of 6 not met: fall of tuned.correct"
+    assert f"{now:.3f} at HEAD: +0.060 worse, allowed 0.020, noise not measured" in told
+    project.set(gate__falls={"tuned.correct": 0.06})
+    assert gate()[0]
+    project.set(gate__falls={"tuned.correct": 0.02})
+    write_json(NOISE, {"of": measured_on(check(Path("params.yaml"))), "tuned": {"correct": {"noise": 0.07}}})
+    passed, told, _ = gate()
+    assert passed and "allowed 0.020, noise 0.070" in told
+    project.set(base__revision="other")  # noise of another base says nothing
+    assert noise_of(check(Path("params.yaml"))) == {}
+
+
+def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(project: Project, gate: Gate) -> None:
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        (
+            {"gate__floors": {"tuned.corect": 0.9}},
+            "HEAD",
+            "gate.floors names 'tuned.corect'; metrics/evaluate.json has base.correct",
+        ),
+        ({"gate__floors": {}}, "no-such-branch", "no-such-branch is no revision of this clone"),
+        ({"lora__r": 3}, "HEAD", "the metrics are not of these parameters, code and data, run dvc repro first: "),
+    ]
+    for values, revision, said in cases:
+        project.set(**values)
+        passed, _, end = gate(revision)
+        assert not passed and said in end and len(end.splitlines()) == 1
+
+
+def test_a_revision_without_the_metric_is_told_and_passes(project: Project, gate: Gate) -> None:
+    project.run("git", "rm", "-q", "--cached", "metrics/evaluate.json")
+    project.run("git", "commit", "-qm", "before there was an exam")
+    passed, told, _ = gate()
+    assert passed and "HEAD has none to compare with" in told
