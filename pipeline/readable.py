@@ -47,7 +47,7 @@ def percent(share: float) -> str:
 
 
 def p_value(p: float) -> str:
-    return f"{p:.1g}" if p < 0.01 else f"{p:.2f}"
+    return f"p = {p:.2g}" if p >= 0.0001 else "p < 0.0001"
 
 
 def megabytes(size: int) -> str:
@@ -68,7 +68,8 @@ def verdict(metrics: dict[str, Any]) -> str:
     return words[trend("correct", metrics["gain"]["correct"])]
 
 
-def detectable(metrics: dict[str, Any]) -> str:
-    """Which gains the exam can tell from chance."""
-    smallest = metrics["detectable"]
-    return f"gains from {100 * smallest:.1f} points on" if smallest else "no gain: too few questions for so many broken"
+def detectable(smallest: float | None) -> str:
+    """Which changes an exam can tell from chance."""
+    if smallest is None:
+        return "nothing, with so few questions"
+    return f"{'gains' if smallest > 0 else 'falls'} from {100 * abs(smallest):.1f} points on"

@@ -30,9 +30,9 @@ def page(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for shape in (change, interval, megabytes, p_value, percent, value):
+    for shape in (change, detectable, interval, megabytes, p_value, percent, value):
         environment.filters[shape.__name__] = shape
-    environment.globals |= {"SCORES": SCORES, "detectable": detectable, "trend": trend}
+    environment.globals |= {"SCORES": SCORES, "trend": trend}
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")
     return environment.get_template("report_page.html").render(
         style=Markup((PARTS / "report_page.css").read_text(encoding="utf-8")),

@@ -6,8 +6,8 @@ from pipeline.markdown import quoted, table
 from pipeline.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, value, verdict
 from pipeline.side_by_side import Exam, Item
 
-FIXED = 5  # that are named; the broken ones all are, up to BROKEN
-BROKEN = 50
+NAMED = 50  # questions that broke, at most
+EXAMPLES = 5  # of others
 WIDEST = 60  # characters of a question or an answer
 
 
@@ -18,13 +18,17 @@ def summary(exam: Exam, general: Exam, forms: dict[str, Any]) -> str:
             f"# {exam.total.before} → {exam.total.after} of {exam.total.questions} answers correct",
             "",
             *headline("The exam", exam),
+            *scores(exam),
             *headline("The general exam, of what it should not forget", general),
-            *scores(exam, general),
+            *scores(general),
+            "**Every form of the model.** Same answers, letter by letter: of merged as tuned, of GGUF files as merged.",
+            "KL: how far its next-token probabilities are from merged's, in nats.",
+            "",
             *of_forms(forms),
             *fell(exam),
-            *flips("Broken", exam.of("broken"), BROKEN),
-            *flips("Broken in the general exam", general.of("broken"), FIXED),
-            *flips("Fixed", exam.of("fixed"), FIXED),
+            *flips("Broken", exam.of("broken"), NAMED),
+            *flips("Broken in the general exam", general.of("broken"), EXAMPLES),
+            *flips("Fixed", exam.of("fixed"), EXAMPLES),
             "All answers side by side: metrics/report.html",
             "",
         ]
@@ -32,42 +36,34 @@ def summary(exam: Exam, general: Exam, forms: dict[str, Any]) -> str:
 
 
 def headline(name: str, exam: Exam) -> list[str]:
-    gain, flips = exam.metrics["gain"]["correct"], exam.metrics["flips"]
-    mean, p = change(gain["mean"], "correct"), p_value(gain["p_value"])
+    gain, changed = exam.metrics["gain"]["correct"], exam.metrics["flips"]
     before, after = (percent(exam.metrics[who]["correct"]) for who in ("base", "tuned"))
     return [
         f"**{name}: {verdict(exam.metrics)}.** {before} → {after} of {exam.total.questions} answers are correct:",
-        f"{mean} points (95 % interval {interval(gain, 'correct')}; p = {p}).",
-        f"{flips['fixed']} fixed, {flips['broken']} broken. It can tell from chance {detectable(exam.metrics)}.",
+        f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}),",
+        f"{changed['fixed']} fixed, {changed['broken']} broken ({p_value(gain['p_value'])}).",
+        f"What it can tell from chance: {detectable(exam.detectable)}.",
         "",
     ]
 
 
-def scores(exam: Exam, general: Exam) -> list[str]:
-    head = ["score", "before", "after", "change", "95 % interval", "p", "general before", "after", "change"]
+def scores(exam: Exam) -> list[str]:
     lines = []
-    for score, gain in exam.metrics["gain"].items():
-        tested = p_value(gain["p_value"]) if "p_value" in gain else ""
-        lines.append(
-            [SCORES[score].name, *moved(score, exam), interval(gain, score), tested, *moved(score, general)],
-        )
-    return table(head, lines)
-
-
-def moved(score: str, exam: Exam) -> list[str]:
-    of_both = [value(exam.metrics[who][score], score) for who in ("base", "tuned")]
-    return [*of_both, change(exam.metrics["gain"][score]["mean"], score)]
+    for name, gain in exam.metrics["gain"].items():
+        before, after = (value(exam.metrics[who][name], name) for who in ("base", "tuned"))
+        chance = p_value(gain["p_value"]) if "p_value" in gain else ""
+        lines.append([SCORES[name].name, before, after, change(gain["mean"], name), interval(gain, name), chance])
+    return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
 
 
 def of_forms(forms: dict[str, Any]) -> list[str]:
-    head = ["form", "correct", "F1", "same answers", "KL in nats", "size"]
+    head = ["form", "correct", "F1", "same answers", "KL", "size"]
     lines = []
     for name, of in forms.items():
         agreement = percent(of["agreement"]) if "agreement" in of else ""
         kl, size = f"{of['kl']:.1g}" if "kl" in of else "", megabytes(of["bytes"]) if "bytes" in of else ""
         lines.append([name, percent(of["correct"]), percent(of["f1"]), agreement, kl, size])
-    told = "Same answers, letter by letter: of merged as tuned, of each GGUF file as merged. KL: how far from merged."
-    return [*table(head, lines), told, ""]
+    return table(head, lines)
 
 
 def fell(exam: Exam) -> list[str]:

@@ -295,13 +295,15 @@ def test_the_tables_for_plots_count_a_question_for_each_of_its_tags(run: Path) -
 
 
 def test_the_summary_names_what_broke_first_and_what_was_fixed_up_to_a_few(run: Path) -> None:
-    write_run([*EXAM, *(asked(n, "no", "yes") for n in range(10, 20))], GENERAL)
+    forgot = [asked(n, "yes", "no" if n < 8 else "yes") for n in range(20)]
+    write_run([*EXAM, *(asked(n, "no", "yes") for n in range(10, 20))], forgot)
     report.main()
     text = Path("metrics/report.md").read_text(encoding="utf-8")
-    assert "- `q2` `Question 2?`: `yes` → `no`, expected `yes`" in text and "- `g2` " in text
+    assert "- `q2` `Question 2?`: `yes` → `no`, expected `yes`" in text
+    assert "falls from 30.0 points on" in text and "## Broken in the general exam: 8" in text  # 6 of 20: p = 0.03
     assert text.index("## Broken: 1") < text.index("## Fixed: 12")
     assert text.count(": `no` → `yes`\n") == 4 and "- and 7 more" in text
-    assert "| model-q8_0.gguf  |  60.0 % | 55.0 % |       90.0 % |      0.001 | 2.5 MB |" in text
+    assert "| model-q8_0.gguf  |  60.0 % | 55.0 % |       90.0 % | 0.001 | 2.5 MB |" in text
 
 
 def test_every_score_that_an_exam_has_is_explained() -> None:
