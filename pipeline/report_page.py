@@ -26,7 +26,10 @@ class Chart:
 
 
 def page(**content: Any) -> str:
-    """HTML. Answers may hold anything: all of `content` is escaped, and no script but the page's own can run."""
+    """HTML of report_page.html, which names the `content` that it shows.
+
+    A model's answers may hold anything: all content is escaped, and no script but the page's own can run.
+    """
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -58,7 +61,7 @@ def loss_chart(curve: list[dict[str, float]], before: float) -> Chart:
 
 
 def ticks(highest: float) -> list[float]:
-    """From 0 on, four to ten of 1, 2 or 5 times a power of ten."""
-    power = 10 ** math.floor(math.log10(highest / 4))
-    step = max(power * times for times in (1, 2, 5) if power * times <= highest / 4)
+    """From 0 on, at most six steps of 1, 2 or 5 times a power of ten."""
+    power = 10 ** math.floor(math.log10(highest / 6))
+    step = min(power * times for times in (1, 2, 5, 10) if power * times >= highest / 6)
     return [round(step * n, 10) for n in range(int(highest / step) + 1)]
