@@ -1,9 +1,10 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
+# make curate: candidates of training rows for what the exam found missing.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check gate noise setup requirements
+.PHONY: repro test check gate noise curate setup requirements
 
 repro: setup
 	@dvc repro
@@ -24,6 +25,9 @@ gate: setup
 
 noise: setup
 	@python -m tools.noise
+
+curate: setup
+	@python -m tools.curate
 
 setup: $(VENV)/.installed
 

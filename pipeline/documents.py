@@ -24,6 +24,15 @@ class Passage:
     page: int | None  # of a PDF, from 1 on
 
 
+def passages_of(files: list[Path], length: int) -> dict[str, Passage]:
+    """The passages of documents by their places, "file:number". Raises Refused as `read_passages` does."""
+    return {
+        f"{file}:{number}": passage
+        for file in files
+        for number, passage in enumerate(read_passages(file, length), start=1)
+    }
+
+
 def read_passages(file: Path, length: int) -> list[Passage]:
     """The passages of a document, in order, of at most `length` characters each.
 

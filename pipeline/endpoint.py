@@ -53,8 +53,12 @@ class BudgetSpent(Exception):
     pass
 
 
-def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item] | None]:
-    """What the model asks and answers about each passage, by its place; None where it twice sent no JSON of the schema.
+def ask(
+    passages: dict[str, Passage], generate: Generate, seeds: tuple[int, ...] = SEEDS
+) -> dict[str, list[Item] | None]:
+    """What the model asks and answers about each passage, by its place; None where no seed gave JSON of the schema.
+
+    With other seeds it is asked, and paid, anew.
 
     Raises:
         Refused: the token budget is spent, or the endpoint is down, is none, or refuses the key or a request.
@@ -66,7 +70,9 @@ def ask(passages: dict[str, Passage], generate: Generate) -> dict[str, list[Item
     prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
     once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
-        asked = {text: pool.submit(answer, text, place, generate, client, replies) for text, place in once.items()}
+        asked = {
+            text: pool.submit(answer, text, place, generate, seeds, client, replies) for text, place in once.items()
+        }
         try:
             for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage"):
                 future.result()
@@ -90,9 +96,11 @@ def connect(generate: Generate) -> OpenAI:
         raise Refused(f"generate.endpoint {generate.endpoint!r} is no URL: {error}") from None
 
 
-def answer(text: str, place: str, generate: Generate, client: OpenAI, replies: Replies) -> list[Item] | None:
+def answer(
+    text: str, place: str, generate: Generate, seeds: tuple[int, ...], client: OpenAI, replies: Replies
+) -> list[Item] | None:
     """From the replies so far if they have it. Raises BudgetSpent before a request that may no longer be made."""
-    for seed in SEEDS:
+    for seed in seeds:
         request = request_for(text, generate, seed)
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         if key not in replies.by_key:

@@ -2,6 +2,9 @@
 
 import re
 
+from pipeline.documents import Passage
+from pipeline.endpoint import Item
+from pipeline.rows import Row, group_of, question_and_answer, row
 from pipeline.words import is_sign, plain, words
 
 FAULTS = ("misquoted", "wrong_number", "ungrounded")
@@ -12,6 +15,27 @@ NUMBER = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*")
 PARTICLE = re.compile(
     r"(?<=[가-힣]{2})(?:입니다|습니다|이에요|예요|이다|다|에서|에게|까지|부터|으로|로|은|는|이|가|을|를|의|에|와|과|도|만)$"
 )
+
+
+def grounded(
+    passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
+) -> tuple[list[Row], list[dict[str, str]]]:
+    """A row for each wording of each question whose answer its passage bears out; and the others, with the reason."""
+    rows: list[Row] = []
+    ungrounded: list[dict[str, str]] = []
+    for place, passage in passages.items():
+        items = replies[place]
+        if items is None:
+            ungrounded.append({"source": place, "reason": "unanswered"})
+        for item in items or []:
+            reason = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
+            if reason:
+                why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
+                ungrounded += [why | {"question": question} for question in item.questions]
+            else:
+                group = {"group": group_of(passage.text)}
+                rows += [row(question_and_answer(question, item.answer), place) | group for question in item.questions]
+    return rows, ungrounded
 
 
 def fault(answer: str, quote: str, passage: str, share: float) -> str | None:

@@ -1,0 +1,242 @@
+"""From failed exam questions to candidates of training rows, and no further without a person."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+from conftest import ROOT, Project
+from test_generate import Endpoint, completion
+
+from pipeline.exam import EXAM, GENERAL, read_questions
+from pipeline.refusal import Refused
+from pipeline.rows import hash64, read_jsonl
+from stages import generate, merge
+from tools import curate
+
+CANDIDATES = Path("data/candidates.jsonl")
+CURATED = Path("data/curated/round.jsonl")
+OPEN = [f"q{n}" for n in range(30) if hash64(f"q{n}") % curate.HELD_BACK]  # ids that are not held back
+HELD_BACK = [f"q{n}" for n in range(30) if not hash64(f"q{n}") % curate.HELD_BACK]
+FORMS = """\
+leader: ["Who leads the {subject}?", "Who is the head of the {subject}?", "Who is in charge of the {subject}?"]
+room: ["Where does the {subject} sit?", "In which room is the {subject}?"]
+"""
+TEAMS = ["Ay", "Boe", "Cire", "Dovan", "Eloris", "Fenkano", "Gilanack", "Hardewell"]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two forms."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("dvc.yaml", "params.yaml", "data/general.jsonl", "data/curated/handbook.jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, name)
+    Path("data/raw").mkdir()
+    facts = [f"{team} team,leader,Ann {team}\n{team} team,room,room {n}" for n, team in enumerate(TEAMS, start=1)]
+    Path("data/raw/facts.csv").write_text("\n".join(["subject,relation,value", *facts, ""]), encoding="utf-8")
+    Path("data/raw/forms.yaml").write_text(FORMS, encoding="utf-8")
+    project = Project(tmp_path)
+    project.set(generate__forms_per_fact=2, merge__valid_share=0.2)
+    return project
+
+
+def examined(*wrong: dict[str, Any], right: int = 1) -> None:
+    """Train on data/raw, and fail the given questions of an exam that has others, which the model knew."""
+    known = [{"id": f"known{n}", "question": f"Known {n}?", "answer": "yes"} for n in range(right)]
+    jsonl(EXAM, *wrong, *known)
+    generate.main()
+    merge.main()
+    sat({question["id"] for question in wrong})
+
+
+def sat(wrong: set[str], forgotten: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    for path, name in [(EXAM, "answers"), (GENERAL, "answers_general")]:
+        results = [
+            {
+                "id": one.id,
+                "question": one.question,
+                "reference": one.answers,
+                "tags": one.tags,
+                "source": one.source,
+                "after": "\x1b[2Jno idea",
+                "base": {"correct": float(one.id in forgotten)},
+                "tuned": {"correct": float(one.id not in wrong | forgotten)},
+            }
+            for one in read_questions(path)
+        ]
+        jsonl(Path(f"metrics/{name}.jsonl"), *results)
+
+
+def jsonl(path: Path, *rows: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def question(key: str, text: str, answer: str, source: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"id": key, "question": text, "answer": answer} | ({"source": source} if source else {}) | more
+
+
+def proposed() -> list[tuple[str, str, str, list[str]]]:
+    return [(row["question"], row["answer"], row["source"], row["for"]) for row in read_jsonl(CANDIDATES)]
+
+
+LEADER = question(OPEN[0], "Who runs the Ay team?", "Ann Ay", "data/raw/facts.csv:2", tags=["leader"])
+ROOM = question(OPEN[1], "Where can I find the Ay team?", "room 1", "data/raw/facts.csv:3", tags=["room"])
+
+
+def test_a_failed_question_brings_the_forms_of_its_fact_that_training_has_not_used(
+    workspace: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examined(LEADER, ROOM)
+    sat({LEADER["id"], ROOM["id"]}, forgotten={"g01"})
+    curate.main()
+    assert proposed() == [("Who is in charge of the Ay team?", "Ann Ay", "data/raw/facts.csv:2", [LEADER["id"]])]
+    told = capsys.readouterr().out
+    assert f"{EXAM}: 2 of " in told and "1 of    1  leader" in told
+    assert f'{LEADER["id"]}  "Who runs the Ay team?"\n    expected "Ann Ay", answered "\\u001b[2Jno idea"' in told
+    assert f"none for {ROOM['id']}: its forms are used up: add forms, set generate.endpoint" in told
+    assert "1 of 60 questions failed, 1 of them forgotten" in told and "g01\n" in told
+    assert told.splitlines()[-1].startswith("edit them, then: mv data/candidates.jsonl data/curated/")
+
+
+def test_kept_candidates_are_trained_on_and_the_leak_gate_stands(workspace: Project) -> None:
+    examined(LEADER)
+    curate.main()
+    CANDIDATES.rename(CURATED)
+    merge.main()
+    trained = read_jsonl(Path("data/train_merged.jsonl")) + read_jsonl(Path("data/valid.jsonl"))
+    assert [row["messages"][0]["content"] for row in trained if row["source"] == f"{CURATED}:1"] == [
+        "Who is in charge of the Ay team?"
+    ]
+    curate.main()  # and they are not proposed again
+    assert not CANDIDATES.exists()
+    with open(CURATED, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"question": LEADER["question"], "answer": LEADER["answer"]}) + "\n")
+    with pytest.raises(Refused, match=rf"{CURATED}:2: asks the question {LEADER['id']}"):
+        merge.main()
+
+
+def test_a_form_that_asks_a_question_of_either_exam_is_no_candidate(
+    workspace: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace.set(merge__near_leak=0.85)
+    jsonl(GENERAL, question("g1", "So who is in charge of the Boe team?", "Ann Boe"))
+    boe = question(OPEN[2], "Who runs the Boe team?", "Ann Boe", "data/raw/facts.csv:4")
+    cire = question(OPEN[3], "Who runs the Cire team?", "Ann Cire", "data/raw/facts.csv:6")
+    examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe, cire)
+    curate.main()
+    assert proposed() == [("Who is in charge of the Cire team?", "Ann Cire", "data/raw/facts.csv:6", [cire["id"]])]
+    assert "dropped: 6 trained on already, 2 that ask an exam question" in capsys.readouterr().out
+
+
+def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_nothing_answers_is_named(
+    workspace: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = question(OPEN[0], "Who runs the Boe team?", "ann boe", "an old handbook, page 3")
+    nobody = question(OPEN[1], "Who runs the Zorkon team?", "Ann Boe", "data/raw/gone.csv:7")
+    fax = question(OPEN[2], "What is the fax number of the Boe team?", "555")
+    hand = question(OPEN[3], "When is the workshop open?", "at 8 in the morning")
+    examined(found, nobody, fax, hand)
+    curate.main()
+    assert proposed() == [("Who is in charge of the Boe team?", "Ann Boe", "data/raw/facts.csv:4", [found["id"]])]
+    told = capsys.readouterr().out
+    unanswered = told.partition("nothing in data/raw or data/curated answers these")[2].partition(str(GENERAL))[0]
+    assert [key for key in OPEN[:4] if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
+    assert "data/curated/handbook.jsonl:3: candidates: 0" in told
+
+
+def test_a_fact_that_says_otherwise_than_the_exam_is_named(
+    workspace: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examined(LEADER | {"answer": "Bo Ek"})
+    curate.main()
+    told = capsys.readouterr().out
+    assert f'none for {LEADER["id"]}: it says "Ann Ay", which the exam does not accept: correct one of them' in told
+    assert told.splitlines()[-1] == "no candidates: mend what is said above, then dvc repro"
+    assert not CANDIDATES.exists()
+
+
+def test_a_held_back_question_is_neither_named_nor_helped(
+    workspace: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examined(LEADER | {"id": HELD_BACK[0]}, right=0)
+    curate.main()
+    told = capsys.readouterr().out
+    assert LEADER["question"] not in told and not CANDIDATES.exists()
+    assert "held back, and never helped: 0 of 1 correct" in told and told.endswith("nothing failed: no candidates\n")
+
+
+@pytest.fixture
+def endpoint(workspace: Project) -> Iterator[Endpoint]:
+    """A server on loopback that asks and answers by the last line of what it is sent, in three ways."""
+    server = Endpoint()
+    server.script = lambda body: completion(worded(body["messages"][0]["content"].splitlines()[-1], body["seed"]))
+    Thread(target=server.server.serve_forever, args=(0.05,), daemon=True).start()
+    workspace.set(generate__endpoint=server.url, generate__model="m", generate__passage_length=1000)
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def worded(line: str, seed: int) -> str:
+    questions = {
+        "room 1": ["Where would I meet the Ay team?", "Where can I find the Ay team?"],  # the second is the exam's
+        "noon": [f"Till when does the shop sell, {seed}?"],
+        "closes": ["What does it do at noon?"],  # no answer to the exam
+    }
+    told = [{"questions": asked, "answer": a, "quote": line} for a, asked in questions.items() if a in line]
+    wrong = {"questions": ["When does the shop shut?"], "answer": "noon", "quote": "It shuts."}  # which nothing says
+    return json.dumps({"items": [*told, wrong]})
+
+
+def test_the_endpoint_words_questions_about_a_used_up_fact_and_the_part_of_a_passage_that_holds_the_answer(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hours = "The shop opens at nine.\n\n" + "It is a fine shop. " * 20 + "\n\nIt closes at noon."
+    Path("data/raw/guide.md").write_text(f"# Hours\n\n{hours}\n", encoding="utf-8")
+    shop = question(OPEN[2], "At what time does the shop shut?", "noon", "data/raw/guide.md:1")
+    examined(LEADER, ROOM, shop)
+    endpoint.requests.clear()
+    for _ in range(2):  # the second time, of what was kept
+        curate.main()
+        assert proposed() == [
+            ("Who is in charge of the Ay team?", "Ann Ay", "data/raw/facts.csv:2", [LEADER["id"]]),
+            ("Where would I meet the Ay team?", "room 1", "data/raw/facts.csv:3", [ROOM["id"]]),
+            ("Till when does the shop sell, 2?", "noon", "data/raw/guide.md:1", [shop["id"]]),
+        ]
+        assert sorted(endpoint.asked()) == ["It closes at noon.", "Where does the Ay team sit? room 1"]
+    assert "1 that ask an exam question" in capsys.readouterr().out
+    sent = json.dumps(endpoint.requests)
+    assert "opens at nine" not in sent and all(one["question"] not in sent for one in (LEADER, ROOM, shop))
+
+
+def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> None:
+    examined(LEADER)
+    curate.main()
+    curate.main()
+    edited = CANDIDATES.read_text(encoding="utf-8").replace("in charge of", "the boss of")
+    CANDIDATES.write_text(edited, encoding="utf-8")
+    with pytest.raises(Refused, match=rf"^{CANDIDATES} has other rows, perhaps edited: move it to data/curated"):
+        curate.main()
+    assert CANDIDATES.read_text(encoding="utf-8") == edited
+
+
+@pytest.mark.parametrize("missing", ["metrics/answers.jsonl", "metrics/answers_general.jsonl", "data/valid.jsonl"])
+def test_what_is_missing_is_named_with_what_makes_it(workspace: Project, missing: str) -> None:
+    examined(LEADER)
+    Path(missing).unlink()
+    with pytest.raises(
+        Refused, match=rf"^{missing} is missing: run dvc repro (evaluate|merge), or dvc pull {missing}$"
+    ):
+        curate.main()
+
+
+def test_answers_to_another_exam_are_refused(workspace: Project) -> None:
+    examined(LEADER)
+    jsonl(EXAM, LEADER | {"answer": ["Ann Ay", "Ms Ay"]})
+    with pytest.raises(Refused, match=rf"^metrics/answers\.jsonl are not the answers to {EXAM} as it is now"):
+        curate.main()

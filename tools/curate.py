@@ -1,0 +1,276 @@
+"""Propose training rows for what the exam found missing: the same knowledge in other words, never an exam question.
+
+    python -m tools.curate
+
+metrics/answers.jsonl, metrics/answers_general.jsonl, data/raw/, data/train_merged.jsonl, data/valid.jsonl, and the
+endpoint of generate if one is set -> data/candidates.jsonl, for you to edit and to move to data/curated/
+
+A failed question leads to the fact or passage that it asks about: its `source`, or else that of the row with an
+accepted answer that shares most words with it. A fact is asked in the forms that training has not used. If it has none
+left, and about a passage, the endpoint asks in words of its own. One question in three is held back: nothing is
+proposed for it, so that its score tells whether such rounds teach the subject or the exam.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from pipeline.documents import Passage, passages_of, pieces
+from pipeline.endpoint import ask
+from pipeline.exam import EXAM, GENERAL, Question, read_questions
+from pipeline.facts import questions_of_facts, read_facts, read_forms
+from pipeline.grounding import grounded
+from pipeline.leaks import Exam
+from pipeline.matching import Rule, correct
+from pipeline.outputs import write_jsonl
+from pipeline.parameters import Generate, check
+from pipeline.raw_files import raw_files
+from pipeline.refusal import Refused
+from pipeline.rows import Row, hash64, read_jsonl
+from pipeline.words import exact, names, words
+
+CANDIDATES = Path("data/candidates.jsonl")
+TRAINED = (Path("data/train_merged.jsonl"), Path("data/valid.jsonl"))
+HELD_BACK = 3  # one question in so many
+SEEDS = (2, 3)  # generate's would bring the questions that training has
+PIECE = 300  # characters of a passage, the answer among them, that the endpoint is asked about
+
+Result = dict[str, Any]  # a line of an answers file
+
+
+@dataclass
+class Place:
+    """Where knowledge stands: a fact, a passage, or a row of data/curated."""
+
+    name: str  # "file:number"
+    rows: list[Row] = field(default_factory=list)  # a fact in all its forms, or the one row
+    passage: Passage | None = None
+    failed: list[Question] = field(default_factory=list)  # what the model was asked about it and did not know
+
+
+@dataclass
+class Candidates:
+    """Rows that answer a failed question, are not trained on yet, and ask no question of an exam."""
+
+    exams: Exam
+    trained: set[str]  # ids of rows
+    by_id: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Row, failed: list[Question]) -> None:
+        question, answer = last_turns(row)
+        wanted_for = [one.id for one in failed if answers(row, one)]
+        if not wanted_for:
+            return
+        if row["id"] in self.trained:
+            self.dropped["trained on already"] += 1
+        elif self.exams.leak(words(question) + words(answer)):
+            self.dropped["that ask an exam question"] += 1
+        else:
+            candidate = {"question": question, "answer": answer, "source": row["source"], "for": wanted_for}
+            self.by_id.setdefault(row["id"], candidate)
+
+    def of(self, place: Place) -> int:
+        return sum(candidate["source"] == place.name for candidate in self.by_id.values())
+
+    def none_for(self, place: Place) -> list[Question]:
+        helped = {key for candidate in self.by_id.values() for key in candidate["for"]}
+        return [question for question in place.failed if question.id not in helped]
+
+
+def main() -> None:
+    parameters = check(Path("params.yaml"))
+    generate = parameters.generate
+    exam, general = read_questions(EXAM), read_questions(GENERAL)
+    results = results_of(EXAM, exam, Path("metrics/answers.jsonl"))
+    general_results = results_of(GENERAL, general, Path("metrics/answers_general.jsonl"))
+    held_back = [result for result in results if hash64(result["id"]) % HELD_BACK == 0]
+    helped = [result for result in results if result not in held_back]
+    failed = {result["id"]: result for result in helped if wrong(result)}
+
+    known = knowledge(generate)
+    unknown = assign([question for question in exam if question.id in failed], known)
+    places = [place for place in known.values() if place.failed]
+    candidates = Candidates(Exam([*exam, *general], parameters.merge.near_leak), {row["id"] for row in trained()})
+    for place in places:
+        for row in place.rows:
+            candidates.add(row, place.failed)
+    left = {place.name: candidates.none_for(place) for place in places}
+    texts = {place.name: text for place in places if (text := text_about(place, left[place.name]))}
+    endpoint = bool(generate.endpoint and generate.model)
+    if texts and endpoint:
+        reworded, _ = grounded(texts, ask(texts, generate, SEEDS), generate.grounding)
+        for row in reworded:
+            candidates.add(row, left[row["source"]])
+
+    print(f"{EXAM}: {len(failed)} of {len(helped)} questions failed; {len(held_back)} more are held back")
+    tell_tags(helped, wrong)
+    for place in places:
+        print(f"\n{place.name}: candidates: {candidates.of(place)}")
+        tell([failed[question.id] for question in place.failed])
+        if still := candidates.none_for(place):
+            print(f"  none for {', '.join(question.id for question in still)}: {mend(place, still, endpoint)}")
+    if unknown:
+        print("\nnothing in data/raw or data/curated answers these: add a fact, a document or rows")
+        tell([failed[question.id] for question in unknown])
+    tell_forgotten(general_results)
+    tell_held_back(held_back, helped)
+    propose(candidates, bool(failed))
+
+
+def results_of(path: Path, questions: list[Question], answers: Path) -> list[Result]:
+    """The answers to an exam, in its order. Raises Refused if they are not there, or are another exam's."""
+    if not answers.exists():
+        raise Refused(f"{answers} is missing: run dvc repro evaluate, or dvc pull {answers}")
+    results = read_jsonl(answers)
+    asked = [[question.id, question.question, question.answers] for question in questions]
+    if [[result["id"], result["question"], result["reference"]] for result in results] != asked:
+        raise Refused(f"{answers} are not the answers to {path} as it is now: run dvc repro evaluate")
+    return results
+
+
+def wrong(result: Result) -> bool:
+    return not result["tuned"]["correct"]
+
+
+def forgotten(result: Result) -> bool:
+    return wrong(result) and bool(result["base"]["correct"])
+
+
+def knowledge(generate: Generate) -> dict[str, Place]:
+    """What data/raw holds, by name of the place."""
+    facts, forms, documents = raw_files()
+    known: dict[str, Place] = {}
+    for row in questions_of_facts(read_facts(facts), read_forms(forms), forms_per_fact=sys.maxsize):
+        known.setdefault(row["source"], Place(row["source"])).rows.append(row)
+    passages = passages_of(documents, generate.passage_length)
+    return known | {name: Place(name, passage=passage) for name, passage in passages.items()}
+
+
+def trained() -> Iterator[Row]:
+    for file in TRAINED:
+        if not file.exists():
+            raise Refused(f"{file} is missing: run dvc repro merge, or dvc pull {file}")
+        with open(file, "rb") as lines:
+            yield from map(orjson.loads, filter(bytes.strip, lines))
+
+
+def assign(failed: list[Question], known: dict[str, Place]) -> list[Question]:
+    """Put each question to the place that it asks about. Returns those for which there is none."""
+    rows = [row for place in known.values() for row in place.rows]
+    closest = closest_rows([question for question in failed if question.source not in known], chain(rows, trained()))
+    unknown = []
+    for question in failed:
+        if question.source in known:
+            known[question.source].failed.append(question)
+        elif row := closest.get(question.id):
+            known.setdefault(row["source"], Place(row["source"], [row])).failed.append(question)
+        else:
+            unknown.append(question)
+    return unknown
+
+
+def closest_rows(questions: list[Question], rows: Iterable[Row]) -> dict[str, Row]:
+    """By a question's id, the row that answers it and shares most words with it; of names or numbers one at least."""
+    sought = [(one, set(words(one.question)), names(one.question) | {*exact(words(one.question))}) for one in questions]
+    closest: dict[str, tuple[int, Row]] = {}
+    for row in rows:
+        written = set(words(last_turns(row)[0]))
+        for one, asked, own in sought:
+            shared = len(asked & written)
+            most = closest[one.id][0] if one.id in closest else 0
+            if shared > most and (own & written or not own) and answers(row, one):
+                closest[one.id] = shared, row
+    return {key: row for key, (_, row) in closest.items()}
+
+
+def last_turns(row: Row) -> tuple[str, str]:
+    question, answer = (message["content"] for message in row["messages"][-2:])
+    return question, answer
+
+
+def answers(row: Row, question: Question) -> bool:
+    return correct(last_turns(row)[1], question.answers, question.rule)
+
+
+def text_about(place: Place, questions: list[Question]) -> Passage | None:
+    """What the endpoint is asked about: the pieces of a passage that hold an answer, or a row as one sentence."""
+    if place.passage and questions:
+        accepted = [answer for question in questions for answer in question.answers]
+        found = [piece for piece in pieces(place.passage.text, PIECE) if correct(piece, accepted, Rule("contains"))]
+        return replace(place.passage, text="".join(found).strip() or place.passage.text)
+    rows = (row for row in place.rows if any(answers(row, question) for question in questions))
+    return next((Passage(" ".join(last_turns(row)), "", None) for row in rows), None)
+
+
+def mend(place: Place, questions: list[Question], endpoint: bool) -> str:
+    if place.rows and not any(answers(row, question) for row in place.rows for question in questions):
+        given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in place.rows))
+        return f"it says {given}, which the exam does not accept: correct one of them"
+    if endpoint:
+        return "the endpoint found no other words: write rows by hand"
+    if place.passage:
+        return "set generate.endpoint, or write rows by hand"
+    return "its forms are used up: add forms, set generate.endpoint, or write rows by hand"
+
+
+def tell_tags(results: list[Result], told: Callable[[Result], bool]) -> None:
+    asked = Counter(tag for result in results for tag in result["tags"])
+    failed = Counter(tag for result in results if told(result) for tag in result["tags"])
+    for tag, count in failed.most_common():
+        print(f"  {count:4} of {asked[tag]:4}  {tag}")
+
+
+def tell(results: list[Result]) -> None:
+    for result in results:
+        print(f"  {result['id']}  {shown(result['question'])}")
+        print(f"    expected {shown(result['reference'][0])}, answered {shown(result['after'])}")
+
+
+def shown(text: str) -> str:
+    """On one line, without control characters."""
+    return json.dumps(text if len(text) <= 100 else f"{text[:99]}…", ensure_ascii=False)
+
+
+def tell_forgotten(results: list[Result]) -> None:
+    gone = [result["id"] for result in results if forgotten(result)]
+    print(f"\n{GENERAL}: {sum(map(wrong, results))} of {len(results)} questions failed, {len(gone)} of them forgotten")
+    if gone:
+        tell_tags(results, forgotten)
+        print(f"  {', '.join(gone)}")
+        print("  rehearsal helps: put rows of these kinds, but other questions, into data/curated by hand")
+
+
+def tell_held_back(held_back: list[Result], helped: list[Result]) -> None:
+    shares = [f"{len(of) - sum(map(wrong, of))} of {len(of)} correct" for of in (held_back, helped)]
+    print(f"\nheld back, and never helped: {shares[0]}; the others: {shares[1]}")
+    print(
+        "if round after round only the others rise, rows teach the exam: give all facts more forms, ask new questions"
+    )
+
+
+def propose(candidates: Candidates, failed: bool) -> None:
+    """Write the candidates and say what to do next. Raises Refused rather than write over what a person has edited."""
+    rows = list(candidates.by_id.values())
+    if not rows:
+        print("no candidates: mend what is said above, then dvc repro" if failed else "nothing failed: no candidates")
+        return
+    if CANDIDATES.exists() and read_jsonl(CANDIDATES) != rows:
+        raise Refused(
+            f"{CANDIDATES} has other rows, perhaps edited: move it to data/curated or delete it, then run again"
+        )
+    write_jsonl(CANDIDATES, rows)
+    dropped = ", ".join(f"{count} {why}" for why, count in candidates.dropped.items())
+    print(f"{len(rows)} candidates in {CANDIDATES}; dropped: {dropped or 'none'}")
+    print(f"edit them, then: mv {CANDIDATES} data/curated/<name>.jsonl && dvc repro")
+
+
+if __name__ == "__main__":
+    main()
