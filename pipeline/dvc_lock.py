@@ -19,7 +19,7 @@ def hashes(paths: list[str], reader: str) -> dict[str, str]:
     locked = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     stages = [locked[name] for name in locked if name != reader]  # the reader's own entry is of its last run
     entries = [entry for part in ("deps", "outs") for stage in stages for entry in stage.get(part, [])]
-    known = {entry["path"]: entry["md5"] for entry in entries}
+    known = {entry["path"]: entry["md5"] for entry in entries if entry["path"] in paths}
     if missing := [path for path in paths if path not in known]:
         raise Refused(f"dvc.lock has no hash of {', '.join(missing)}: run dvc repro")
     return {path: known[path] for path in paths}

@@ -18,9 +18,9 @@ SCORES = {
     "f1": Score("F1", "%", "words shared with the accepted answer"),
     "chrf": Score("chrF", "%", "runs of characters shared with it"),
     "rouge_l": Score("ROUGE-L", "%", "words shared with it in the same order"),
-    "answer_nll": Score("Loss", "nats per token", "how unexpected the accepted answer is; lower is better"),
+    "answer_nll": Score("Loss", "nats per token", "of the accepted answer: how unexpected it is; lower is better"),
     "stopped": Score("Stopped", "%", "ended by themselves, not by the limit of length"),
-    "characters": Score("Length", "characters", "of an answer; neither more nor less is better"),
+    "characters": Score("Length", "characters", "of an answer; more is neither better nor worse"),
 }
 
 

@@ -52,7 +52,10 @@ def scores(exam: Exam) -> list[str]:
     for name, gain in exam.metrics["gain"].items():
         before, after = (value(exam.metrics[who][name], name) for who in ("base", "tuned"))
         chance = p_value(gain["p_value"]) if "p_value" in gain else ""
-        lines.append([SCORES[name].name, before, after, change(gain["mean"], name), interval(gain, name), chance])
+        unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
+        lines.append(
+            [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
+        )
     return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
 
 
