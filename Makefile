@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 repro: setup
 	@dvc repro
-	@python -m tools.summary
+	@cat metrics/report.md
 
 test: $(VENV)/.dev
 	@ruff check .
@@ -42,6 +42,8 @@ $(VENV)/.installed: requirements.txt llama.cpp/source.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
 	pip install --requirement requirements-dev.txt
+	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit; done; \
+		playwright install chromium
 	@touch $@
 
 # The local version (torch's +cpu) would keep GPU machines from the CUDA build of the same release.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.markdown import quoted, table
+
 MEANING = {
     "read": "came in",
     "invalid": "cannot be used",
@@ -83,15 +85,5 @@ def same_question(count: int, conflicts: list[list[str]]) -> list[str]:
     ]
 
 
-def table(head: list[str], lines: list[list[Any]]) -> list[str]:
-    return [f"| {' | '.join(map(str, line))} |" for line in [head, ["---"] * len(head), *lines]] + [""]
-
-
 def share(n: int, of: int) -> str:
     return f"{n / of:.1%}" if of else ""
-
-
-def quoted(row: str) -> str:
-    """The beginning of a row, which may hold anything, as one line of code."""
-    line = "".join(filter(str.isprintable, " ".join(row.split())[:200])).replace("`", "'")
-    return f"`{line}`" if line else ""

@@ -41,7 +41,7 @@ class Project:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # pytest-xdist's workers ignore it, and so would what they start.
+                # A shell's background job ignores it, and so would what it starts.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             while not any(int(path.name[11:]) >= step for path in self.checkpoints()):

@@ -28,7 +28,8 @@ SYSTEM = {"role": "system", "content": "Answer shortly."}
 @pytest.fixture
 def curated(project: Project) -> Project:
     """A clone with no rows but enough generated ones for both sides of the split."""
-    Path("data/curated/handbook.jsonl").unlink()
+    for file in Path("data/curated").iterdir():
+        file.unlink()
     jsonl(Path("data/train.jsonl"), *[made(f"Filler {n}?", f"data/raw/facts.csv:{n}") for n in range(200)])
     return project
 
@@ -506,7 +507,7 @@ def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path)
         ({"id": "b", "question": "Q?", "answer": [1]}, "must be text, and not empty"),
         ({"id": "b", "question": "Q?", "answer": ["x", " "]}, "must be text, and not empty"),
         ({"id": "b", "question": "Q?", "answer": []}, "must be text, and not empty"),
-        (good, "id 'a' is used twice"),
+        (good, "the id is that of"),
         ("{", "JSON"),
     ]:
         exam.write_text(json.dumps(good) + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)), encoding="utf-8")

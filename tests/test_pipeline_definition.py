@@ -55,7 +55,8 @@ def test_there_is_a_module_for_every_stage_and_a_stage_for_every_module() -> Non
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
     file = ROOT / "stages" / f"{name}.py"
-    modules = imported_modules(file)
+    # With the .html, .css and .js beside a module, that it reads.
+    modules = {part for module in imported_modules(file) for part in module.parent.glob(f"{module.stem}.*")}
     scripts = {
         f"llama.cpp/{part}"
         for script, parts in RUNS_SCRIPTS.items()
@@ -63,7 +64,9 @@ def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
         for part in parts
     }
     code = {str(path.relative_to(ROOT)) for path in modules} | scripts
-    declared = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py") or dep.startswith("llama.cpp/")}
+    declared = {
+        dep for dep in STAGES[name]["deps"] if dep.endswith(".py") or dep.startswith(("llama.cpp/", "pipeline/"))
+    }
     assert declared == code | {f"stages/{name}.py", "stages/__init__.py"}
     assert "requirements.txt" in STAGES[name]["deps"]
 

@@ -1,0 +1,95 @@
+"""metrics/report.md: the report in short, for a pull request and the terminal."""
+
+from typing import Any
+
+from pipeline.markdown import quoted, table
+from pipeline.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, value, verdict
+from pipeline.side_by_side import Exam, Item
+
+NAMED = 50  # questions that broke, at most
+EXAMPLES = 5  # of others
+WIDEST = 60  # characters of a question or an answer
+
+
+def summary(exam: Exam, general: Exam, forms: dict[str, Any]) -> str:
+    """Markdown. `forms` are the scores of base, tuned, merged and each GGUF file."""
+    return "\n".join(
+        [
+            f"# {exam.total.before} → {exam.total.after} of {exam.total.questions} answers correct",
+            "",
+            *headline("The exam", exam),
+            *scores(exam),
+            *headline("The general exam, of what it should not forget", general),
+            *scores(general),
+            "**Every form of the model.** Same answers, letter by letter: of merged as tuned, of GGUF files as merged.",
+            "KL: how far its next-token probabilities are from merged's, in nats.",
+            "",
+            *of_forms(forms),
+            *fell(exam),
+            *flips("Broken", exam.of("broken"), NAMED),
+            *flips("Broken in the general exam", general.of("broken"), EXAMPLES),
+            *flips("Fixed", exam.of("fixed"), EXAMPLES),
+            "All answers side by side: metrics/report.html",
+            "",
+        ]
+    )
+
+
+def headline(name: str, exam: Exam) -> list[str]:
+    gain, changed = exam.metrics["gain"]["correct"], exam.metrics["flips"]
+    before, after = (percent(exam.metrics[who]["correct"]) for who in ("base", "tuned"))
+    return [
+        f"**{name}: {verdict(exam.metrics)}.** {before} → {after} of {exam.total.questions} answers are correct:",
+        f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}),",
+        f"{changed['fixed']} fixed, {changed['broken']} broken ({p_value(gain['p_value'])}).",
+        f"What it can tell from chance: {detectable(exam.detectable)}.",
+        "",
+    ]
+
+
+def scores(exam: Exam) -> list[str]:
+    lines = []
+    for name, gain in exam.metrics["gain"].items():
+        before, after = (value(exam.metrics[who][name], name) for who in ("base", "tuned"))
+        chance = p_value(gain["p_value"]) if "p_value" in gain else ""
+        unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
+        lines.append(
+            [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
+        )
+    return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
+
+
+def of_forms(forms: dict[str, Any]) -> list[str]:
+    head = ["form", "correct", "F1", "same answers", "KL", "size"]
+    lines = []
+    for name, of in forms.items():
+        agreement = percent(of["agreement"]) if "agreement" in of else ""
+        kl, size = f"{of['kl']:.1g}" if "kl" in of else "", megabytes(of["bytes"]) if "bytes" in of else ""
+        lines.append([name, percent(of["correct"]), percent(of["f1"]), agreement, kl, size])
+    return table(head, lines)
+
+
+def fell(exam: Exam) -> list[str]:
+    tags = [tag for tag in exam.tags if tag.after < tag.before]
+    lines = [[quoted(tag.tag), tag.questions, tag.before, tag.after] for tag in tags]
+    return ["## Tags that fell", "", *table(["tag", "questions", "correct before", "after"], lines)] if tags else []
+
+
+def flips(name: str, items: list[Item], longest: int) -> list[str]:
+    more = len(items) - longest
+    return [
+        f"## {name}: {len(items)}",
+        "",
+        *(f"- {shown(item.id)} {shown(item.question)}: {answers(item)}" for item in items[:longest]),
+        *([f"- and {more} more"] if more > 0 else []),
+        *([""] if items else []),
+    ]
+
+
+def answers(item: Item) -> str:
+    before, after = shown(item.before.text) or "nothing", shown(item.after.text) or "nothing"
+    return f"{before} → {after}" + ("" if item.after.correct else f", expected {shown(item.reference[0])}")
+
+
+def shown(text: str) -> str:
+    return quoted(text, WIDEST)

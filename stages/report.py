@@ -1,0 +1,92 @@
+"""Tell what changed: a page for the browser, a summary for a pull request and the terminal, tables for `dvc plots`.
+
+    python -m stages.report
+
+what the stages before have measured, data/questions.jsonl, data/general.jsonl, models/base.json, params.yaml ->
+metrics/report.html, metrics/report.md, metrics/tags.csv (correct answers by tag), metrics/forms.csv (of every form that
+the model takes)
+"""
+
+import csv
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.dvc_lock import hashes
+from pipeline.exam import EXAM, GENERAL, read_questions
+from pipeline.outputs import whole
+from pipeline.refusal import Refused, run
+from pipeline.report_page import loss_chart, page
+from pipeline.report_summary import summary
+from pipeline.rows import read_jsonl
+from pipeline.side_by_side import Exam, side_by_side
+
+# What identifies the run. The commit cannot: it holds dvc.lock, and with it the hash of the page.
+IDENTITY = [str(EXAM), str(GENERAL), "data/train_merged.jsonl", "data/valid.jsonl", "outputs/adapter", "models/gguf"]
+
+
+def main() -> None:
+    of_files = read_jsonl(existing("metrics/answers_gguf.jsonl"))
+    exam = sat("exam", EXAM, "metrics/answers.jsonl", of_files, "metrics/evaluate.json")
+    general = sat("general", GENERAL, "metrics/answers_general.jsonl", [], "metrics/general.json")
+    forms = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read("metrics/gguf.json")}
+    train = read("metrics/train.json")
+    with open(existing("metrics/loss.csv"), encoding="utf-8") as file:
+        curve = [{name: float(number) for name, number in point.items()} for point in csv.DictReader(file)]
+    html = page(
+        exams=[exam, general],
+        forms=forms,
+        train=train,
+        loss=loss_chart(curve, train["loss"]["before"]),
+        data=read("metrics/data.json"),
+        lengths=read("metrics/lengths.json"),
+        base=read("models/base.json"),
+        hashes=hashes(IDENTITY, reader="report"),
+        parameters=existing("params.yaml").read_text(encoding="utf-8"),
+    )
+    write("metrics/report.html", html)
+    write("metrics/report.md", summary(exam, general, forms))
+    write_csv("metrics/tags.csv", ["exam", "tag", "questions", "form", "correct"], tags([exam, general]))
+    write_csv("metrics/forms.csv", ["form", "score", "value"], scores(forms))
+
+
+def sat(name: str, questions: Path, answers: str, of_files: list[Any], metrics: str) -> Exam:
+    items = side_by_side(read_questions(existing(str(questions))), read_jsonl(existing(answers)), of_files)
+    return Exam(name, read(metrics), items)
+
+
+def existing(path: str) -> Path:
+    if not Path(path).exists():
+        raise Refused(f"{path} is missing: run dvc repro, or dvc pull")
+    return Path(path)
+
+
+def read(path: str) -> Any:
+    return json.loads(existing(path).read_text(encoding="utf-8"))
+
+
+def tags(exams: list[Exam]) -> Iterable[list[Any]]:
+    for exam in exams:
+        for tally in [exam.total, *exam.tags]:
+            yield [exam.name, tally.tag, tally.questions, "before", f"{tally.before / tally.questions:.4f}"]
+            yield [exam.name, tally.tag, tally.questions, "after", f"{tally.after / tally.questions:.4f}"]
+
+
+def scores(forms: dict[str, Any]) -> Iterable[list[Any]]:
+    for form, of in forms.items():
+        yield from ([form, score, f"{of[score]:.4f}"] for score in ("correct", "exact_match", "f1"))
+
+
+def write(path: str, text: str) -> None:
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_csv(path: str, head: list[str], lines: Iterable[list[Any]]) -> None:
+    with whole(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([head, *lines])
+
+
+if __name__ == "__main__":
+    run(main)
