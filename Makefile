@@ -3,7 +3,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check setup requirements
+.PHONY: repro test check gate noise setup requirements
 
 repro: setup
 	@dvc repro
@@ -17,6 +17,13 @@ test: $(VENV)/.dev
 
 check: setup
 	@python -m tools.check
+
+REVISION := HEAD
+gate: setup
+	@python -m tools.gate $(REVISION)
+
+noise: setup
+	@python -m tools.noise
 
 setup: $(VENV)/.installed
 

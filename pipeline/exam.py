@@ -1,13 +1,16 @@
-"""The exam: its questions and what answers to them look like."""
+"""The exams: their questions and what answers to them look like."""
 
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline.matching import EXACT, Rule, correct, normalise, read_rule
 from pipeline.refusal import Refused
 from pipeline.rows import read_lines
 
-EXAM = Path("data/questions.jsonl")
+EXAM = Path("data/questions.jsonl")  # what the model is trained for
+GENERAL = Path("data/general.jsonl")  # what it should not forget
+KEYS = ["id", "question", "answer", "tags", "match", "source"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class Question:
     question: str
     answers: list[str]  # all that are accepted
     source: str
+    tags: list[str] = field(default_factory=list)
+    rule: Rule = EXACT
 
 
 @dataclass(frozen=True)
@@ -25,21 +30,45 @@ class Answer:
     nll: float  # of the first accepted answer and the token that ends it: mean nats per token
 
 
-def read_questions(path: Path = EXAM) -> list[Question]:
-    """Raises Refused, naming the line, if a question lacks an id, a question or an answer, or repeats an id."""
-    questions: dict[str, Question] = {}
+def read_questions(path: Path) -> list[Question]:
+    """Raises Refused, naming the line, if a question is incomplete, repeats another or contradicts its own answer."""
+    places: dict[tuple[str, str], str] = {}
+    questions = []
     for place, content in read_lines(path):
-        match content:
-            case {"id": str(key), "question": str(text), "answer": str() | list() as answer}:
-                answers = answer if isinstance(answer, list) else [answer]
-            case _:
-                raise Refused(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
-        if not answers or not all(isinstance(part, str) and part.strip() for part in [text, *answers]):
-            raise Refused(f"{place}: the question and each accepted answer must be text, and not empty")
-        if key in questions:
-            raise Refused(f"{place}: the id {key!r} is used twice")
-        text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
-        questions[key] = Question(key, text, answers, content.get("source", place))
+        question = read_question(place, content)
+        for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()))]:
+            if earlier := places.get((name, value)):
+                raise Refused(f"{place}: the {name} is that of {earlier}: each stands once in an exam")
+            places[name, value] = place
+        questions.append(question)
     if not questions:
         raise Refused(f"{path}: the exam has no questions")
-    return list(questions.values())
+    return questions
+
+
+def read_question(place: str, content: object) -> Question:
+    match content:
+        case {"id": str(key), "question": str(text), "answer": str() | list() as answer, **rest}:
+            answers = answer if isinstance(answer, list) else [answer]
+        case _:
+            raise Refused(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
+    if unknown := [key for key in rest if key not in KEYS]:
+        raise Refused(f"{place}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
+    if not answers or not all(isinstance(part, str) and part.strip() for part in [text, *answers]):
+        raise Refused(f"{place}: the question and each accepted answer must be text, and not empty")
+    tags, source = rest.get("tags", []), rest.get("source", place)
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
+        raise Refused(f'{place}: tags are a list of names, such as ["price", "products"]')
+    if not isinstance(source, str):
+        raise Refused(f'{place}: source is text, such as "data/raw/facts.csv:2"')
+    text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
+    rule = read_rule(rest.get("match", "exact"), place)
+    for accepted in answers:
+        if rule.kind in ("exact", "contains") and not normalise(accepted):
+            raise Refused(
+                f"{place}: articles and punctuation do not count, and the answer {accepted!r} is nothing else: "
+                f'use "match": {{"regex": ...}}'
+            )
+        if not correct(accepted, [accepted], rule):
+            raise Refused(f"{place}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})")
+    return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule)

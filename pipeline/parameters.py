@@ -107,12 +107,20 @@ class Train(Section):
 class Evaluate(Section):
     max_new_tokens: Positive
     batch_size: Positive
+    repeats: Annotated[int, Field(ge=2)]
 
 
 class Gguf(Section):
     quantize: list[Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]]
     num_ctx: Positive
     temperature: Annotated[float, Field(ge=0)]
+
+
+class Gate(Section):
+    floors: dict[str, float]
+    falls: dict[str, Annotated[float, Field(ge=0)]]
+    gguf_lag: Annotated[float, Field(ge=0, le=1)]
+    general_fall: Annotated[float, Field(ge=0, le=1)]
 
 
 class Parameters(Section):
@@ -125,6 +133,7 @@ class Parameters(Section):
     train: Train
     evaluate: Evaluate
     gguf: Gguf
+    gate: Gate
 
 
 def load(stage: str) -> Parameters:

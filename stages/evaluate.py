@@ -1,9 +1,10 @@
-"""Let the tuned model sit the exam that the base sat, and compare.
+"""Let the tuned model sit the exams that the base sat, and compare.
 
     python -m stages.evaluate
 
-models/base.json, outputs/adapter/, data/questions.jsonl, metrics/answers_base.jsonl -> metrics/evaluate.json,
-metrics/answers.jsonl
+models/base.json, outputs/adapter/, data/questions.jsonl, data/general.jsonl, metrics/answers_base.jsonl,
+metrics/answers_general_base.jsonl -> metrics/evaluate.json, metrics/answers.jsonl (the exam), metrics/general.json,
+metrics/answers_general.jsonl (the general exam: what was forgotten)
 """
 
 from pathlib import Path
@@ -12,20 +13,21 @@ from typing import Any
 from pipeline.answers import sit
 from pipeline.base import located, require_same_base
 from pipeline.chat_template import load_tokenizer
-from pipeline.exam import read_questions
+from pipeline.exam import EXAM, GENERAL, Answer, Question, read_questions
+from pipeline.gain import comparison
 from pipeline.models import load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import run
 from pipeline.rows import read_jsonl
-from pipeline.scores import graded, mcnemar, means, paired_bootstrap
+from pipeline.scores import graded
 
 ADAPTER = Path("outputs/adapter")
 
 
 def main() -> None:
     parameters = load("evaluate")
-    questions = read_questions()
+    exam, general = read_questions(EXAM), read_questions(GENERAL)
     folder, base = located()
     require_same_base(ADAPTER, base)
     device = pick_device(parameters.base.device)
@@ -34,43 +36,28 @@ def main() -> None:
     answers = sit(
         model,
         load_tokenizer(folder),
-        questions,
+        [*exam, *general],
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
-    of_base = {row["id"]: row for row in read_jsonl(Path("metrics/answers_base.jsonl"))}
-    before = [of_base[question.id] for question in questions]
-    after = list(map(graded, questions, answers))
-    write_jsonl("metrics/answers.jsonl", map(side_by_side, before, after))
-    write_json("metrics/evaluate.json", comparison(before, after))
+    compare(exam, answers[: len(exam)], "answers_base", "answers", "evaluate")
+    compare(general, answers[len(exam) :], "answers_general_base", "answers_general", "general")
+
+
+def compare(questions: list[Question], answers: list[Answer], before: str, after: str, metrics: str) -> None:
+    """metrics/`before`.jsonl and the tuned model's answers -> metrics/`after`.jsonl, metrics/`metrics`.json."""
+    of_base = {row["id"]: row for row in read_jsonl(Path(f"metrics/{before}.jsonl"))}
+    rows = [side_by_side(of_base[q.id], graded(q, answer)) for q, answer in zip(questions, answers, strict=True)]
+    write_jsonl(f"metrics/{after}.jsonl", rows)
+    write_json(f"metrics/{metrics}.json", comparison([row["base"] for row in rows], [row["tuned"] for row in rows]))
 
 
 def side_by_side(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    return {key: after[key] for key in ("id", "question", "reference", "source")} | {
+    return {key: after[key] for key in ("id", "question", "reference", "match", "tags", "source")} | {
         "before": before["answer"],
         "after": after["answer"],
         "base": before["scores"],
         "tuned": after["scores"],
-    }
-
-
-def comparison(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, Any]:
-    """The scores of both, the gain in exact match with its 95 % interval and p-value, and the answers that flipped."""
-    base, tuned = ([row["scores"] for row in rows] for rows in (before, after))
-    was, now = ([scores["exact_match"] for scores in rows] for rows in (base, tuned))
-    low, high = paired_bootstrap(was, now)
-    fixed = sum(new > old for old, new in zip(was, now, strict=True))
-    broken = sum(new < old for old, new in zip(was, now, strict=True))
-    return {
-        "base": means(base),
-        "tuned": means(tuned),
-        "gain": {
-            "exact_match": means(tuned)["exact_match"] - means(base)["exact_match"],
-            "low": low,
-            "high": high,
-            "p_value": mcnemar(fixed, broken),
-        },
-        "flips": {"fixed": fixed, "broken": broken},
     }
 
 

@@ -1,14 +1,15 @@
-"""Let the untrained base sit the exam.
+"""Let the untrained base sit both exams.
 
     python -m stages.evaluate_base
 
-models/base.json, data/questions.jsonl -> metrics/answers_base.jsonl
+models/base.json, data/questions.jsonl, data/general.jsonl -> metrics/answers_base.jsonl,
+metrics/answers_general_base.jsonl
 """
 
 from pipeline.answers import sit
 from pipeline.base import located
 from pipeline.chat_template import load_tokenizer
-from pipeline.exam import read_questions
+from pipeline.exam import EXAM, GENERAL, read_questions
 from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_jsonl
 from pipeline.parameters import load
@@ -18,7 +19,7 @@ from pipeline.scores import graded
 
 def main() -> None:
     parameters = load("evaluate_base")
-    questions = read_questions()
+    exam, general = read_questions(EXAM), read_questions(GENERAL)
     folder, _ = located()
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
@@ -26,11 +27,12 @@ def main() -> None:
     answers = sit(
         model,
         load_tokenizer(folder),
-        questions,
+        [*exam, *general],
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
-    write_jsonl("metrics/answers_base.jsonl", map(graded, questions, answers))
+    write_jsonl("metrics/answers_base.jsonl", map(graded, exam, answers[: len(exam)]))
+    write_jsonl("metrics/answers_general_base.jsonl", map(graded, general, answers[len(exam) :]))
 
 
 if __name__ == "__main__":

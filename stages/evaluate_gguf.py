@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.answers import prompt, sit
 from pipeline.base import located
 from pipeline.chat_template import control_tokens, load_tokenizer
-from pipeline.exam import Question, read_questions
+from pipeline.exam import EXAM, Question, read_questions
 from pipeline.llama_cpp import Server, run_script, served
+from pipeline.matching import correct
 from pipeline.models import pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
@@ -39,7 +40,7 @@ N_PROBS = 128  # likeliest tokens that llama.cpp tells at each position; all oth
 
 def main() -> None:
     parameters = load("evaluate_gguf")
-    questions = read_questions()
+    questions = read_questions(EXAM)
     reproducible(0, parameters.threads)
     tokenizer = load_tokenizer(MERGED)
     model = load_merged(pick_device(parameters.base.device), parameters.base.compute_dtype)
@@ -114,6 +115,7 @@ def sit_in_llama_cpp(server: Server, prompts: list[list[int]], length: int, name
 def scores(answers: list[str], questions: list[Question]) -> dict[str, float]:
     pairs = list(zip(answers, questions, strict=True))
     return {
+        "correct": fmean(correct(answer, question.answers, question.rule) for answer, question in pairs),
         "exact_match": fmean(exact_match(answer, question.answers) for answer, question in pairs),
         "f1": fmean(f1(answer, question.answers) for answer, question in pairs),
     }

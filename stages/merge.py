@@ -2,8 +2,8 @@
 
     python -m stages.merge
 
-data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl ->
-data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why),
+data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl,
+data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why),
 data/conflicts.jsonl (sources of rows with the same question and another answer), metrics/data.json, metrics/data.md
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.checked_rows import CheckedRows, Chunk, checked
 from pipeline.data_page import page
-from pipeline.exam import EXAM, read_questions
+from pipeline.exam import EXAM, GENERAL, read_questions
 from pipeline.formats import KINDS, kind
 from pipeline.near_duplicates import first_of_each, near_duplicates
 from pipeline.outputs import whole, write_json, write_jsonl
@@ -47,7 +47,8 @@ def main() -> None:
         )
         quarantine = stack.enter_context(closing(Quarantine(aside)))
         files = [*curated_files(), GENERATED]
-        chunks = stack.enter_context(closing(checked(files, GENERATED, read_questions(), parameters.merge)))
+        exams = [*read_questions(EXAM), *read_questions(GENERAL)]
+        chunks = stack.enter_context(closing(checked(files, GENERATED, exams, parameters.merge)))
         rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
         fates, repeated = decide(rows, parameters.merge)
         require_both_sides(fates, parameters.merge.valid_share)

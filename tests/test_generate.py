@@ -18,7 +18,7 @@ from conftest import ROOT, Project
 
 from pipeline import endpoint
 from pipeline.documents import Passage, read_passages
-from pipeline.exam import read_questions
+from pipeline.exam import EXAM, read_questions
 from pipeline.facts import read_forms
 from pipeline.grounding import fault
 from pipeline.llama_cpp import run_script, served
@@ -77,7 +77,7 @@ def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Pro
         for form in relation
     }
     known = {" ".join(words(form)) for relation in read_yaml(TINY / "recipe/forms.yaml").values() for form in relation}
-    questions = read_questions()
+    questions = read_questions(EXAM)
     assert 64 <= len(questions) <= 128
     for question in questions:
         assert subjects[question.source] in question.question

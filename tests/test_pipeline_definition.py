@@ -88,7 +88,9 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
         return {path for path in every if project.run("git", "check-ignore", "-q", path, check=False).returncode == 0}
 
     every = [path for stage in STAGES.values() for path in outputs(stage)]
-    committed = {f"metrics/{name}.json" for name in ("generate", "data", "lengths", "train", "evaluate", "gguf")}
+    committed = {
+        f"metrics/{name}.json" for name in ("generate", "data", "lengths", "train", "evaluate", "general", "gguf")
+    }
     assert ignored() == set(every) - committed
     assert all((project.folder / path).exists() for path in committed)
     (project.folder / "data/raw/facts.csv").write_text("not,facts\nA,b\n", encoding="utf-8")

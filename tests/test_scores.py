@@ -1,8 +1,19 @@
-import math
+"""What counts as correct, how an answer is scored, and what a gain is worth."""
 
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
-from pipeline.scores import chrf, exact_match, f1, mcnemar, paired_bootstrap
+from pipeline.exam import EXAM, GENERAL, Question, read_questions
+from pipeline.gain import bootstrap, comparison, detectable, mcnemar
+from pipeline.matching import correct, read_rule
+from pipeline.refusal import Refused
+from pipeline.scores import chrf, exact_match, f1, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -18,7 +29,69 @@ from pipeline.scores import chrf, exact_match, f1, mcnemar, paired_bootstrap
     ],
 )
 def test_exact_match_is_squads(answer: str, accepted: list[str], matches: bool) -> None:
-    assert exact_match(answer, accepted) == matches
+    assert exact_match(answer, accepted) == matches == correct(answer, accepted, read_rule("exact", ""))
+
+
+@pytest.mark.parametrize(
+    ("rule", "accepted", "right", "wrong"),
+    [
+        ("contains", ["steel"], ["It is made of steel.", "Steel"], ["stainless-steely", "iron", ""]),
+        ("contains", ["room B2"], ["in the room, B2!"], ["B2 is a room", "room B21"]),
+        ("contains", ["김서연"], ["팀장은 김서연입니다"], ["팀장은 김서준입니다"]),
+        ("number", ["34 desks"], ["34", "It has 34.0", "thirty-four: 34", "3.4e1"], ["33", "340", "-34", "desks", ""]),
+        ("number", ["1,250.5"], ["1250.5 euros"], ["1250", "1.250,5"]),
+        ("number", ["-5"], ["\u22125 degrees", "-5.0"], ["5", "2-5"]),
+        ({"number": 0.5}, ["20"], ["20.5", "19.5", "about 20"], ["20.51", "19"]),
+        ({"number": 0.1}, ["0.2"], ["0.3", "0.1"], ["0.31"]),
+        ({"regex": r"^(?i:yes)\b"}, ["Yes, always"], ["yes", "YES."], ["No, yes", ""]),
+        (
+            "json",
+            ['{"a": 1, "b": [true]}'],
+            ['{"b":[true],"a":1.0}', '```json\n{"a": 1, "b": [true]}\n```'],
+            ['{"a": 1}'],
+        ),
+        ("json", ["1"], ["1.0"], ["true", "NaN", '"1"', "one", "[" * 5000]),
+    ],
+)
+def test_a_match_rule_tells_right_from_wrong(
+    rule: Any, accepted: list[str], right: list[str], wrong: list[str]
+) -> None:
+    assert [answer for answer in right if not correct(answer, accepted, read_rule(rule, ""))] == []
+    assert [answer for answer in wrong if correct(answer, accepted, read_rule(rule, ""))] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"match": "contain"}, 'match is "contain"; accepted: "exact", "contains"'),
+        ({"match": {"number": -1}}, "match is"),
+        ({"match": {"number": 1, "unit": "m"}}, "match is"),
+        ({"match": {"regex": "("}}, "the regex '(' cannot be read"),
+        ({"match": {"regex": "^B"}}, "the answer 'it' is not correct by the question's own match (regex)"),
+        ({"match": "number"}, "the answer 'it' is not correct by the question's own match (number)"),
+        ({"match": "json"}, "the answer 'it' is not correct by the question's own match (json)"),
+        ({"answer": ["b", "A"]}, "articles and punctuation do not count, and the answer 'A' is nothing else"),
+        ({"tag": ["a"]}, "'tag' is no key of a question; accepted: id, question, answer, tags, match, source"),
+        ({"tags": "a"}, "tags are a list"),
+        ({"source": 3}, "source is text"),
+        ({"id": "q1"}, "the id is that of"),
+        ({"question": " what IS it?"}, "the question is that of"),
+    ],
+)
+def test_a_question_that_cannot_be_scored_is_refused_by_its_line(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    first = {"id": "q1", "question": "What is it?", "answer": "B"}
+    second = {"id": "q2", "question": "Which one?", "answer": "it"} | change
+    (tmp_path / "exam.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n", encoding="utf-8")
+    with pytest.raises(Refused, match=re.escape(f"exam.jsonl:2: {said}")):
+        read_questions(tmp_path / "exam.jsonl")
+
+
+@pytest.mark.parametrize("path", [EXAM, GENERAL, Path("recipes/general.jsonl")])
+def test_every_exam_that_ships_can_be_read(path: Path) -> None:
+    questions = read_questions(path)
+    assert len(questions) >= 50 and all(isinstance(question, Question) and question.tags for question in questions)
 
 
 def test_f1_counts_words_and_in_korean_characters() -> None:
@@ -30,13 +103,19 @@ def test_f1_counts_words_and_in_korean_characters() -> None:
     assert chrf("room B267", ["room B267"]) == 1 and 0 < chrf("room B263", ["room B267"]) < 1
 
 
+def test_rouge_l_counts_words_in_their_order() -> None:
+    assert rouge_l("Ivanov, Felix", ["Felix Ivanov"]) == pytest.approx(0.5) != f1("Ivanov, Felix", ["Felix Ivanov"])
+    assert rouge_l("연서김", ["김서연"]) == pytest.approx(1 / 3)
+    assert rouge_l("", ["a b"]) == 0 and rouge_l("x", ["y", "x"]) == 1
+
+
 def test_the_interval_of_a_gain_covers_it_and_is_the_same_every_time() -> None:
-    before, after = [0.0] * 60 + [1.0] * 40, [1.0] * 50 + [0.0] * 10 + [1.0] * 30 + [0.0] * 10
-    low, high = paired_bootstrap(before, after)
-    assert low < 0.4 < high and (low, high) == paired_bootstrap(before, after)
+    differences = np.array([1.0] * 50 + [-1.0] * 10 + [0.0] * 40)
+    low, high = bootstrap(differences)
+    assert low < 0.4 < high and (low, high) == bootstrap(differences)
     # the normal approximation of a paired difference: mean 0.4, standard error sqrt(0.44 / 100)
     assert low == pytest.approx(0.4 - 1.96 * math.sqrt(0.0044), abs=0.02)
-    assert paired_bootstrap(before, before) == (0, 0)
+    assert bootstrap(np.zeros(100)) == (0, 0)
 
 
 def test_mcnemar_agrees_with_the_binomial_by_hand() -> None:
@@ -44,3 +123,20 @@ def test_mcnemar_agrees_with_the_binomial_by_hand() -> None:
     assert mcnemar(5, 5) == 1
     assert mcnemar(6, 0) == pytest.approx(2 / 64)
     assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 256)
+
+
+def test_the_smallest_gain_that_can_be_told_from_chance() -> None:
+    assert detectable(broken=0, questions=100) == 0.06  # 6 fixed, 0 broken: p = .031; 5: .063
+    assert detectable(broken=1, questions=100) == 0.07  # 8 fixed, 1 broken: p = .039; 7: .070
+    assert detectable(broken=0, questions=5) is None
+
+
+def test_a_comparison_gives_every_score_a_gain_and_yes_or_no_ones_a_p_value() -> None:
+    base = [{"correct": 0.0, "f1": 0.5, "answer_nll": 3.0}] * 8 + [{"correct": 1.0, "f1": 1.0, "answer_nll": 1.0}] * 2
+    tuned = [{"correct": 1.0, "f1": 1.0, "answer_nll": 1.0}] * 9 + [{"correct": 0.0, "f1": 0.0, "answer_nll": 4.0}]
+    compared = comparison(base, tuned)
+    assert compared["base"]["correct"] == 0.2 and compared["tuned"]["correct"] == 0.9
+    assert compared["flips"] == {"fixed": 8, "broken": 1}
+    assert compared["gain"]["correct"]["mean"] == pytest.approx(0.7)
+    assert compared["gain"]["correct"]["p_value"] == mcnemar(8, 1) and "p_value" not in compared["gain"]["f1"]
+    assert compared["gain"]["answer_nll"]["high"] < 0 < compared["gain"]["f1"]["mean"]

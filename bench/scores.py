@@ -1,0 +1,89 @@
+"""The exam's scores beside those of the packages that others score with, on 200 odd answers.
+
+    pip install torchmetrics rouge-score
+    python -m bench.scores
+
+SQuAD's exact match and F1 by TorchMetrics, which has SQuAD's own code; ROUGE-L by Google's rouge-score;
+chrF by sacrebleu's corpus score of one sentence. Prints the largest difference of each, and the answers that differ.
+"""
+
+import random
+from collections.abc import Callable
+
+from sacrebleu import corpus_chrf
+
+from pipeline.exam import EXAM, read_questions
+from pipeline.matching import CHARACTER, words
+from pipeline.refusal import Refused
+from pipeline.scores import chrf, exact_match, f1, rouge_l
+
+try:
+    from rouge_score.rouge_scorer import RougeScorer
+    from torchmetrics.functional.text import squad
+except ImportError:
+    raise Refused("pip install torchmetrics rouge-score, with which the scores are compared") from None
+
+ODD = [
+    *["", " ", ".", "The", "a the an", "?!", "\n\n", "\t7\u00a0000"],
+    *["ÉCOLE", "école", "ﬁre", "🙂", "C++", "-5", "5", "á", "i̇"],
+]
+Pair = tuple[str, tuple[str, ...]]  # an answer, and the accepted ones
+Score = Callable[[str, list[str]], float]
+
+
+class OurWords:
+    """rouge-score drops every letter that is not ASCII, and with it Korean, unless it is given another tokenizer."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)
+
+
+def main() -> None:
+    pairs = odd_pairs(200)
+    latin = [(answer, accepted) for answer, accepted in pairs if not CHARACTER.search(answer + "".join(accepted))]
+    rouge = RougeScorer(["rougeL"], tokenizer=OurWords())
+    compare("exact match, SQuAD", pairs, exact_match, lambda a, r: squads(a, r)["exact_match"])
+    compare("F1, SQuAD (without Korean)", latin, f1, lambda a, r: squads(a, r)["f1"])
+    compare("ROUGE-L, rouge-score", pairs, rouge_l, lambda a, r: max(rouge.score(x, a)["rougeL"].fmeasure for x in r))
+    compare("chrF, sacrebleu", pairs, chrf, lambda a, r: corpus_chrf([a], [[x] for x in r]).score / 100)
+
+
+def odd_pairs(count: int) -> list[Pair]:
+    """The exam's accepted answers against themselves shuffled, cut, doubled, misspelt, dressed up, or something odd."""
+    rng = random.Random(0)
+    accepted = [question.answers for question in read_questions(EXAM)]
+    changes: list[Callable[[str], str]] = [
+        lambda text: " ".join(rng.sample(text.split(), len(text.split()))),
+        lambda text: text[: rng.randrange(len(text) + 1)],
+        lambda text: f"{text} {text}",
+        lambda text: f"The answer is: {text}.",
+        lambda text: text.upper().replace(" ", " , "),
+        lambda text: text.replace(rng.choice(text), rng.choice("aé서 ")),
+        lambda _: rng.choice(ODD),
+        lambda _: rng.choice(rng.choice(accepted)),
+    ]
+    pairs = []
+    for number in range(count):
+        references = rng.choice(accepted) + ([rng.choice(rng.choice(accepted))] if number % 5 == 0 else [])
+        pairs.append((rng.choice(changes)(references[0]), tuple(references)))
+    return pairs
+
+
+def squads(answer: str, accepted: list[str]) -> dict[str, float]:
+    scores = squad(
+        [{"prediction_text": answer, "id": "1"}],
+        [{"answers": {"text": accepted, "answer_start": [0] * len(accepted)}, "id": "1"}],
+    )
+    return {name: float(score) / 100 for name, score in scores.items()}
+
+
+def compare(name: str, pairs: list[Pair], ours: Score, theirs: Score) -> None:
+    differences = {pair: abs(ours(pair[0], list(pair[1])) - theirs(pair[0], list(pair[1]))) for pair in pairs}
+    print(f"{name:28} {len(pairs)} answers, largest difference {max(differences.values()):.1e}")
+    for (answer, accepted), difference in differences.items():
+        if difference > 1e-6:
+            print(f"    {answer!r} for {accepted}: {difference:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""When an answer counts as correct."""
+
+import json
+import math
+import re
+import string
+import unicodedata
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.refusal import Refused
+
+# Hangul, kana and Han are written without spaces between words, so they are compared character by character.
+CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
+NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.]*\d)")
+FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How an answer is held against the accepted ones.
+
+    exact     the same after SQuAD's normalisation
+    contains  an accepted answer's words stand in it, in their order
+    number    its last number, as GSM8K is scored (https://arxiv.org/abs/2110.14168), is at most `tolerance` off
+    regex     `pattern` is found in it
+    json      the same JSON value, bare or in a fenced block; the order of keys and 1 or 1.0 make no difference
+    """
+
+    kind: Literal["exact", "contains", "number", "regex", "json"]
+    tolerance: float = 0.0
+    pattern: str = ""
+
+
+EXACT = Rule("exact")
+RULES = '"exact", "contains", "number", {"number": tolerance}, {"regex": pattern} or "json"'
+
+
+def read_rule(match: Any, place: str) -> Rule:
+    """Raises Refused, naming the place, if `match` is none of RULES."""
+    match match:
+        case "exact" | "contains" | "number" | "json":
+            return Rule(match)
+        case {"number": int() | float() as tolerance, **rest} if not rest and 0 <= tolerance < math.inf:
+            return Rule("number", tolerance=float(tolerance))
+        case {"regex": str(pattern), **rest} if not rest:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise Refused(f"{place}: the regex {pattern!r} cannot be read: {error}") from None
+            return Rule("regex", pattern=pattern)
+    raise Refused(f"{place}: match is {json.dumps(match, ensure_ascii=False)}; accepted: {RULES}")
+
+
+def correct(answer: str, accepted: list[str], rule: Rule) -> bool:
+    match rule.kind:
+        case "exact":
+            return normalise(answer) in map(normalise, accepted)
+        case "contains":
+            return any(f" {' '.join(words(text))} " in f" {' '.join(words(answer))} " for text in accepted)
+        case "number":
+            given = last_number(answer)
+            return any(abs(given - last_number(text)) <= rule.tolerance * (1 + 1e-9) for text in accepted)
+        case "regex":
+            return re.search(rule.pattern, answer) is not None
+        case "json":
+            return json_value(answer) in map(json_value, accepted) if json_value(answer) else False
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normalisation (https://arxiv.org/abs/1606.05250): lower case, no punctuation, no articles, one space."""
+    text = unicodedata.normalize("NFC", text).lower()
+    text = "".join(character for character in text if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def words(text: str) -> list[str]:
+    """The normalised words; of Korean, Chinese and Japanese the characters."""
+    return CHARACTER.sub(r" \1 ", normalise(text)).split()
+
+
+def last_number(text: str) -> float:
+    """NaN if there is none. A comma before three digits separates thousands; a sign after a word is a hyphen."""
+    numbers = NUMBER.findall(text.replace("\u2212", "-"))
+    return float(numbers[-1].replace(",", "")) if numbers else math.nan
+
+
+def json_value(text: str) -> str | None:
+    """The JSON value in one spelling, or None if there is none."""
+    fenced = FENCE.search(text)
+    try:
+        value = json.loads(fenced[1] if fenced else text, parse_int=float, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    return json.dumps(value, sort_keys=True)
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

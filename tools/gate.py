@@ -1,0 +1,152 @@
+"""Fail if the model is worse than `gate` in params.yaml allows.
+
+    python -m tools.gate [REVISION]
+
+metrics/{evaluate,general,gguf}.json, metrics/noise.json (of tools.noise, if it is there), and metrics/evaluate.json as
+it was at REVISION (HEAD if none is named) -> a line for each demand; exit status 1, naming those that are not met.
+Needs dvc.lock and the metrics alone, no data and no models.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import dvc.api
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from pipeline.noise import noise_of
+from pipeline.parameters import Parameters, check
+from pipeline.refusal import Refused
+from pipeline.scores import LOWER_IS_BETTER
+
+EVALUATE = "metrics/evaluate.json"
+
+
+@dataclass(frozen=True)
+class Demand:
+    name: str
+    met: bool
+    found: str
+
+
+def main(revision: str = "HEAD") -> None:
+    parameters = check(Path("params.yaml"))
+    require_up_to_date()
+    demands = [
+        *floors(parameters.gate.floors),
+        *falls(parameters, revision),
+        *lags(parameters.gate.gguf_lag),
+        forgotten(parameters.gate.general_fall),
+    ]
+    for demand in demands:
+        print(f"{'ok  ' if demand.met else 'FAIL'}  {demand.name}: {demand.found}")
+    if failed := [demand.name for demand in demands if not demand.met]:
+        sys.exit(f"gate: {len(failed)} of {len(demands)} not met: {', '.join(failed)}")
+
+
+def require_up_to_date() -> None:
+    """Raises Refused if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
+    with Repo() as repo, redirect_stdout(StringIO()):  # DVC would print every stage
+        stale = [stage.name for stage in repo.reproduce(dry=True, allow_missing=True)]
+    if stale:
+        raise Refused(f"gate: the metrics are not of this state of the project: dvc repro would run {', '.join(stale)}")
+
+
+def floors(wanted: dict[str, float]) -> Iterator[Demand]:
+    metrics = read(EVALUATE)
+    for name, floor in wanted.items():
+        value = metric(metrics, name, "gate.floors")
+        limit = "at most" if lower_is_better(name) else "at least"
+        yield Demand(f"floor of {name}", worse(name, floor, value) <= 0, f"{value:.3f}, {limit} {floor:.3f}")
+
+
+def falls(parameters: Parameters, revision: str) -> Iterator[Demand]:
+    metrics, earlier = read(EVALUATE), read_at(revision)
+    noise = {f"tuned.{score}": value for score, value in noise_of(parameters).items()}
+    for name, allowed in parameters.gate.falls.items():
+        value, was = metric(metrics, name, "gate.falls"), flat(earlier).get(name)
+        if was is None:
+            yield Demand(f"fall of {name}", True, f"{value:.3f}; {revision} has none to compare with")
+            continue
+        fell = worse(name, was, value)
+        yield Demand(
+            f"fall of {name}",
+            fell <= max(allowed, noise.get(name, 0.0)),
+            f"{value:.3f}, {was:.3f} at {revision}: {fell:+.3f} worse, allowed {allowed:.3f}, "
+            + (f"noise {noise[name]:.3f}" if name in noise else "noise not measured: make noise"),
+        )
+
+
+def lags(allowed: float) -> Iterator[Demand]:
+    metrics = read("metrics/gguf.json")
+    source = metrics.pop("merged")["correct"]
+    for file, scores in metrics.items():
+        lag = round(source - scores["correct"], 6)
+        found = f"{scores['correct']:.3f} correct, the merged model {source:.3f}: lags {lag:.3f}, allowed {allowed:.3f}"
+        yield Demand(f"lag of {file}", lag <= allowed, found)
+
+
+def forgotten(allowed: float) -> Demand:
+    metrics = read("metrics/general.json")
+    base, tuned = metrics["base"]["correct"], metrics["tuned"]["correct"]
+    fell = round(base - tuned, 6)
+    found = f"{tuned:.3f} correct, the base {base:.3f}: fell {fell:.3f}, allowed {allowed:.3f}"
+    return Demand("fall of the general exam", fell <= allowed, found)
+
+
+def lower_is_better(name: str) -> bool:
+    return bool({*LOWER_IS_BETTER, "broken", "p_value"} & set(name.split(".")))
+
+
+def worse(name: str, before: float, after: float) -> float:
+    """By how much. At six digits, as the metrics are."""
+    return round(after - before if lower_is_better(name) else before - after, 6)
+
+
+def metric(metrics: Any, name: str, parameter: str) -> float:
+    values = flat(metrics)
+    if name not in values:
+        raise Refused(f"params.yaml: {parameter} names {name!r}; {EVALUATE} has {', '.join(values)}")
+    return values[name]
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, float]:
+    """{"tuned": {"f1": .9}} as {"tuned.f1": .9}, as DVC names it."""
+    values: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            values |= {f"{key}.{name}": inner for name, inner in flat(value).items()}
+        elif value is not None:
+            values[key] = value
+    return values
+
+
+def read(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"gate: {path} is missing: dvc repro makes it, git restores it") from None
+
+
+def read_at(revision: str) -> dict[str, Any]:
+    """metrics/evaluate.json at a revision, or nothing if it had none."""
+    if subprocess.run(
+        ["git", "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}"], capture_output=True
+    ).returncode:
+        raise Refused(f"gate: {revision} is no revision of this clone: git fetch it (in CI: with its whole history)")
+    try:
+        content: dict[str, Any] = json.loads(dvc.api.read(EVALUATE, rev=revision))
+    except (FileNotFoundError, DvcException):
+        return {}
+    return content
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])
