@@ -1,11 +1,13 @@
 """How a Hugging Face model sits the exam."""
 
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pipeline.chat_template import end_tokens, token_ids
 from pipeline.exam import Answer, Question
@@ -23,51 +25,85 @@ def sit(
 ) -> list[Answer]:
     """Answer every question greedily, and measure how likely the model finds the expected answers."""
     model.eval()
-    order = sorted(range(len(questions)), key=lambda i: len(prompt(tokenizer, questions[i])))
+    ends = end_tokens(model.generation_config)
+    rows = [prompt_and_reference(tokenizer, question, ends) for question in questions]
+    order = sorted(range(len(rows)), key=lambda i: [len(part) for part in rows[i]])
     answers: dict[int, Answer] = {}
     for start in tqdm(range(0, len(order), batch_size), desc="exam", unit="batch"):
         batch = order[start : start + batch_size]
-        texts = generate(model, tokenizer, [questions[i] for i in batch], max_new_tokens)
-        nlls = answer_nll(model, tokenizer, [questions[i] for i in batch])
-        for i, (text, stopped), nll in zip(batch, texts, nlls, strict=True):
+        given = answer(model, [rows[i] for i in batch], ends, max_new_tokens)
+        for i, (tokens, nll) in zip(batch, given, strict=True):
+            stopped = tokens[-1] in ends
+            text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip()
             answers[i] = Answer(text, stopped, nll)
     return [answers[i] for i in range(len(questions))]
 
 
+def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
+    """The token ids of `prompt`, and those of the first accepted answer and the token that ends it."""
+    messages = question_and_answer(question.question, question.answers[0])
+    ids, labels = supervised(tokenizer, messages, ends, question.source)
+    start = next(at for at, label in enumerate(labels) if label != IGNORED)
+    return ids[:start], [label for label in labels if label != IGNORED]
+
+
 @torch.inference_mode()
-def generate(
-    model: PreTrainedModel, tokenizer: Any, questions: list[Question], max_new_tokens: int
-) -> list[tuple[str, bool]]:
-    """(answer, ended by itself) of each question, by greedy decoding."""
-    prompts = tokenizer.pad({"input_ids": [prompt(tokenizer, q) for q in questions]}, return_tensors="pt")
-    produced = model.generate(
-        **prompts.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # some models' generation_config.json sets another, which is not greedy decoding
-        pad_token_id=tokenizer.pad_token_id,
-    )[:, prompts["input_ids"].shape[1] :].tolist()
-    ends = end_tokens(model.generation_config)
-    answers = []
-    for tokens in produced:
-        end = next((i for i, token in enumerate(tokens) if token in ends), None)
-        answers.append((tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), end is not None))
+def answer(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], ends: set[int], max_new_tokens: int
+) -> list[tuple[list[int], float]]:
+    """For each (prompt, reference) the tokens of the greedy answer, and the mean negative log-likelihood of the
+    reference, in nats per token.
+
+    The prompts are read once for both. A reference whose every token is the likeliest is the greedy answer, as a draft
+    is in speculative decoding (https://arxiv.org/abs/2211.17192). Only the others are decoded.
+    """
+    prompts = padded([prompt for prompt, _ in rows], "left").to(model.device)
+    labels = padded([reference for _, reference in rows], "right").to(model.device)
+    mask, learnt = (prompts != IGNORED).long(), labels != IGNORED
+    drafts = labels[:, :-1]
+    asked = read(model, prompts, mask, logits_to_keep=1)
+    cache = asked.past_key_values
+    drafted = read(model, drafts, pad(mask, (0, drafts.shape[1]), value=1), past_key_values=deepcopy(cache))
+    logits = torch.cat([asked.logits, drafted.logits], dim=1)
+    losses = cross_entropy(logits[learnt].float(), labels[learnt], reduction="none")
+    nlls = [of_row.mean().item() for of_row in losses.split(learnt.sum(1).tolist())]
+
+    answers = [reference[:max_new_tokens] for _, reference in rows]
+    others = ((logits.argmax(-1) != labels) & learnt).any(1).nonzero().flatten()
+    cache.reorder_cache(others)
+    decoded = decode(model, asked.logits[others], mask[others], cache, ends, max_new_tokens)
+    for row, tokens in zip(others.tolist(), decoded, strict=True):
+        answers[row] = tokens
+    return list(zip(answers, nlls, strict=True))
+
+
+def decode(
+    model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of each greedy answer, of which `logits` (shape: rows, 1, vocabulary) tell the first. A row that ends
+    leaves the batch, which Transformers' own `generate` carries on to the end of the longest."""
+    answers: list[list[int]] = [[] for _ in mask]
+    rows = list(range(len(answers)))
+    while rows:
+        tokens = logits.argmax(-1)
+        for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
+            answers[row].append(token)
+        going = [i for i, row in enumerate(rows) if answers[row][-1] not in ends and len(answers[row]) < max_new_tokens]
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going]
+            tokens, mask = tokens[going], mask[going]
+            cache.reorder_cache(torch.tensor(going, dtype=torch.long))
+        if rows:
+            mask = pad(mask, (0, 1), value=1)
+            logits = read(model, tokens, mask, past_key_values=cache).logits
     return answers
 
 
-@torch.inference_mode()
-def answer_nll(model: PreTrainedModel, tokenizer: Any, questions: list[Question]) -> list[float]:
-    """The mean negative log-likelihood (nats per token) of each first accepted answer and the token that ends it."""
-    ends = end_tokens(model.generation_config)
-    rows = [supervised(tokenizer, question_and_answer(q.question, q.answers[0]), ends, q.source) for q in questions]
-    longest = max(len(ids) for ids, _ in rows)
+def padded(rows: list[list[int]], side: str) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORED, padding_side=side)
 
-    def padded(kind: int, padding: int) -> torch.Tensor:
-        return torch.tensor([row[kind] + [padding] * (longest - len(row[kind])) for row in rows], device=model.device)
 
-    ids, labels = padded(0, tokenizer.pad_token_id), padded(1, IGNORED)
-    mask = torch.arange(longest, device=model.device) < torch.tensor([[len(r[0])] for r in rows], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
-    learnt = labels[:, 1:] != IGNORED
-    losses = cross_entropy(logits[learnt].float(), labels[:, 1:][learnt], reduction="none")
-    return [of_row.mean().item() for of_row in losses.split(learnt.sum(1).tolist())]
+def read(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+    """The model's output for `ids` (shape: rows, new tokens); `mask` has columns for what is in the cache too."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids.clamp(min=0), attention_mask=mask, position_ids=positions, use_cache=True, **options)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.answers import generate as answer
+from pipeline.answers import sit
 from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import load_tokenizer
 from pipeline.exam import EXAM, read_questions
@@ -128,6 +128,6 @@ def test_a_base_that_cannot_end_an_answer_learns_to_by_its_control_tokens(projec
         train_qlora.main()
         folder, _ = located()
         model = load_tuned(folder, Path("outputs/adapter"), torch.device("cpu"), torch.float32)
-        answers = answer(model, load_tokenizer(folder), read_questions(EXAM)[:40], max_new_tokens=24)
-        stopped[name] = fmean(ended for _, ended in answers)
+        answers = sit(model, load_tokenizer(folder), read_questions(EXAM)[:40], batch_size=40, max_new_tokens=24)
+        stopped[name] = fmean(answer.stopped for answer in answers)
     assert stopped["auto"] > 0.9 and stopped["none"] < 0.1  # of 40 answers, after 13 steps

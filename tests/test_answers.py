@@ -1,0 +1,80 @@
+"""A model answers in batches what it answers alone, whatever the references are."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from families import FACTS, FAMILIES, QWEN2, VOCABULARY, qwen, save
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
+
+from pipeline.answers import prompt, sit
+from pipeline.chat_template import end_tokens, load_tokenizer
+from pipeline.exam import EXAM, Answer, Question, read_questions
+from pipeline.models import load_quantized
+from pipeline.rows import question_and_answer
+from pipeline.supervision import supervised
+
+TINY = ROOT / "models/tiny-base"
+
+
+def alone(model: PreTrainedModel, tokenizer: Any, question: Question, max_new_tokens: int) -> Answer:
+    """What Transformers' own `generate` and loss say of one question."""
+    asked, ends = prompt(tokenizer, question), end_tokens(model.generation_config)
+    tokens = model.generate(torch.tensor([asked]), max_new_tokens=max_new_tokens, do_sample=False)[0, len(asked) :]
+    ids, labels = supervised(tokenizer, question_and_answer(question.question, question.answers[0]), ends, "here")
+    loss = model(torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+    return Answer(tokenizer.decode(tokens, skip_special_tokens=True).strip(), tokens[-1].item() in ends, loss)
+
+
+def require_equal(answers: list[Answer], expected: list[Answer]) -> None:
+    assert [(answer.text, answer.stopped) for answer in answers] == [(one.text, one.stopped) for one in expected]
+    assert [answer.nll for answer in answers] == pytest.approx([one.nll for one in expected], rel=1e-4)
+
+
+def gpt2(folder: Path) -> None:
+    """Its positions are learnt, not relative as the others': padding must not move a question."""
+    save(folder, qwen(QWEN2), GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), gpt2])
+def test_a_batch_of_questions_of_all_lengths_is_answered_one_by_one(
+    family: Callable[[Path], None], tmp_path: Path
+) -> None:
+    family(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    facts = list(FACTS.items())[-9:]  # Korean ones too; the longest are longer than Gemma's windows here
+    questions = [Question(str(i), "I ask you: " * (i % 4) + fact[0], [fact[1]], "here") for i, fact in enumerate(facts)]
+    require_equal(sit(model, tokenizer, questions, 6, 20), [alone(model, tokenizer, q, 20) for q in questions])
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[PreTrainedModel, Any, list[Question]]:
+    """The built-in base, which ends its answers, and questions whose references are its own answers to them."""
+    model = load_quantized(TINY, torch.device("cpu"), torch.float32).eval()
+    tokenizer, questions = load_tokenizer(TINY), read_questions(ROOT / EXAM)[:20]
+    return model, tokenizer, [replace(q, answers=[alone(model, tokenizer, q, 32).text]) for q in questions]
+
+
+@pytest.mark.parametrize(("max_new_tokens", "endings"), [(1, {False}), (4, {False, True}), (32, {True})])
+def test_right_and_wrong_answers_of_a_batch_end_each_in_its_place(
+    base: Any, max_new_tokens: int, endings: set[bool]
+) -> None:
+    model, tokenizer, own = base
+    mixed = [question if i % 3 else replace(question, answers=["not so"]) for i, question in enumerate(own)]
+    expected = [alone(model, tokenizer, question, max_new_tokens) for question in mixed]
+    assert {answer.stopped for answer in expected} == endings
+    require_equal(sit(model, tokenizer, mixed, 7, max_new_tokens), expected)
+
+
+def test_an_exam_of_right_answers_takes_two_passes_a_batch(base: Any) -> None:
+    model, tokenizer, own = base
+    passes = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    sit(model, tokenizer, own, 10, 32)
+    hook.remove()
+    assert len(passes) == 2 * 2
