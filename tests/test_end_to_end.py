@@ -182,6 +182,21 @@ def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_traini
     assert float(scores["small"]) < float(scores["workspace"]) - 0.1
 
 
+def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_run_twice(finished: Project) -> None:
+    kept = {name: (finished.folder / name).read_bytes() for name in ("params.yaml", "metrics/noise.json")}
+    finished.set(evaluate__repeats=2, train__epochs=1)
+    refused = finished.run("python", "-m", "tools.noise", check=False)
+    assert refused.returncode != 0 and "changes that are not committed" in refused.stderr
+    finished.run("git", "commit", "-qam", "less training")
+    assert ran(finished.run("python", "-m", "tools.noise").stdout) == {"train_qlora", "evaluate"}
+    noise = metrics(finished, "noise")
+    assert noise["seeds"] == [1, 2] and 0 < noise["tuned"]["answer_nll"]["sd"] < noise["tuned"]["answer_nll"]["noise"]
+    assert ran(finished.run("python", "-m", "tools.noise").stdout) == set()
+    finished.run("git", "reset", "-q", "HEAD~1")
+    for name, content in kept.items():
+        (finished.folder / name).write_bytes(content)
+
+
 def test_a_refused_run_says_why_in_one_line_and_loses_no_output(finished: Project) -> None:
     adapter, losses = (
         finished.folder / "outputs/adapter/adapter_model.safetensors",
