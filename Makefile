@@ -1,5 +1,5 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
-# make curate: candidates of training rows for what the exam found missing.
+# make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -1,5 +1,6 @@
 """How a Hugging Face model sits the exam."""
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from pipeline.chat_template import end_tokens, token_ids
 from pipeline.exam import Answer, Question
+from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
 from pipeline.supervision import IGNORED, supervised
 
@@ -33,6 +35,8 @@ def sit(
         batch = order[start : start + batch_size]
         given = answer(model, [rows[i] for i in batch], ends, max_new_tokens)
         for i, (tokens, nll) in zip(batch, given, strict=True):
+            if math.isnan(nll):
+                raise Refused(f"exam question {questions[i].id}: the model's probabilities are no numbers (NaN)")
             stopped = tokens[-1] in ends
             text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip()
             answers[i] = Answer(text, stopped, nll)
@@ -42,7 +46,7 @@ def sit(
 def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
     """The token ids of `prompt`, and those of the first accepted answer and the token that ends it."""
     messages = question_and_answer(question.question, question.answers[0])
-    ids, labels = supervised(tokenizer, messages, ends, question.source)
+    ids, labels = supervised(tokenizer, messages, ends, f"exam question {question.id}")
     start = next(at for at, label in enumerate(labels) if label != IGNORED)
     return ids[:start], [label for label in labels if label != IGNORED]
 
@@ -55,7 +59,8 @@ def answer(
     reference, in nats per token.
 
     The prompts are read once for both. A reference whose every token is the likeliest is the greedy answer, as a draft
-    is in speculative decoding (https://arxiv.org/abs/2211.17192). Only the others are decoded.
+    is in speculative decoding (https://arxiv.org/abs/2211.17192). Only the others are decoded. In bfloat16
+    a near tie may fall otherwise in one pass than token by token.
     """
     prompts = padded([prompt for prompt, _ in rows], "left").to(model.device)
     labels = padded([reference for _, reference in rows], "right").to(model.device)

@@ -7,10 +7,11 @@ import yaml
 from pipeline.refusal import Refused
 
 
-def hashes(paths: list[str], reader: str) -> dict[str, str]:
+def hashes(paths: list[str], reader: str = "") -> dict[str, str]:
     """The MD5 that DVC has for each path; of a folder, that of its listing, which ends in .dir.
 
-    A stage, `reader`, asks for what it depends on and gets what is there: the entries of the stages before it are new.
+    A stage, the `reader`, asks for what it depends on and gets what is there: the entries of the stages before it
+    are new.
 
     Raises:
         Refused: no other stage has made or read one of the paths yet.

@@ -3,10 +3,11 @@
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pipeline.matching import EXACT, Rule, correct, normalise, read_rule
 from pipeline.refusal import Refused
-from pipeline.rows import read_lines
+from pipeline.rows import read_jsonl, read_lines
 
 EXAM = Path("data/questions.jsonl")  # what the model is trained for
 GENERAL = Path("data/general.jsonl")  # what it should not forget
@@ -72,3 +73,18 @@ def read_question(place: str, content: object) -> Question:
         if not correct(accepted, [accepted], rule):
             raise Refused(f"{place}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})")
     return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule)
+
+
+def read_answers(path: Path, questions: list[Question]) -> list[dict[str, Any]]:
+    """The lines of an answers file, in the exam's order.
+
+    Raises:
+        Refused: the file is not there, or answers another exam.
+    """
+    if not path.exists():
+        raise Refused(f"{path} is missing: run dvc repro, or dvc pull {path}")
+    answers = read_jsonl(path)
+    asked = [[question.id, question.question, question.answers] for question in questions]
+    if [[answer["id"], answer["question"], answer["reference"]] for answer in answers] != asked:
+        raise Refused(f"{path} has the answers to another exam: run dvc repro")
+    return answers

@@ -5,32 +5,36 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.scores import YES_OR_NO, means
+from pipeline.scores import means
 
 SIGNIFICANT = 0.05
 
 
 def comparison(base: list[dict[str, float]], tuned: list[dict[str, float]]) -> dict[str, Any]:
-    """The scores of both, each gain with its interval, the smallest gain that could be told from chance, and the flips.
+    """The scores of both, each gain with its interval and p-value, the smallest change with a p-value under .05, and
+    the flips.
 
     `base` and `tuned` are the scores of the same questions in the same order.
     """
     fixed, broken = flips(base, tuned, "correct")
+    right = sum(scores["correct"] for scores in base)
+    rose = fixed >= broken
+    changes = detectable(broken, len(base) - right) if rose else detectable(fixed, right)
     return {
         "base": means(base),
         "tuned": means(tuned),
         "gain": {name: gain(base, tuned, name) for name in base[0]},
-        "detectable": detectable(broken, len(base)),
+        "detectable": changes and changes / (len(base) if rose else -len(base)),
         "flips": {"fixed": fixed, "broken": broken},
     }
 
 
 def gain(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str) -> dict[str, float]:
-    """The mean difference of a score, its 95 % interval, and for what is right or wrong McNemar's p-value."""
+    """The mean difference of a score, its 95 % interval and its p-value."""
     differences = np.array([new[name] - old[name] for old, new in zip(base, tuned, strict=True)])
     low, high = bootstrap(differences)
-    result = {"mean": float(differences.mean()), "low": low, "high": high}
-    return result | {"p_value": mcnemar(*flips(base, tuned, name))} if name in YES_OR_NO else result
+    p_value = mcnemar(*flips(base, tuned, name))
+    return {"mean": float(differences.mean()), "low": low, "high": high, "p_value": p_value}
 
 
 def flips(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str) -> tuple[int, int]:
@@ -47,19 +51,22 @@ def bootstrap(differences: np.ndarray, resamples: int = 10_000) -> tuple[float, 
     return float(low), float(high)
 
 
-def mcnemar(fixed: int, broken: int) -> float:
-    """The exact two-sided p-value of McNemar's test: how likely so uneven a split of the flips is by chance."""
-    flips = fixed + broken
-    tail = sum(math.comb(flips, k) for k in range(min(fixed, broken) + 1)) / 2**flips
+def mcnemar(rose: int, fell: int) -> float:
+    """The exact two-sided p-value of McNemar's test: how likely so uneven a split of the changes is by chance.
+
+    Of a score that is more than right or wrong, it is the sign test.
+    """
+    changes = rose + fell
+    tail = sum(math.comb(changes, k) for k in range(min(rose, fell) + 1)) / 2**changes
     return min(1.0, 2 * tail)
 
 
-def detectable(broken: int, questions: int) -> float | None:
-    """The smallest gain in correct answers that McNemar's test would tell from chance, if as many broke as here.
+def detectable(against: int, possible: float) -> int | None:
+    """The smallest surplus of answers that flip one way to have a p-value under .05, if `against` flip the other way.
 
-    None if the exam is too short for any.
+    None if that takes more than the `possible` answers that can flip.
     """
-    for fixed in range(broken + 1, questions - broken + 1):
-        if mcnemar(fixed, broken) < SIGNIFICANT:
-            return (fixed - broken) / questions
+    for flipped in range(against + 1, int(possible) + 1):
+        if mcnemar(flipped, against) < SIGNIFICANT:
+            return flipped - against
     return None

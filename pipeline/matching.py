@@ -6,13 +6,14 @@ import re
 import string
 import unicodedata
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from pipeline.refusal import Refused
 
-# Hangul, kana and Han are written without spaces between words, so they are compared character by character.
+# Kana and Han are written without spaces, and Korean words carry their particles: compared character by character.
 CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
-NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.]*\d)")
+NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
@@ -68,9 +69,12 @@ def correct(answer: str, accepted: list[str], rule: Rule) -> bool:
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalisation (https://arxiv.org/abs/1606.05250): lower case, no punctuation, no articles, one space."""
+    """SQuAD's normalisation (https://arxiv.org/abs/1606.05250): lower case, no punctuation, no articles, one space.
+
+    Punctuation is that of every script; SQuAD's is ASCII's.
+    """
     text = unicodedata.normalize("NFC", text).lower()
-    text = "".join(character for character in text if character not in string.punctuation)
+    text = "".join(c for c in text if c not in string.punctuation and not unicodedata.category(c).startswith("P"))
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -80,7 +84,7 @@ def words(text: str) -> list[str]:
 
 
 def last_number(text: str) -> float:
-    """NaN if there is none. A comma before three digits separates thousands; a sign after a word is a hyphen."""
+    """NaN if there is none. A comma can only separate thousands ("12,5" is none); a sign after a word is a hyphen."""
     numbers = NUMBER.findall(text.replace("\u2212", "-"))
     return float(numbers[-1].replace(",", "")) if numbers else math.nan
 
@@ -89,10 +93,12 @@ def json_value(text: str) -> str | None:
     """The JSON value in one spelling, or None if there is none."""
     fenced = FENCE.search(text)
     try:
-        value = json.loads(fenced[1] if fenced else text, parse_int=float, parse_constant=refuse_constant)
+        value = json.loads(
+            fenced[1] if fenced else text, parse_int=Decimal, parse_float=Decimal, parse_constant=refuse_constant
+        )
     except (ValueError, RecursionError):
         return None
-    return json.dumps(value, sort_keys=True)
+    return json.dumps(value, sort_keys=True, default=lambda number: {"number": str(number.normalize())})
 
 
 def refuse_constant(name: str) -> None:

@@ -107,7 +107,7 @@ class Train(Section):
 class Evaluate(Section):
     max_new_tokens: Positive
     batch_size: Positive
-    repeats: Annotated[int, Field(ge=2)]
+    repeats: Annotated[int, Field(ge=3)]
 
 
 class Gguf(Section):

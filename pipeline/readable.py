@@ -55,8 +55,8 @@ def megabytes(size: int) -> str:
 
 
 def trend(score: str, gain: dict[str, float]) -> str:
-    """better, worse, or same if chance explains it: by McNemar's test, or where there is none by the interval."""
-    sure = gain["p_value"] < SIGNIFICANT if "p_value" in gain else gain["low"] > 0 or gain["high"] < 0
+    """better or worse if its p-value is under .05 and its interval without 0, each score for itself; else same."""
+    sure = gain["p_value"] < SIGNIFICANT and (gain["low"] > 0 or gain["high"] < 0)
     if not sure or score == "characters":
         return "same"
     return "better" if (gain["mean"] > 0) != (score in LOWER_IS_BETTER) else "worse"

@@ -13,7 +13,7 @@ function filter() {
   const text = plain(chosen.search.trim());
   let count = 0;
   for (const question of questions) {
-    if (text) question.text ??= plain(question.element.textContent);
+    if (text) question.text ??= plain([...question.element.querySelectorAll("h3, dd")].map((part) => part.textContent).join("\n"));
     const shown =
       question.is.includes(chosen.show) &&
       (!chosen.exam || question.exam === chosen.exam) &&

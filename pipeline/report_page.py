@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from pipeline.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, trend, value
 
@@ -38,8 +37,8 @@ def page(**content: Any) -> str:
     environment.globals |= {"SCORES": SCORES, "trend": trend}
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")
     return environment.get_template("report_page.html").render(
-        style=Markup((PARTS / "report_page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
+        style=(PARTS / "report_page.css").read_text(encoding="utf-8"),
+        script=script,
         script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **content,
     )

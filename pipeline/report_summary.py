@@ -42,7 +42,7 @@ def headline(name: str, exam: Exam) -> list[str]:
         f"**{name}: {verdict(exam.metrics)}.** {before} → {after} of {exam.total.questions} answers are correct:",
         f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}),",
         f"{changed['fixed']} fixed, {changed['broken']} broken ({p_value(gain['p_value'])}).",
-        f"What it can tell from chance: {detectable(exam.detectable)}.",
+        f"What it can tell from chance: {detectable(exam.metrics['detectable'])}.",
         "",
     ]
 
@@ -51,7 +51,7 @@ def scores(exam: Exam) -> list[str]:
     lines = []
     for name, gain in exam.metrics["gain"].items():
         before, after = (value(exam.metrics[who][name], name) for who in ("base", "tuned"))
-        chance = p_value(gain["p_value"]) if "p_value" in gain else ""
+        chance = p_value(gain["p_value"])
         unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
         lines.append(
             [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]

@@ -10,7 +10,6 @@ from sacrebleu.metrics import CHRF
 from pipeline.exam import Answer, Question
 from pipeline.matching import correct, normalise, words
 
-YES_OR_NO = ("correct", "exact_match", "stopped")  # 0 or 1 of each answer; of several, a share
 LOWER_IS_BETTER = ("answer_nll",)
 
 

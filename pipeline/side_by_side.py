@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.exam import Question
-from pipeline.gain import detectable
 from pipeline.matching import correct
 
 UNTAGGED = "(no tag)"
@@ -68,14 +67,6 @@ class Exam:
     @property
     def tags(self) -> list[Tally]:
         return by_tag(self.items)
-
-    @property
-    def detectable(self) -> float | None:
-        """The smallest gain that the exam tells from chance; if it fell, the smallest fall, which is below 0."""
-        if self.metrics["gain"]["correct"]["mean"] >= 0:
-            return self.metrics["detectable"]
-        smallest = detectable(self.metrics["flips"]["fixed"], len(self.items))
-        return smallest and -smallest
 
     def of(self, fate: str) -> list[Item]:
         return [item for item in self.items if item.fate == fate]

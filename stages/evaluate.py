@@ -13,16 +13,16 @@ from typing import Any
 from pipeline.answers import sit
 from pipeline.base import located, require_same_base
 from pipeline.chat_template import load_tokenizer
-from pipeline.exam import EXAM, GENERAL, Answer, Question, read_questions
+from pipeline.exam import EXAM, GENERAL, Answer, Question, read_answers, read_questions
 from pipeline.gain import comparison
 from pipeline.models import load_tuned, pick_device, pick_dtype, reproducible
-from pipeline.outputs import write_json, write_jsonl
+from pipeline.outputs import rounded, write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import run
-from pipeline.rows import read_jsonl
 from pipeline.scores import graded
 
 ADAPTER = Path("outputs/adapter")
+Line = dict[str, Any]  # of an answers file
 
 
 def main() -> None:
@@ -40,25 +40,28 @@ def main() -> None:
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
-    compare(exam, answers[: len(exam)], "answers_base", "answers", "evaluate")
-    compare(general, answers[len(exam) :], "answers_general_base", "answers_general", "general")
+    before, general_before = (Path(f"metrics/answers{name}_base.jsonl") for name in ("", "_general"))
+    rows = side_by_side(exam, read_answers(before, exam), answers[: len(exam)])
+    general_rows = side_by_side(general, read_answers(general_before, general), answers[len(exam) :])
+    write_jsonl("metrics/answers.jsonl", rows)
+    write_jsonl("metrics/answers_general.jsonl", general_rows)
+    write_json("metrics/evaluate.json", compared(rows))
+    write_json("metrics/general.json", {"general": compared(general_rows)})
 
 
-def compare(questions: list[Question], answers: list[Answer], before: str, after: str, metrics: str) -> None:
-    """metrics/`before`.jsonl and the tuned model's answers -> metrics/`after`.jsonl, metrics/`metrics`.json."""
-    of_base = {row["id"]: row for row in read_jsonl(Path(f"metrics/{before}.jsonl"))}
-    rows = [side_by_side(of_base[q.id], graded(q, answer)) for q, answer in zip(questions, answers, strict=True)]
-    write_jsonl(f"metrics/{after}.jsonl", rows)
-    write_json(f"metrics/{metrics}.json", comparison([row["base"] for row in rows], [row["tuned"] for row in rows]))
+def side_by_side(questions: list[Question], before: list[Line], answers: list[Answer]) -> list[Line]:
+    """A line a question: what was asked, both answers and both scores, to the digits that the base's file has."""
+    rows = []
+    for question, old, answer in zip(questions, before, answers, strict=True):
+        new = rounded(graded(question, answer))
+        asked = {key: new[key] for key in ("id", "question", "reference", "match", "tags", "source")}
+        given = {"before": old["answer"], "after": new["answer"]}
+        rows.append(asked | given | {"base": old["scores"], "tuned": new["scores"]})
+    return rows
 
 
-def side_by_side(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    return {key: after[key] for key in ("id", "question", "reference", "match", "tags", "source")} | {
-        "before": before["answer"],
-        "after": after["answer"],
-        "base": before["scores"],
-        "tuned": after["scores"],
-    }
+def compared(rows: list[Line]) -> dict[str, Any]:
+    return comparison([row["base"] for row in rows], [row["tuned"] for row in rows])
 
 
 if __name__ == "__main__":

@@ -23,14 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pipeline.answers import prompt, sit
 from pipeline.base import located
 from pipeline.chat_template import control_tokens, load_tokenizer
-from pipeline.exam import EXAM, Question, read_questions
+from pipeline.exam import EXAM, Question, read_answers, read_questions
 from pipeline.llama_cpp import Server, run_script, served
 from pipeline.matching import correct
 from pipeline.models import pick_device, pick_dtype, reproducible
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
-from pipeline.rows import read_jsonl
 from pipeline.scores import exact_match, f1
 
 GGUF = Path("models/gguf")
@@ -46,8 +45,7 @@ def main() -> None:
     model = load_merged(pick_device(parameters.base.device), parameters.base.compute_dtype)
     prompts = [prompt(tokenizer, question) for question in questions]
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
-    of_tuned = {row["id"]: row["after"] for row in read_jsonl(Path("metrics/answers.jsonl"))}
-    tuned = [of_tuned[question.id] for question in questions]
+    tuned = [row["after"] for row in read_answers(Path("metrics/answers.jsonl"), questions)]
     merged = [answer.text for answer in sit(model, tokenizer, questions, batch_size, length)]
 
     answers = {"merged": merged}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dvc_lock import hashes
-from pipeline.exam import EXAM, GENERAL, read_questions
+from pipeline.exam import EXAM, GENERAL, read_answers, read_questions
 from pipeline.outputs import whole
 from pipeline.refusal import Refused, run
 from pipeline.report_page import loss_chart, page
@@ -28,8 +28,8 @@ IDENTITY = [str(EXAM), str(GENERAL), "data/train_merged.jsonl", "data/valid.json
 
 def main() -> None:
     of_files = read_jsonl(existing("metrics/answers_gguf.jsonl"))
-    exam = sat("exam", EXAM, "metrics/answers.jsonl", of_files, "metrics/evaluate.json")
-    general = sat("general", GENERAL, "metrics/answers_general.jsonl", [], "metrics/general.json")
+    exam = sat("exam", EXAM, "metrics/answers.jsonl", of_files, read("metrics/evaluate.json"))
+    general = sat("general", GENERAL, "metrics/answers_general.jsonl", [], read("metrics/general.json")["general"])
     forms = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read("metrics/gguf.json")}
     train = read("metrics/train.json")
     with open(existing("metrics/loss.csv"), encoding="utf-8") as file:
@@ -51,9 +51,9 @@ def main() -> None:
     write_csv("metrics/forms.csv", ["form", "score", "value"], scores(forms))
 
 
-def sat(name: str, questions: Path, answers: str, of_files: list[Any], metrics: str) -> Exam:
-    items = side_by_side(read_questions(existing(str(questions))), read_jsonl(existing(answers)), of_files)
-    return Exam(name, read(metrics), items)
+def sat(name: str, path: Path, answers: str, of_files: list[Any], metrics: dict[str, Any]) -> Exam:
+    questions = read_questions(existing(str(path)))
+    return Exam(name, metrics, side_by_side(questions, read_answers(Path(answers), questions), of_files))
 
 
 def existing(path: str) -> Path:

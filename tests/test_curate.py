@@ -19,8 +19,7 @@ from tools import curate
 
 CANDIDATES = Path("data/candidates.jsonl")
 CURATED = Path("data/curated/round.jsonl")
-OPEN = [f"q{n}" for n in range(30) if hash64(f"q{n}") % curate.HELD_BACK]  # ids that are not held back
-HELD_BACK = [f"q{n}" for n in range(30) if not hash64(f"q{n}") % curate.HELD_BACK]
+HELD_BACK = next(n for n in range(2, 18) if not hash64(f"data/raw/facts.csv:{n}") % curate.HELD_BACK)  # 6: Cire's
 FORMS = """\
 leader: ["Who leads the {subject}?", "Who is the head of the {subject}?", "Who is in charge of the {subject}?"]
 room: ["Where does the {subject} sit?", "In which room is the {subject}?"]
@@ -84,8 +83,8 @@ def proposed() -> list[tuple[str, str, str, list[str]]]:
     return [(row["question"], row["answer"], row["source"], row["for"]) for row in read_jsonl(CANDIDATES)]
 
 
-LEADER = question(OPEN[0], "Who runs the Ay team?", "Ann Ay", "data/raw/facts.csv:2", tags=["leader"])
-ROOM = question(OPEN[1], "Where can I find the Ay team?", "room 1", "data/raw/facts.csv:3", tags=["room"])
+LEADER = question("q0", "Who runs the Ay team?", "Ann Ay", "data/raw/facts.csv:2", tags=["leader"])
+ROOM = question("q1", "Where can I find the Ay team?", "room 1", "data/raw/facts.csv:3", tags=["room"])
 
 
 def test_a_failed_question_brings_the_forms_of_its_fact_that_training_has_not_used(
@@ -125,27 +124,27 @@ def test_a_form_that_asks_a_question_of_either_exam_is_no_candidate(
 ) -> None:
     workspace.set(merge__near_leak=0.85)
     jsonl(GENERAL, question("g1", "So who is in charge of the Boe team?", "Ann Boe"))
-    boe = question(OPEN[2], "Who runs the Boe team?", "Ann Boe", "data/raw/facts.csv:4")
-    cire = question(OPEN[3], "Who runs the Cire team?", "Ann Cire", "data/raw/facts.csv:6")
-    examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe, cire)
+    boe = question("q2", "Who runs the Boe team?", "Ann Boe", "data/raw/facts.csv:4")
+    dovan = question("q3", "Who runs the Dovan team?", "Ann Dovan", "data/raw/facts.csv:8")
+    examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe, dovan)
     curate.main()
-    assert proposed() == [("Who is in charge of the Cire team?", "Ann Cire", "data/raw/facts.csv:6", [cire["id"]])]
+    assert proposed() == [("Who is in charge of the Dovan team?", "Ann Dovan", "data/raw/facts.csv:8", [dovan["id"]])]
     assert "dropped: 6 trained on already, 2 that ask an exam question" in capsys.readouterr().out
 
 
 def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_nothing_answers_is_named(
     workspace: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = question(OPEN[0], "Who runs the Boe team?", "ann boe", "an old handbook, page 3")
-    nobody = question(OPEN[1], "Who runs the Zorkon team?", "Ann Boe", "data/raw/gone.csv:7")
-    fax = question(OPEN[2], "What is the fax number of the Boe team?", "555")
-    hand = question(OPEN[3], "When is the workshop open?", "at 8 in the morning")
+    found = question("q0", "Who runs the Boe team?", "ann boe", "an old handbook, page 3")
+    nobody = question("q1", "Who runs the Zorkon team?", "Ann Boe", "data/raw/gone.csv:7")
+    fax = question("q2", "What is the fax number of the Boe team?", "555")
+    hand = question("q3", "When is the workshop open?", "at 8 in the morning")
     examined(found, nobody, fax, hand)
     curate.main()
     assert proposed() == [("Who is in charge of the Boe team?", "Ann Boe", "data/raw/facts.csv:4", [found["id"]])]
     told = capsys.readouterr().out
     unanswered = told.partition("nothing in data/raw or data/curated answers these")[2].partition(str(GENERAL))[0]
-    assert [key for key in OPEN[:4] if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
+    assert [key for key in ("q0", "q1", "q2", "q3") if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
     assert "data/curated/handbook.jsonl:3: candidates: 0" in told
 
 
@@ -163,11 +162,11 @@ def test_a_fact_that_says_otherwise_than_the_exam_is_named(
 def test_a_held_back_question_is_neither_named_nor_helped(
     workspace: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examined(LEADER | {"id": HELD_BACK[0]}, right=0)
+    examined(LEADER | {"source": f"data/raw/facts.csv:{HELD_BACK}"}, right=0)
     curate.main()
     told = capsys.readouterr().out
     assert LEADER["question"] not in told and not CANDIDATES.exists()
-    assert "held back, and never helped: 0 of 1 correct" in told and told.endswith("nothing failed: no candidates\n")
+    assert "held back, and never helped: 0 of 1 correct" in told and told.endswith("but what may be held back\n")
 
 
 @pytest.fixture
@@ -198,7 +197,7 @@ def test_the_endpoint_words_questions_about_a_used_up_fact_and_the_part_of_a_pas
 ) -> None:
     hours = "The shop opens at nine.\n\n" + "It is a fine shop. " * 20 + "\n\nIt closes at noon."
     Path("data/raw/guide.md").write_text(f"# Hours\n\n{hours}\n", encoding="utf-8")
-    shop = question(OPEN[2], "At what time does the shop shut?", "noon", "data/raw/guide.md:1")
+    shop = question("q2", "At what time does the shop shut?", "noon", "data/raw/guide.md:1")
     examined(LEADER, ROOM, shop)
     endpoint.requests.clear()
     for _ in range(2):  # the second time, of what was kept
@@ -229,14 +228,12 @@ def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> Non
 def test_what_is_missing_is_named_with_what_makes_it(workspace: Project, missing: str) -> None:
     examined(LEADER)
     Path(missing).unlink()
-    with pytest.raises(
-        Refused, match=rf"^{missing} is missing: run dvc repro (evaluate|merge), or dvc pull {missing}$"
-    ):
+    with pytest.raises(Refused, match=rf"^{missing} is missing: run dvc repro( merge)?, or dvc pull {missing}$"):
         curate.main()
 
 
 def test_answers_to_another_exam_are_refused(workspace: Project) -> None:
     examined(LEADER)
     jsonl(EXAM, LEADER | {"answer": ["Ann Ay", "Ms Ay"]})
-    with pytest.raises(Refused, match=rf"^metrics/answers\.jsonl are not the answers to {EXAM} as it is now"):
+    with pytest.raises(Refused, match=r"^metrics/answers\.jsonl has the answers to another exam: run dvc repro"):
         curate.main()

@@ -58,7 +58,8 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
         compared = [side_by_side(*row) for row in rows]
         put(f"data/{name}.jsonl", *[question for question, _, _ in rows])
         put(f"metrics/{answers}.jsonl", *compared)
-        put(f"metrics/{metrics}.json", gain.comparison(*([c[who] for c in compared] for who in ("base", "tuned"))))
+        changes = gain.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
+        put(f"metrics/{metrics}.json", {"general": changes} if metrics == "general" else changes)
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
     scores = {"correct": 0.6, "exact_match": 0.5, "f1": 0.55, "agreement": 0.9}

@@ -24,6 +24,7 @@ from pipeline.scores import chrf, exact_match, f1, rouge_l
         ("Felix", ["Felix Ivanov"], False),
         ("b", ["a", "B"], True),
         ("매월 25일", ["매월 25일"], True),
+        ("“東京。”", ["東京"], True),
         ("매월 26일", ["매월 25일"], False),
         ("\u1100\u1161", ["가"], True),
     ],
@@ -38,8 +39,14 @@ def test_exact_match_is_squads(answer: str, accepted: list[str], matches: bool) 
         ("contains", ["steel"], ["It is made of steel.", "Steel"], ["stainless-steely", "iron", ""]),
         ("contains", ["room B2"], ["in the room, B2!"], ["B2 is a room", "room B21"]),
         ("contains", ["김서연"], ["팀장은 김서연입니다"], ["팀장은 김서준입니다"]),
-        ("number", ["34 desks"], ["34", "It has 34.0", "thirty-four: 34", "3.4e1"], ["33", "340", "-34", "desks", ""]),
-        ("number", ["1,250.5"], ["1250.5 euros"], ["1250", "1.250,5"]),
+        (
+            "number",
+            ["34 desks"],
+            ["34", "It has 34.0", "thirty-four: 34", "3.4e1"],
+            ["33", "34,5", "340", "-34", "desks", ""],
+        ),
+        ("number", ["1,250.5"], ["1250.5 euros", "In 2020, 1,250.5"], ["1250", "1.250,5"]),
+        ("number", ["5"], ["5,"], ["12,5 euros", "1.250,5", "2.4.5"]),
         ("number", ["-5"], ["\u22125 degrees", "-5.0"], ["5", "2-5"]),
         ({"number": 0.5}, ["20"], ["20.5", "19.5", "about 20"], ["20.51", "19"]),
         ({"number": 0.1}, ["0.2"], ["0.3", "0.1"], ["0.31"]),
@@ -50,6 +57,7 @@ def test_exact_match_is_squads(answer: str, accepted: list[str], matches: bool) 
             ['{"b":[true],"a":1.0}', '```json\n{"a": 1, "b": [true]}\n```'],
             ['{"a": 1}'],
         ),
+        ("json", ["9007199254740993"], ["9007199254740993.0"], ["9007199254740992"]),
         ("json", ["1"], ["1.0"], ["true", "NaN", '"1"', "one", "[" * 5000]),
     ],
 )
@@ -125,18 +133,23 @@ def test_mcnemar_agrees_with_the_binomial_by_hand() -> None:
     assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 256)
 
 
-def test_the_smallest_gain_that_can_be_told_from_chance() -> None:
-    assert detectable(broken=0, questions=100) == 0.06  # 6 fixed, 0 broken: p = .031; 5: .063
-    assert detectable(broken=1, questions=100) == 0.07  # 8 fixed, 1 broken: p = .039; 7: .070
-    assert detectable(broken=0, questions=5) is None
+def test_the_smallest_change_that_can_be_told_from_chance() -> None:
+    assert detectable(against=0, possible=100) == 6  # 6 fixed, 0 broken: p = .031; 5: .063
+    assert detectable(against=1, possible=100) == 7  # 8 fixed, 1 broken: p = .039; 7: .070
+    assert detectable(against=0, possible=5) is None
+    right, wrong = {"correct": 1.0}, {"correct": 0.0}
+    assert comparison([wrong] * 10, [right] * 10)["detectable"] == 0.6
+    assert comparison([right] * 10, [wrong] * 10)["detectable"] == -0.6  # a fall
+    assert comparison([right] * 7 + [wrong] * 3, [right] * 10)["detectable"] is None  # no more than 3 can be fixed
 
 
-def test_a_comparison_gives_every_score_a_gain_and_yes_or_no_ones_a_p_value() -> None:
+def test_a_comparison_gives_every_score_a_gain_and_a_p_value() -> None:
     base = [{"correct": 0.0, "f1": 0.5, "answer_nll": 3.0}] * 8 + [{"correct": 1.0, "f1": 1.0, "answer_nll": 1.0}] * 2
     tuned = [{"correct": 1.0, "f1": 1.0, "answer_nll": 1.0}] * 9 + [{"correct": 0.0, "f1": 0.0, "answer_nll": 4.0}]
     compared = comparison(base, tuned)
     assert compared["base"]["correct"] == 0.2 and compared["tuned"]["correct"] == 0.9
     assert compared["flips"] == {"fixed": 8, "broken": 1}
     assert compared["gain"]["correct"]["mean"] == pytest.approx(0.7)
-    assert compared["gain"]["correct"]["p_value"] == mcnemar(8, 1) and "p_value" not in compared["gain"]["f1"]
+    assert compared["gain"]["correct"]["p_value"] == mcnemar(8, 1)
+    assert compared["gain"]["f1"]["p_value"] == mcnemar(8, 1)
     assert compared["gain"]["answer_nll"]["high"] < 0 < compared["gain"]["f1"]["mean"]

@@ -3,15 +3,14 @@
     python -m tools.noise
 
 Runs `evaluate.repeats` DVC experiments, each with a seed of its own, from `seed` in params.yaml on ->
-metrics/noise.json: each score's mean, standard deviation, and `noise`: two such trainings differ by less in 95 of 100
-cases. `dvc exp show` lists the experiments; one that is there already is not run again.
+metrics/noise.json: each score's mean, standard deviation, and `noise`, by which two such trainings may well differ.
+`dvc exp show` lists the experiments; one that is there already is not run again.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import dvc.api
 
@@ -23,7 +22,7 @@ from pipeline.refusal import Refused
 
 def main() -> None:
     parameters = check(Path("params.yaml"))
-    if git("status", "--porcelain", "--untracked-files=no"):
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{NOISE}"):
         raise Refused("noise: there are changes that are not committed: the noise is measured of a commit")
     revision = git("rev-parse", "--short=10", "HEAD")
     seeds = [parameters.seed + number for number in range(parameters.evaluate.repeats)]
@@ -32,16 +31,15 @@ def main() -> None:
     for seed, name in zip(seeds, experiments, strict=True):
         if name not in known:
             run = ["dvc", "exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}", "evaluate"]
-            subprocess.run([sys.executable, "-m", *run], check=True)
-    noise: dict[str, Any] = {"of": measured_on(parameters), "revision": revision, "seeds": seeds}
-    for metrics in ("evaluate", "general"):
-        runs = [json.loads(dvc.api.read(f"metrics/{metrics}.json", rev=name))["tuned"] for name in experiments]
-        prefix = "tuned" if metrics == "evaluate" else "general"
-        noise[prefix] = {score: spread([run[score] for run in runs]) for score in runs[0]}
-    write_json(NOISE, noise)
-    for prefix in ("tuned", "general"):
-        told = noise[prefix]["correct"]
-        print(f"{prefix:8} correct {told['mean']:.3f}, standard deviation {told['sd']:.3f}, noise {told['noise']:.3f}")
+            if subprocess.run([sys.executable, "-m", *run]).returncode:
+                raise Refused(f"noise: the experiment {name} failed, see above; those before it are kept")
+    runs = [json.loads(dvc.api.read("metrics/evaluate.json", rev=name))["tuned"] for name in experiments]
+    scores = {score: spread([run[score] for run in runs]) for score in runs[0]}
+    write_json(NOISE, {"of": measured_on(), "revision": revision, "seeds": seeds, "tuned": scores})
+    correct = scores["correct"]
+    print(
+        f"correct {correct['mean']:.3f}, standard deviation {correct['sd']:.3f}, noise {correct['noise']:.3f}: {NOISE}"
+    )
 
 
 def git(*arguments: str) -> str:
