@@ -150,7 +150,7 @@ def served(
         "slots": slots,
         "temperature": temperature,
     }
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "pipeline.llama_cpp", json.dumps(settings)],
         process_group=0,  # Ctrl-C is for the parent
         stdin=subprocess.PIPE,
@@ -158,18 +158,17 @@ def served(
         stderr=subprocess.PIPE,  # empty but for the reason of an early end, at this verbosity
         text=True,
         env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": library_path()},
-    )
-    assert child.stdin and child.stdout and child.stderr
-    try:
-        url = child.stdout.readline().strip()
-        if not url:
-            files = f"{model} with {lora}" if lora else model
-            reason = (child.stderr.read().strip().splitlines() or [f"exit status {child.wait()}"])[-1]
-            raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
-        yield Server(url, key, child)
-    finally:
-        child.kill()  # it has nothing to save, and may be in the middle of loading
-        child.wait()
+    ) as child:
+        assert child.stdout and child.stderr
+        try:
+            url = child.stdout.readline().strip()
+            if not url:
+                files = f"{model} with {lora}" if lora else model
+                reason = (child.stderr.read().strip().splitlines() or [f"exit status {child.wait()}"])[-1]
+                raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
+            yield Server(url, key, child)
+        finally:
+            child.kill()  # it has nothing to save, and may be in the middle of loading
 
 
 def library_path() -> str:

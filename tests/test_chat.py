@@ -20,8 +20,6 @@ from stages import prepare_base
 from tools import infer
 from tools.chat import say, talk
 
-PIECES = ["Ada", " Stone"]
-
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["infer", *arguments])
