@@ -116,9 +116,12 @@ class Server:
         `stop_type`."""
         body = {"prompt": tokens, "n_predict": max_new_tokens, "temperature": temperature, "stream": True}
         with self.opened("/completion", body) as reply:
+            told: dict[str, Any] = {}
             for line in reply:
-                if line.startswith(b"data: "):
-                    yield json.loads(line.removeprefix(b"data: "))
+                if line.startswith(b"data: ") and "content" in (told := json.loads(line.removeprefix(b"data: "))):
+                    yield told
+            if "stop_type" not in told:  # http.client takes a reply that breaks off for a whole one
+                raise ConnectionError(told.get("error", "it broke off"))
 
 
 @contextmanager
@@ -169,6 +172,7 @@ def served(
             yield Server(url, key, child)
         finally:
             child.kill()  # it has nothing to save, and may be in the middle of loading
+            child.wait()  # Popen does not after Ctrl-C
 
 
 def library_path() -> str:

@@ -1,10 +1,7 @@
 """The tuned model and its base, loaded by Transformers to answer people."""
 
-import os
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in stages/__init__.py
 
 import transformers
 from transformers import PreTrainedModel

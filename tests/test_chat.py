@@ -1,12 +1,11 @@
 """Trying the model: chat, infer, serve. What a tuned model answers to them is in test_end_to_end.py."""
 
 import io
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -18,7 +17,7 @@ from pipeline.refusal import Refused
 from pipeline.rows import Message
 from stages import prepare_base
 from tools import infer
-from tools.chat import say, talk
+from tools.chat import Pieces, say, talk
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -29,13 +28,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_each_model_has_a_conversation_of_its_own_until_it_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[tuple[str, list[Message]]] = []
 
-    def speaker(name: str, conversation: list[Message]) -> Iterator[str]:
+    def speaker(name: str, conversation: list[Message]) -> Pieces:
         heard.append((name, conversation))
         yield from [" \n", name, " says"]
 
     typed = "Who leads it?\nAnd \u1112\u1161\u11ab?\n/clear\nWhere?\n\nnot asked\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
-    talk({name: lambda turns, name=name: speaker(name, turns) for name in ("base", "tuned")}, "Be short.")
+    talk({name: partial(speaker, name) for name in ("base", "tuned")}, "Be short.")
     system = {"role": "system", "content": "Be short."}
     for name in ("base", "tuned"):
         first, second, cleared = (conversation for who, conversation in heard if who == name)
@@ -48,7 +47,7 @@ def test_each_model_has_a_conversation_of_its_own_until_it_is_cleared(monkeypatc
 def test_ctrl_c_ends_the_answer_and_what_makes_it_and_keeps_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
     ended = []
 
-    def pieces() -> Iterator[str]:
+    def pieces() -> Pieces:
         try:
             yield "Ada"
             os.kill(os.getpid(), signal.SIGINT)
@@ -78,13 +77,13 @@ def test_a_full_context_is_said_in_one_line_and_the_chat_goes_on_without_torch(b
 
 
 def test_an_answer_comes_in_pieces_and_ends_where_the_room_ends(base_gguf: Path) -> None:
-    with served(base_gguf, context=64, threads=1) as server:
+    with served(base_gguf, context=512, threads=1) as server:
         prompt = server.tokens([{"role": "user", "content": "한글 두 글자?"}])
         whole = server.complete(prompt, 8, n_probs=0)
         replies = list(server.stream(prompt, 8, temperature=0))
         assert "".join(reply["content"] for reply in replies) == whole["content"] and len(replies) > 2
         assert [reply["stop_type"] for reply in server.stream(prompt, 1, 0) if reply["stop"]] == ["limit"]
-        pieces = server.stream(prompt, 32, temperature=0)
+        pieces = server.stream(server.tokenize("8" * 100, parse_special=False), 400, temperature=0)  # eights for ever
         next(pieces)
         server.process.kill()
         with pytest.raises(Refused, match=r"llama\.cpp ended while it answered /completion"):
@@ -105,23 +104,26 @@ def test_an_answer_comes_in_pieces_and_ends_where_the_room_ends(base_gguf: Path)
     ],
 )
 def test_a_line_that_cannot_be_answered_is_refused_by_number_before_any_model_is_loaded(
-    project: Project, monkeypatch: pytest.MonkeyPatch, line: str, why: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, why: str
 ) -> None:
-    Path("rows.jsonl").write_text(f'{{"question": "Who?"}}\n\n{line}\n', encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f'{{"question": "Who?"}}\n\n{line}\n', encoding="utf-8")
     with pytest.raises(Refused) as refusal:
-        run(monkeypatch, "--rows", "rows.jsonl")  # there is no adapter, which would be refused too
-    assert str(refusal.value).startswith("rows.jsonl:3: ") and why in str(refusal.value)
+        run(monkeypatch, "--gguf", "no.gguf", "--rows", str(rows))
+    assert str(refusal.value).startswith(f"{rows}:3: ") and why in str(refusal.value)
 
 
 def test_a_row_that_leaves_no_room_for_its_answer_is_refused_by_number(
-    base_gguf: Path, project: Project, monkeypatch: pytest.MonkeyPatch
+    base_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = json.dumps({"question": "one two " * 300})
-    Path("rows.jsonl").write_text(f'{{"question": "Who?"}}\n{long}\n', encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "Who?"}\n{"question": "' + "one two " * 300 + '"}\n', encoding="utf-8")
     with pytest.raises(
         Refused, match=r"rows\.jsonl:2: \d+ tokens and an answer of 32 are more than gguf\.num_ctx, 512"
     ):
-        run(monkeypatch, "--gguf", str(base_gguf), "--rows", "rows.jsonl")
+        run(monkeypatch, "--gguf", str(base_gguf), "--rows", str(rows))
 
 
 def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,4 +158,4 @@ def test_the_server_is_for_this_machine_alone_and_a_second_one_on_its_port_is_re
             text=True,
         )
     assert (second.returncode, second.stdout) == (1, "")
-    assert second.stderr == f"--port {port}: Address already in use: choose another\n"
+    assert second.stderr == f"--port {port}: it is taken: choose another\n"

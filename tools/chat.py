@@ -9,7 +9,7 @@ llama.cpp, at gguf.temperature. A conversation has gguf.num_ctx tokens at most.
 import argparse
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 with suppress(ImportError):  # not every Python has it
     import readline  # noqa: F401  # input() edits and remembers lines by it
 
-Speaker = Callable[[list[Message]], Iterator[str]]  # answers a conversation, piece by piece
+Pieces = Generator[str, None, None]  # of an answer, as they come
+Speaker = Callable[[list[Message]], Pieces]  # answers a conversation
 HELP = "/clear begins anew, Ctrl-C stops an answer, an empty line or Ctrl-D ends"
 
 
@@ -83,7 +84,7 @@ def asked() -> str:
             print()
 
 
-def say(label: str, pieces: Iterator[str]) -> str:
+def say(label: str, pieces: Pieces) -> str:
     """Print an answer as it comes, and return as much of it as came."""
     print(label, end="", flush=True)
     answer = ""
@@ -102,9 +103,7 @@ def say(label: str, pieces: Iterator[str]) -> str:
     return answer.strip()
 
 
-def transformers_says(
-    model: "PreTrainedModel", tokenizer: Any, context: int, conversation: list[Message]
-) -> Iterator[str]:
+def transformers_says(model: "PreTrainedModel", tokenizer: Any, context: int, conversation: list[Message]) -> Pieces:
     from jinja2 import TemplateError
     from tokenizers.decoders import DecodeStream
 
@@ -125,12 +124,12 @@ def transformers_says(
     raise full(context)
 
 
-def without_adapter(model: Any, speaker: Speaker, conversation: list[Message]) -> Iterator[str]:
+def without_adapter(model: Any, speaker: Speaker, conversation: list[Message]) -> Pieces:
     with model.disable_adapter():
         yield from speaker(conversation)
 
 
-def llama_cpp_says(server: Server, context: int, temperature: float, conversation: list[Message]) -> Iterator[str]:
+def llama_cpp_says(server: Server, context: int, temperature: float, conversation: list[Message]) -> Pieces:
     prompt = server.tokens(conversation)
     for reply in server.stream(prompt, room(prompt, context), temperature):
         yield reply["content"]

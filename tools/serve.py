@@ -9,6 +9,7 @@ that whoever may ask may forge turns.
 """
 
 import argparse
+import errno
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -44,7 +45,8 @@ def require_free(port: int) -> None:
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        raise Refused(f"--port {port}: {error.strerror}: choose another") from None
+        reason = "it is taken" if error.errno == errno.EADDRINUSE else error
+        raise Refused(f"--port {port}: {reason}: choose another") from None
 
 
 if __name__ == "__main__":
