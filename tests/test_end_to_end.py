@@ -19,6 +19,7 @@ from gguf import GGUFReader
 from safetensors import safe_open
 
 from pipeline.rows import read_jsonl
+from tools import infer
 
 KEYS = [
     f"{section}.{key}" if isinstance(values, dict) else section
@@ -227,12 +228,19 @@ def test_the_chat_answers_as_the_exam_and_beside_the_base(finished: Project) -> 
     ids=["adapter", "base", "gguf"],
 )
 def test_infer_answers_a_file_of_questions_as_the_exam_and_keeps_their_order_and_keys(
-    finished: Project, model: list[str], file: str, key: str
+    finished: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: list[str],
+    file: str,
+    key: str,
 ) -> None:
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.setattr(sys, "argv", ["infer", *model, "--rows", "data/questions.jsonl"])
+    infer.main()
     exam = {row["id"]: row for row in read_jsonl(finished.folder / "data/questions.jsonl")}
     expected = {row["id"]: row[key] for row in read_jsonl(finished.folder / f"metrics/{file}.jsonl")}
-    done = finished.run(sys.executable, "-m", "tools.infer", *model, "--rows", "data/questions.jsonl")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [exam[name] | {"answer": answer} for name, answer in expected.items()]
 
 
