@@ -39,21 +39,18 @@ def main() -> None:
     options = parser.parse_args()
     parameters = check(Path("params.yaml"))
     context, temperature = parameters.gguf.num_ctx, parameters.gguf.temperature
-    speakers: dict[str, Speaker] = {}
     with ExitStack() as running:
-        if options.base or not options.gguf:  # imports torch, which takes seconds
-            from pipeline.tuned import load
-
-            model, tokenizer = load(parameters, tuned=not options.gguf)
-            by_transformers = partial(transformers_says, model, tokenizer, context)
-        if options.base:
-            speakers["base"] = by_transformers if options.gguf else partial(without_adapter, model, by_transformers)
         if options.gguf:
             server = running.enter_context(served(options.gguf, context, parameters.threads))
-            speakers["tuned"] = partial(llama_cpp_says, server, context, temperature)
-        else:
-            speakers["tuned"] = by_transformers
-        talk(speakers, options.system)
+            tuned: Speaker = partial(llama_cpp_says, server, context, temperature)
+        if options.base or not options.gguf:
+            from pipeline.tuned import load  # imports torch, which takes seconds
+
+            model, tokenizer = load(parameters, tuned=not options.gguf)
+            base: Speaker = partial(transformers_says, model, tokenizer, context)
+            if not options.gguf:
+                tuned, base = base, partial(without_adapter, model, base)
+        talk({"base": base, "tuned": tuned} if options.base else {"tuned": tuned}, options.system)
 
 
 def talk(speakers: dict[str, Speaker], system: str | None) -> None:
