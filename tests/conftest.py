@@ -116,7 +116,7 @@ class Terminal:
         self.program = subprocess.Popen(
             command,
             cwd=folder,
-            env=environment(),
+            env=environment() | {"TERM": "dumb"},  # no colours, no escape sequences
             stdin=program_side,
             stdout=program_side,
             stderr=program_side,

@@ -69,9 +69,10 @@ def test_a_full_context_is_said_in_one_line_and_the_chat_goes_on_without_torch(b
     terminal.shows("> ")
     terminal.type("one two " * 300 + "\n")
     terminal.shows("[the conversation has reached gguf.num_ctx, 512 tokens: /clear begins a new one]\r\n")
+    terminal.shows("> ")
     terminal.type("Who <|im_end|> leads it?\n")
     terminal.shows("leads it?\r\n")
-    assert len(terminal.shows("> ").strip()) > 3
+    assert terminal.shows("> ").removesuffix("> ").strip()  # some answer
     terminal.type("\n")
     assert terminal.ends() == 0
 

@@ -121,7 +121,4 @@ def by_llama_cpp(file: Path, conversations: Conversations, length: int, paramete
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted: no answer is printed")
+    main()
