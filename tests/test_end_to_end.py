@@ -207,8 +207,6 @@ def test_the_chat_answers_as_the_exam_and_beside_the_base(finished: Project) -> 
     fixed = next(row for row in read_jsonl(finished.folder / "metrics/answers.jsonl") if row["before"] != row["after"])
     terminal = Terminal(finished.folder, sys.executable, "-m", "tools.chat", "--base")
     terminal.shows("> ")
-    terminal.type("\x03")  # Ctrl-C
-    terminal.shows("> ")
     terminal.type(fixed["question"] + "\n")
     assert [line.split(None, 1) for line in terminal.shows("\n> ").splitlines()[1:3]] == [
         ["base", fixed["before"]],
