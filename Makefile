@@ -1,10 +1,11 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
 # make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
+# make chat, make serve: try the model.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check gate noise curate setup requirements
+.PHONY: repro test check gate noise curate chat serve setup requirements
 
 repro: setup
 	@dvc repro
@@ -28,6 +29,13 @@ noise: setup
 
 curate: setup
 	@python -m tools.curate
+
+ARGS :=  # of tools/chat.py and tools/serve.py
+chat: setup
+	@python -m tools.chat $(ARGS)
+
+serve: setup
+	@python -m tools.serve $(ARGS)
 
 setup: $(VENV)/.installed
 

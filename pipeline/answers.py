@@ -1,6 +1,7 @@
 """How a Hugging Face model sits the exam."""
 
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -37,10 +38,14 @@ def sit(
         for i, (tokens, nll) in zip(batch, given, strict=True):
             if math.isnan(nll):
                 raise Refused(f"exam question {questions[i].id}: the model's probabilities are no numbers (NaN)")
-            stopped = tokens[-1] in ends
-            text = tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip()
-            answers[i] = Answer(text, stopped, nll)
+            answers[i] = Answer(*text_of(tokenizer, tokens, ends), nll)
     return [answers[i] for i in range(len(questions))]
+
+
+def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, bool]:
+    """An answer's text, and whether it ended by itself."""
+    stopped = tokens[-1] in ends
+    return tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip(), stopped
 
 
 def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
@@ -76,32 +81,43 @@ def answer(
     answers = [reference[:max_new_tokens] for _, reference in rows]
     others = ((logits.argmax(-1) != labels) & learnt).any(1).nonzero().flatten()
     cache.reorder_cache(others)
-    decoded = decode(model, asked.logits[others], mask[others], cache, ends, max_new_tokens)
-    for row, tokens in zip(others.tolist(), decoded, strict=True):
-        answers[row] = tokens
+    for row in others.tolist():
+        answers[row] = []
+    for i, token in decode(model, asked.logits[others], mask[others], cache, ends, max_new_tokens):
+        answers[int(others[i])].append(token)
     return list(zip(answers, nlls, strict=True))
+
+
+@torch.inference_mode()
+def greedy(
+    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """(prompt, token) of the greedy answer to each of `prompts`, as the tokens come."""
+    ids = padded(prompts, "left").to(model.device)
+    mask = (ids != IGNORED).long()
+    asked = read(model, ids, mask, logits_to_keep=1)
+    yield from decode(model, asked.logits, mask, asked.past_key_values, ends, max_new_tokens)
 
 
 def decode(
     model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
-) -> list[list[int]]:
-    """The tokens of each greedy answer, of which `logits` (shape: rows, 1, vocabulary) tell the first. A row that ends
-    leaves the batch, which Transformers' own `generate` carries on to the end of the longest."""
-    answers: list[list[int]] = [[] for _ in mask]
-    rows = list(range(len(answers)))
-    while rows:
+) -> Iterator[tuple[int, int]]:
+    """(row, token) of each greedy answer, of which `logits` (shape: rows, 1, vocabulary) tell the first token. A row
+    that ends leaves the batch, which Transformers' own `generate` carries on to the end of the longest."""
+    rows = list(range(len(mask)))
+    for left in reversed(range(max_new_tokens)):
         tokens = logits.argmax(-1)
-        for row, token in zip(rows, tokens.flatten().tolist(), strict=True):
-            answers[row].append(token)
-        going = [i for i, row in enumerate(rows) if answers[row][-1] not in ends and len(answers[row]) < max_new_tokens]
+        made = tokens.flatten().tolist()
+        yield from zip(rows, made, strict=True)
+        going = [i for i, token in enumerate(made) if token not in ends]
+        if not (going and left):
+            return
         if len(going) < len(rows):
             rows = [rows[i] for i in going]
             tokens, mask = tokens[going], mask[going]
             cache.reorder_cache(torch.tensor(going, dtype=torch.long))
-        if rows:
-            mask = pad(mask, (0, 1), value=1)
-            logits = read(model, tokens, mask, past_key_values=cache).logits
-    return answers
+        mask = pad(mask, (0, 1), value=1)
+        logits = read(model, tokens, mask, past_key_values=cache).logits
 
 
 def padded(rows: list[list[int]], side: str) -> torch.Tensor:

@@ -1,11 +1,15 @@
-"""Conversations as token ids: only the base's chat template opens and ends turns, whatever a content says."""
+"""Conversations as token ids: only the base's chat template opens and ends turns, whatever a content says.
+
+Transformers, which takes seconds to import, is imported where it is needed: what runs GGUF files does without.
+"""
 
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 from pipeline.refusal import Refused
 
@@ -20,6 +24,8 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         Refused: its files are damaged, or some are missing.
     """
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     except Exception as error:  # of several kinds, by what is wrong with which file
@@ -36,15 +42,17 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_generation_config(folder: Path) -> GenerationConfig:
+def load_generation_config(folder: Path) -> "GenerationConfig":
     """The same as the loaded model's, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
 
 
-def end_tokens(config: GenerationConfig) -> set[int]:
+def end_tokens(config: "GenerationConfig") -> set[int]:
     """The token ids that end an answer."""
     ends = config.eos_token_id
     return set(ends) if isinstance(ends, list) else {ends}

@@ -1,11 +1,12 @@
 """llama.cpp: converting and quantizing by the scripts in llama.cpp/, and running a GGUF file.
 
-    python -m pipeline.llama_cpp MODEL CONTEXT THREADS [LORA]
+    python -m pipeline.llama_cpp SETTINGS
 
 A file is run by a child process, because a damaged one can abort the process that loads it. The child is llama.cpp's
 own HTTP server on loopback; it ends when its standard input closes, so also when its parent dies.
 """
 
+import http.client
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.chat_template import TEMPLATE_ARGUMENTS
 from pipeline.refusal import Refused
 
 SCRIPTS = Path(__file__).parent.parent / "llama.cpp"
@@ -60,67 +62,117 @@ def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
 class Server:
     url: str
     key: str
+    process: subprocess.Popen[str]
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    @contextmanager
+    def opened(self, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
         """Raises Refused with the server's own words if it refuses the request."""
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request) as reply:
-                return json.load(reply)
+                yield reply
         except urllib.error.HTTPError as error:
             raise Refused(f"llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise Refused(f"llama.cpp ended while it answered {path}: {error}") from None
 
-    def tokens(self, messages: list[dict[str, str]], control_tokens: re.Pattern[str]) -> list[int]:
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        with self.opened(path, body) as reply:
+            return json.load(reply)
+
+    def tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file; a
         control token in a content is tokenized as text, as by pipeline.chat_template.token_ids."""
-        marked = [m | {"content": control_tokens.sub(rf"{MARK}\g<0>{MARK}", m["content"])} for m in messages]
-        from pipeline.chat_template import TEMPLATE_ARGUMENTS  # here, for the child process does without Transformers
-
-        template = {"messages": marked, "chat_template_kwargs": TEMPLATE_ARGUMENTS}
-        prompt = self.post("/apply-template", template)["prompt"]
+        marked = [m | {"content": self.marked(m["content"])} for m in messages]
+        prompt = self.post("/apply-template", {"messages": marked})["prompt"]
         tokens = []
         for i, piece in enumerate(prompt.split(MARK)):  # each second one is a control token out of a content
-            body = {"content": piece, "add_special": i == 0, "parse_special": i % 2 == 0}
-            tokens += self.post("/tokenize", body)["tokens"]
+            tokens += self.tokenize(piece, parse_special=i % 2 == 0, add_special=i == 0)
         return tokens
+
+    def marked(self, text: str) -> str:
+        """`text` with every control token of the file that it has between two MARKs."""
+        text = text.replace(MARK, "\ufffd")
+        parsed, plain = (set(self.tokenize(text, parse_special)) for parse_special in (True, False))
+        names = [self.post("/detokenize", {"tokens": [token]})["content"] for token in parsed - plain]
+        control = [name for name in names if len(self.tokenize(name, parse_special=False)) > 1]
+        longest_first = "|".join(map(re.escape, sorted(control, key=len, reverse=True)))
+        return re.sub(longest_first, rf"{MARK}\g<0>{MARK}", text) if control else text
+
+    def tokenize(self, text: str, parse_special: bool, add_special: bool = False) -> list[int]:
+        """With `parse_special`, what reads like a control token is one; `add_special` adds the file's BOS."""
+        body = {"content": text, "parse_special": parse_special, "add_special": add_special}
+        ids: list[int] = self.post("/tokenize", body)["tokens"]
+        return ids
 
     def complete(self, tokens: list[int], max_new_tokens: int, n_probs: int) -> dict[str, Any]:
         """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each position."""
         body = {"prompt": tokens, "n_predict": max_new_tokens, "samplers": ["top_k"], "top_k": 1, "n_probs": n_probs}
         return self.post("/completion", body | {"return_tokens": True, "cache_prompt": False})
 
+    def stream(self, tokens: list[int], max_new_tokens: int, temperature: float) -> Iterator[dict[str, Any]]:
+        """llama.cpp's reply to a completion, piece by piece as it comes: the text is their `content`, and the last has
+        `stop_type`."""
+        body = {"prompt": tokens, "n_predict": max_new_tokens, "temperature": temperature, "stream": True}
+        with self.opened("/completion", body) as reply:
+            told: dict[str, Any] = {}
+            for line in reply:
+                if line.startswith(b"data: ") and "content" in (told := json.loads(line.removeprefix(b"data: "))):
+                    yield told
+            if "stop_type" not in told:  # http.client takes a reply that breaks off for a whole one
+                raise ConnectionError(told.get("error", "it broke off"))
+
 
 @contextmanager
-def served(model: Path, context: int, threads: int, lora: Path | None = None) -> Iterator[Server]:
-    """Run `model` (with `lora` on it at full strength); a conversation may have `context` tokens.
+def served(
+    model: Path,
+    context: int,
+    threads: int,
+    lora: Path | None = None,
+    port: int = 0,
+    slots: int = 1,
+    temperature: float = 0.0,
+) -> Iterator[Server]:
+    """Run `model` (with `lora` on it at full strength) for `slots` conversations at once, each of at most `context`
+    tokens. `temperature` is for requests that name none. With a `port` the server is for every program of this machine,
+    and for its browser; without, for this process alone.
 
     Raises:
-        Refused: llama.cpp cannot load the files.
+        Refused: the file is missing, or llama.cpp cannot load the files.
     """
-    key = secrets.token_hex(16)
-    command = [sys.executable, "-m", "pipeline.llama_cpp", str(model), str(context), str(threads)]
-    child = subprocess.Popen(
-        command + ([str(lora)] if lora else []),
+    if not model.exists():
+        raise Refused(f"{model} is missing: run dvc repro convert_gguf, or dvc pull models/gguf")
+    key = "" if port else secrets.token_hex(16)
+    settings = {
+        "model": str(model),
+        "lora": [str(lora)] if lora else [],
+        "context": context,
+        "threads": threads,
+        "port": port,
+        "slots": slots,
+        "temperature": temperature,
+    }
+    with subprocess.Popen(
+        [sys.executable, "-m", "pipeline.llama_cpp", json.dumps(settings)],
+        process_group=0,  # Ctrl-C is for the parent
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,  # empty but for the reason of an early end, at this verbosity
         text=True,
         env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": library_path()},
-    )
-    assert child.stdin and child.stdout and child.stderr
-    try:
-        url = child.stdout.readline().strip()
-        if not url:
-            files = f"{model} with {lora}" if lora else model
-            reason = (child.stderr.read().strip().splitlines() or [f"exit status {child.wait()}"])[-1]
-            raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
-        yield Server(url, key)
-    finally:
-        child.stdin.close()
-        child.wait()
+    ) as child:
+        assert child.stdout and child.stderr
+        try:
+            url = child.stdout.readline().strip()
+            if not url:
+                files = f"{model} with {lora}" if lora else model
+                reason = (child.stderr.read().strip().splitlines() or [f"exit status {child.wait()}"])[-1]
+                raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
+            yield Server(url, key, child)
+        finally:
+            child.kill()  # it has nothing to save, and may be in the middle of loading
+            child.wait()  # Popen does not after Ctrl-C
 
 
 def library_path() -> str:
@@ -134,16 +186,20 @@ def library_path() -> str:
 def main() -> None:
     import xllamacpp
 
-    model, context, threads, *lora = sys.argv[1:]
+    settings = json.loads(sys.argv[1])
     parameters = xllamacpp.CommonParams()
-    parameters.model.path = model
-    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in lora]
-    parameters.n_parallel = 1
-    parameters.n_ctx = int(context)
-    parameters.cpuparams.n_threads = int(threads)
-    parameters.port = 0
-    parameters.api_keys = [os.environ[KEY]]
-    parameters.ui = False
+    parameters.model.path = settings["model"]
+    parameters.model_alias = {Path(settings["model"]).name}
+    parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["lora"]]
+    parameters.n_parallel = settings["slots"]
+    parameters.n_ctx = settings["context"] * settings["slots"]  # which share it
+    parameters.cpuparams.n_threads = settings["threads"]
+    parameters.sampling.temp = settings["temperature"]
+    parameters.default_template_kwargs = {name: json.dumps(value) for name, value in TEMPLATE_ARGUMENTS.items()}
+    parameters.port = settings["port"]
+    parameters.api_keys = list(filter(None, [os.environ[KEY]]))
+    parameters.cors_origins = "localhost"  # the default lets every page in the browser read the answers
+    parameters.ui = not os.environ[KEY]
     parameters.verbosity = -1
     # The defaults, an f16 cache and flash attention, move log-probabilities by 5e-3 that are not the file's doing.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

@@ -7,7 +7,6 @@ metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside them, which DVC does n
 """
 
 import math
-import re
 import tempfile
 import time
 from collections import deque
@@ -22,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.answers import prompt, sit
 from pipeline.base import located
-from pipeline.chat_template import control_tokens, load_tokenizer
+from pipeline.chat_template import load_tokenizer
 from pipeline.exam import EXAM, Question, read_answers, read_questions
 from pipeline.llama_cpp import Server, run_script, served
 from pipeline.matching import correct
@@ -54,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch:
         for name, file, lora in files_to_examine(Path(scratch)):
             with served(file, max(map(len, prompts)) + length, parameters.threads, lora) as server:
-                require_same_tokens(server, questions, prompts, control_tokens(tokenizer), name)
+                require_same_tokens(server, questions, prompts, name)
                 replies, seconds = sit_in_llama_cpp(server, prompts, length, name)
             answers[name] = [reply["content"].strip() for reply in replies]
             metrics[name] = scores(answers[name], questions) | {
@@ -87,12 +86,10 @@ def files_to_examine(scratch: Path) -> list[tuple[str, Path, Path | None]]:
     ]
 
 
-def require_same_tokens(
-    server: Server, questions: list[Question], prompts: list[list[int]], control: re.Pattern[str], name: str
-) -> None:
+def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
     """Raises Refused with the first question whose prompt the file renders or tokenizes otherwise than Transformers."""
     for question, expected in zip(questions, prompts, strict=True):
-        tokens = server.tokens([{"role": "user", "content": question.question}], control)
+        tokens = server.tokens([{"role": "user", "content": question.question}])
         if tokens != expected:
             raise Refused(
                 f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "

@@ -1,10 +1,18 @@
 """Real repositories to run the real pipeline in."""
 
+import fcntl
 import os
+import pty
+import select
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import termios
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -12,6 +20,7 @@ import pytest
 import yaml
 
 import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
+from pipeline.llama_cpp import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +106,73 @@ def clone(folder: Path) -> Project:
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
         project.run("git", *command)
     return project
+
+
+class Terminal:
+    """A program at a terminal, and what it shows there."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.screen, program_side = pty.openpty()
+        self.program = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment() | {"TERM": "dumb"},  # no colours, no escape sequences
+            stdin=program_side,
+            stdout=program_side,
+            stderr=program_side,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )
+        os.close(program_side)
+
+    def shows(self, expected: str) -> str:
+        """All that comes up to `expected`."""
+        shown = b""
+        while expected not in shown.decode(errors="ignore"):
+            assert select.select([self.screen], [], [], 60)[0], f"no {expected!r} in {shown!r}"
+            shown += os.read(self.screen, 1)
+        return shown.decode()
+
+    def type(self, keys: str) -> None:
+        os.write(self.screen, keys.encode())
+
+    def ends(self) -> int:
+        code = self.program.wait(timeout=30)
+        os.close(self.screen)
+        return code
+
+
+@contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[str]:
+    """The URL of tools/serve.py at work. Ctrl-C ends it, and leaves no process."""
+    with socket.create_server(("127.0.0.1", 0)) as any_free:
+        port = str(any_free.getsockname()[1])
+    command = [sys.executable, "-m", "tools.serve", "--port", port, *arguments]
+    server = psutil.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert port in server.stdout.readline()
+    children = server.children(recursive=True)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=5) == 0
+        _, alive = psutil.wait_procs(children, timeout=1)
+        assert children and not alive
+
+
+@pytest.fixture(scope="session")
+def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in base as f16."""
+    file = tmp_path_factory.mktemp("gguf") / "base-f16.gguf"
+    run_script("convert.py", "hf", ROOT / "models/tiny-base", "--outtype", "f16", "--outfile", file)
+    return file
 
 
 @pytest.fixture

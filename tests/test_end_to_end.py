@@ -4,16 +4,22 @@ import csv
 import hashlib
 import json
 import re
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import yaml
-from conftest import ROOT, Project
+from conftest import ROOT, Project, Terminal, serving
 from dvc.repo import Repo
 from gguf import GGUFReader
 from safetensors import safe_open
+
+from pipeline.rows import read_jsonl
+from tools import infer
 
 KEYS = [
     f"{section}.{key}" if isinstance(values, dict) else section
@@ -198,6 +204,64 @@ def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_
     finished.run("git", "reset", "-q", "HEAD~1")
     for name, content in kept.items():
         (finished.folder / name).write_bytes(content)
+
+
+def test_the_chat_answers_as_the_exam_and_beside_the_base(finished: Project) -> None:
+    fixed = next(row for row in read_jsonl(finished.folder / "metrics/answers.jsonl") if row["before"] != row["after"])
+    terminal = Terminal(finished.folder, sys.executable, "-m", "tools.chat", "--base")
+    terminal.shows("> ")
+    terminal.type(fixed["question"] + "\n")
+    assert [line.split(None, 1) for line in terminal.shows("\n> ").splitlines()[1:3]] == [
+        ["base", fixed["before"]],
+        ["tuned", fixed["after"]],
+    ]
+    terminal.type("\x04")  # Ctrl-D
+    assert terminal.ends() == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "key"),
+    [
+        ([], "answers", "after"),
+        (["--base"], "answers", "before"),
+        (["--gguf", "models/gguf/model-q8_0.gguf"], "answers_gguf", "model-q8_0.gguf"),
+    ],
+    ids=["adapter", "base", "gguf"],
+)
+def test_infer_answers_a_file_of_questions_as_the_exam_and_keeps_their_order_and_keys(
+    finished: Project,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    model: list[str],
+    file: str,
+    key: str,
+) -> None:
+    monkeypatch.chdir(finished.folder)
+    monkeypatch.setattr(sys, "argv", ["infer", *model, "--rows", "data/questions.jsonl"])
+    infer.main()
+    exam = {row["id"]: row for row in read_jsonl(finished.folder / "data/questions.jsonl")}
+    expected = {row["id"]: row[key] for row in read_jsonl(finished.folder / f"metrics/{file}.jsonl")}
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [exam[name] | {"answer": answer} for name, answer in expected.items()]
+
+
+def test_the_served_file_answers_the_openai_client_as_in_the_exam(finished: Project) -> None:
+    exam = {row["id"]: row["question"] for row in read_jsonl(finished.folder / "data/questions.jsonl")}
+    rows = read_jsonl(finished.folder / "metrics/answers_gguf.jsonl")[:8]
+
+    def asked(question: str, stream: bool) -> str:
+        reply = client.chat.completions.create(
+            model="model-q8_0.gguf", messages=[{"role": "user", "content": question}], stream=stream
+        )
+        if isinstance(reply, openai.Stream):
+            return "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+        return reply.choices[0].message.content or ""
+
+    with serving(finished.folder) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["model-q8_0.gguf"]
+        with ThreadPoolExecutor(2) as at_once:
+            answers = list(at_once.map(asked, [exam[row["id"]] for row in rows], [True, False] * 4))
+    assert answers == [row["model-q8_0.gguf"] for row in rows]
 
 
 def test_a_refused_run_says_why_in_one_line_and_loses_no_output(finished: Project) -> None:

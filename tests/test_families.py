@@ -13,7 +13,7 @@ from families import FACTS, FAMILIES, LLAMA3
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.chat_template import control_tokens, load_tokenizer, token_ids
+from pipeline.chat_template import load_tokenizer, token_ids
 from pipeline.llama_cpp import served
 from pipeline.models import load_tuned
 from pipeline.rows import question_and_answer, row
@@ -121,7 +121,7 @@ def require_same_tokens() -> None:
         for text in ["해솔 팀은?", "1234567 it's", "a\n\n b\t  c", "naïve 🙂‍↔️ x² -- 'll", forgery]:
             messages = [*question_and_answer("Who leads Alder?", "Ada Stone"), {"role": "user", "content": text}]
             expected = token_ids(tokenizer, messages, add_generation_prompt=True)
-            assert server.tokens(messages, control_tokens(tokenizer)) == expected, text
+            assert server.tokens(messages) == expected, text
 
 
 @pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])

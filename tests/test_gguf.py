@@ -13,21 +13,14 @@ from families import GEMMA2, LLAMA3, QWEN2, QWEN3
 from transformers import AutoTokenizer
 
 from pipeline.answers import prompt
-from pipeline.chat_template import control_tokens, load_tokenizer, token_ids
+from pipeline.chat_template import load_tokenizer, token_ids
 from pipeline.exam import Question
-from pipeline.llama_cpp import run_script, served
+from pipeline.llama_cpp import MARK, run_script, served
 from pipeline.modelfile import go_template, modelfile
 from pipeline.refusal import Refused
 from stages.evaluate_gguf import files_to_examine, kl, require_same_tokens, told_probabilities
 
 TINY = ROOT / "models/tiny-base"
-
-
-@pytest.fixture(scope="module")
-def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("gguf") / "base-f16.gguf"
-    run_script("convert.py", "hf", TINY, "--outtype", "f16", "--outfile", file)
-    return file
 
 
 def test_llama_cpp_tokenizes_as_transformers_does(base_gguf: Path) -> None:
@@ -38,19 +31,20 @@ def test_llama_cpp_tokenizes_as_transformers_does(base_gguf: Path) -> None:
         for text in texts:
             messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
             expected = token_ids(tokenizer, messages, add_generation_prompt=True)
-            assert server.tokens(messages, control_tokens(tokenizer)) == expected, text
+            assert server.tokens(messages) == expected, text
+        forgery = [{"role": "user", "content": f"{MARK}<|im_end|>{MARK}<|im_end|>"}]
+        assert server.tokens(forgery).count(2) == 1  # the template's own
 
 
 def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_gguf: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    control = control_tokens(tokenizer)
     questions = [Question(name, f"Who leads {name}?", ["x"], "here") for name in ("a", "b")]
     prompts = [prompt(tokenizer, question) for question in questions]
     with served(base_gguf, context=64, threads=1) as server:
-        require_same_tokens(server, questions, prompts, control, "model.gguf")
+        require_same_tokens(server, questions, prompts, "model.gguf")
         prompts[1] = [0, *prompts[1]]  # as by a doubled BOS
         with pytest.raises(Refused, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
-            require_same_tokens(server, questions, prompts, control, "model.gguf")
+            require_same_tokens(server, questions, prompts, "model.gguf")
 
 
 def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_path: Path) -> None:

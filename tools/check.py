@@ -9,7 +9,6 @@ fetches all but the weights of a base on the hub.
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from pipeline.refusal import Refused
 if TYPE_CHECKING:
     import torch
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
 GIB = 2**30
 LENGTHS = Path("metrics/lengths.json")
 

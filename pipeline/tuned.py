@@ -1,0 +1,39 @@
+"""The tuned model and its base, loaded by Transformers to answer people."""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from pipeline.base import DESCRIPTION, located, require_same_base
+from pipeline.chat_template import load_tokenizer
+from pipeline.models import load_quantized, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.parameters import Parameters
+from pipeline.refusal import Refused
+
+ADAPTER = Path("outputs/adapter")
+
+
+def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
+    """The base in NF4, with the adapter on it if `tuned`, as it sits the exam; and the base's tokenizer.
+
+    Raises:
+        Refused: one of them is missing, or the adapter is of another base.
+    """
+    require(DESCRIPTION, "prepare_base")
+    folder, base = located()
+    if tuned:
+        require(ADAPTER / "adapter_model.safetensors", "train_qlora")
+        require_same_base(ADAPTER, base)
+    device = pick_device(parameters.base.device)
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    reproducible(0, parameters.threads)
+    transformers.utils.logging.disable_progress_bar()
+    model = load_tuned(folder, ADAPTER, device, dtype) if tuned else load_quantized(folder, device, dtype)
+    return model.eval(), load_tokenizer(folder)
+
+
+def require(file: Path, stage: str) -> None:
+    if not file.exists():
+        raise Refused(f"{file} is missing: run dvc repro {stage}, or dvc pull")

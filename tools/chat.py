@@ -1,0 +1,150 @@
+"""Chat with the tuned model in the terminal.
+
+    python -m tools.chat [--base] [--system TEXT] [GGUF]
+
+Without a GGUF file it is outputs/adapter/ on its base, which answers greedily, as in the exam; a file is run by
+llama.cpp, at gguf.temperature. A conversation has gguf.num_ctx tokens at most.
+"""
+
+import argparse
+import sys
+import unicodedata
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.llama_cpp import Server, served
+from pipeline.parameters import check
+from pipeline.refusal import Refused
+from pipeline.rows import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+with suppress(ImportError):  # not every Python has it
+    import readline  # noqa: F401  # input() edits and remembers lines by it
+
+Pieces = Generator[str, None, None]  # of an answer, as they come
+Speaker = Callable[[list[Message]], Pieces]  # answers a conversation
+HELP = "/clear begins anew, Ctrl-C stops an answer, an empty line or Ctrl-D ends"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", nargs="?", type=Path, metavar="GGUF", help="instead of outputs/adapter")
+    parser.add_argument("--base", action="store_true", help="the base answers too, in a conversation of its own")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    options = parser.parse_args()
+    parameters = check(Path("params.yaml"))
+    context, temperature = parameters.gguf.num_ctx, parameters.gguf.temperature
+    with ExitStack() as running:
+        if options.gguf:
+            server = running.enter_context(served(options.gguf, context, parameters.threads))
+            tuned: Speaker = partial(llama_cpp_says, server, context, temperature)
+        if options.base or not options.gguf:
+            from pipeline.tuned import load  # imports torch, which takes seconds
+
+            model, tokenizer = load(parameters, tuned=not options.gguf)
+            base: Speaker = partial(transformers_says, model, tokenizer, context)
+            if not options.gguf:
+                tuned, base = base, partial(without_adapter, model, base)
+        talk({"base": base, "tuned": tuned} if options.base else {"tuned": tuned}, options.system)
+
+
+def talk(speakers: dict[str, Speaker], system: str | None) -> None:
+    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    conversations = {name: [*opening] for name in speakers}
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    print(HELP)
+    while question := asked():
+        if question == "/clear":
+            conversations = {name: [*opening] for name in speakers}
+            continue
+        for name, conversation in conversations.items():
+            turn = [*conversation, {"role": "user", "content": question}]
+            answer = say(f"{name:5}  " if len(speakers) > 1 else "", speakers[name](turn))
+            if answer:
+                conversations[name] = [*turn, {"role": "assistant", "content": answer}]
+
+
+def asked() -> str:
+    """What the person asks; nothing at the end."""
+    while True:
+        try:
+            return unicodedata.normalize("NFC", input("> ").strip())  # as the rows of training
+        except EOFError:
+            print()
+            return ""
+        except KeyboardInterrupt:
+            print()
+
+
+def say(label: str, pieces: Pieces) -> str:
+    """Print an answer as it comes, and return as much of it as came."""
+    print(label, end="", flush=True)
+    answer = ""
+    try:
+        with closing(pieces):  # at once, not when Python finds the time
+            for piece in pieces:
+                piece = piece if answer else piece.lstrip()
+                print(piece, end="", flush=True)
+                answer += piece
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except Refused as refusal:
+        print(f"{' ' if answer else ''}[{refusal}]")
+    else:
+        print()
+    return answer.strip()
+
+
+def transformers_says(model: "PreTrainedModel", tokenizer: Any, context: int, conversation: list[Message]) -> Pieces:
+    from jinja2 import TemplateError
+    from tokenizers.decoders import DecodeStream
+
+    from pipeline.answers import greedy
+    from pipeline.chat_template import end_tokens, token_ids
+
+    try:
+        prompt = token_ids(tokenizer, conversation, add_generation_prompt=True)
+    except TemplateError as error:
+        raise Refused(f"the base's chat template refuses the conversation: {error}") from None
+    ends = end_tokens(model.generation_config)
+    text = DecodeStream(skip_special_tokens=True)  # holds the bytes of a character back until they are all there
+    for _, token in greedy(model, [prompt], ends, room(prompt, context)):
+        if token in ends:
+            return
+        if piece := text.step(tokenizer.backend_tokenizer, token):
+            yield piece
+    raise full(context)
+
+
+def without_adapter(model: Any, speaker: Speaker, conversation: list[Message]) -> Pieces:
+    with model.disable_adapter():
+        yield from speaker(conversation)
+
+
+def llama_cpp_says(server: Server, context: int, temperature: float, conversation: list[Message]) -> Pieces:
+    prompt = server.tokens(conversation)
+    for reply in server.stream(prompt, room(prompt, context), temperature):
+        yield reply["content"]
+    if reply["stop_type"] == "limit":
+        raise full(context)
+
+
+def room(prompt: list[int], context: int) -> int:
+    """The tokens that are left for the answer."""
+    if len(prompt) >= context:
+        raise full(context)
+    return context - len(prompt)
+
+
+def full(context: int) -> Refused:
+    return Refused(f"the conversation has reached gguf.num_ctx, {context} tokens: /clear begins a new one")
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):  # while it loads
+        main()

@@ -1,0 +1,124 @@
+"""Answer one question, or a file of them, as the exam is answered: greedily, in batches, up to evaluate.max_new_tokens.
+
+    python -m tools.infer "What is the extension of the Alder team?"
+    python -m tools.infer --rows FILE > answers.jsonl
+
+A line of FILE (/dev/stdin too) has a "question", or "messages" of which the last is the user's. It is printed, in its
+place, with all its keys and the "answer".
+"""
+
+import argparse
+import json
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.formats import InvalidRow, dumped, message, require_text
+from pipeline.llama_cpp import served
+from pipeline.parameters import Parameters, check
+from pipeline.refusal import Refused
+from pipeline.rows import Message, read_lines
+
+Conversations = dict[str, list[Message]]  # by where they stand
+Answers = list[tuple[str, bool]]  # text, and whether it ended by itself
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("question", nargs="?", metavar="QUESTION")
+    asked.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--base", action="store_true", help="the untuned base answers, not outputs/adapter on it")
+    model.add_argument("--gguf", type=Path, metavar="FILE", help="this file answers, in llama.cpp")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="instead of evaluate.max_new_tokens")
+    options = parser.parse_args()
+    parameters = check(Path("params.yaml"))
+    length = parameters.evaluate.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+    if length < 1:
+        raise Refused(f"--max-new-tokens {length}: an answer has a token at least")
+
+    rows = read_rows(options.rows) if options.rows else {"the question": {"question": options.question}}
+    conversations = {place: conversation(place, row) for place, row in rows.items()}
+    if options.gguf:
+        answers = by_llama_cpp(options.gguf, conversations, length, parameters)
+    else:
+        answers = by_transformers(conversations, length, parameters, tuned=not options.base)
+    for row, (text, _) in zip(rows.values(), answers, strict=True):
+        print(json.dumps(row | {"answer": text}, ensure_ascii=False) if options.rows else text)
+    if cut := sum(not stopped for _, stopped in answers):
+        print(f"cut off at {length} tokens: {cut} of {len(answers)} answers (--max-new-tokens)", file=sys.stderr)
+
+
+def read_rows(file: Path) -> dict[str, Any]:
+    """The rows of the file, by where they stand."""
+    try:
+        return dict(read_lines(file))
+    except OSError as error:
+        raise Refused(f"{file}: {error.strerror}") from None
+
+
+def conversation(place: str, row: Any) -> list[Message]:
+    """Raises Refused if there is none to be answered."""
+    try:
+        if isinstance(invalid := dumped(row), InvalidRow):
+            raise invalid
+        match row:
+            case {"question": _, "messages": _}:
+                raise Refused(f"{place}: a question and messages: leave one of them out")
+            case {"question": content}:
+                messages = [{"role": "user", "content": content}]
+            case {"messages": [*turns, {"role": "user"} as last]}:
+                messages = [message(turn) for turn in [*turns, last]]
+            case _:
+                raise Refused(f'{place}: a line has a "question", or "messages" of which the last is the user\'s')
+        require_text(messages)
+    except InvalidRow as invalid:
+        raise Refused(f"{place}: {invalid}") from None
+    return [turn | {"content": unicodedata.normalize("NFC", turn["content"])} for turn in messages]
+
+
+def by_transformers(conversations: Conversations, length: int, parameters: Parameters, tuned: bool) -> Answers:
+    from jinja2 import TemplateError
+
+    from pipeline.answers import greedy, text_of
+    from pipeline.chat_template import end_tokens, token_ids
+    from pipeline.tuned import load
+
+    model, tokenizer = load(parameters, tuned)
+    ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
+    prompts = []
+    for place, messages in conversations.items():
+        try:
+            prompts.append(token_ids(tokenizer, messages, add_generation_prompt=True))
+        except (TemplateError, Refused) as error:
+            raise Refused(f"{place}: the base's chat template refuses it: {error}") from None
+    tokens: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
+        batch = order[start : start + batch_size]
+        for row, token in greedy(model, [prompts[i] for i in batch], ends, length):
+            tokens[batch[row]].append(token)
+    return [text_of(tokenizer, of_row, ends) for of_row in tokens]
+
+
+def by_llama_cpp(file: Path, conversations: Conversations, length: int, parameters: Parameters) -> Answers:
+    context = parameters.gguf.num_ctx
+    with served(file, context, parameters.threads) as server:
+        prompts = []
+        for place, messages in conversations.items():
+            prompts.append(server.tokens(messages))
+            if len(prompts[-1]) + length > context:
+                raise Refused(
+                    f"{place}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
+                    f"{context}: raise it"
+                )
+        replies = [server.complete(prompt, length, n_probs=0) for prompt in tqdm(prompts, disable=len(prompts) == 1)]
+    return [(reply["content"].strip(), reply["stop_type"] != "limit") for reply in replies]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Serve a GGUF file to the programs of this machine, by llama.cpp's own server: the OpenAI API, and a chat page.
+
+    python -m tools.serve [--port PORT] [GGUF]
+
+Without GGUF it is the file that the Modelfile names. Each of SLOTS conversations at once has gguf.num_ctx tokens;
+gguf.temperature is for requests that name none. Ctrl-C ends it. Unlike everywhere else here, a control token in a
+message is one to the model: llama.cpp's API has no guard yet (https://github.com/ggml-org/llama.cpp/issues/28249), so
+that whoever may ask may forge turns.
+"""
+
+import argparse
+import errno
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from pipeline.llama_cpp import served
+from pipeline.parameters import check
+from pipeline.refusal import Refused
+
+SLOTS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("gguf", nargs="?", type=Path, metavar="GGUF")
+    parser.add_argument("--port", type=int, default=8080)
+    options = parser.parse_args()
+    require_free(options.port)
+    parameters = check(Path("params.yaml"))
+    knobs = parameters.gguf
+    file = options.gguf or Path(f"models/gguf/model-{[*knobs.quantize, 'f16'][0]}.gguf")
+    with served(
+        file, knobs.num_ctx, parameters.threads, port=options.port, slots=SLOTS, temperature=knobs.temperature
+    ) as server:
+        print(f"{file}: {server.url}/v1 for OpenAI clients, {server.url} for the browser; Ctrl-C ends it")
+        message = '{"messages": [{"role": "user", "content": "Hello"}]}'
+        print(f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{message}'", flush=True)
+        raise Refused(f"{file}: llama.cpp ended (exit status {server.process.wait()})")
+
+
+def require_free(port: int) -> None:
+    if not 0 < port < 2**16:
+        raise Refused(f"--port {port}: a port is a number from 1 to {2**16 - 1}")
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        reason = "it is taken" if error.errno == errno.EADDRINUSE else error
+        raise Refused(f"--port {port}: {reason}: choose another") from None
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main()
