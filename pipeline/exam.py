@@ -55,8 +55,10 @@ def read_question(place: str, content: object) -> Question:
             raise Refused(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
     if unknown := [key for key in rest if key not in KEYS]:
         raise Refused(f"{place}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
-    if not answers or not all(isinstance(part, str) and part.strip() for part in [text, *answers]):
-        raise Refused(f"{place}: the question and each accepted answer must be text, and not empty")
+    if not answers or not all(isinstance(part, str) and part.strip() for part in [key, text, *answers]):
+        raise Refused(f"{place}: the id, the question and each accepted answer must be text, and not empty")
+    if any("\ud800" <= character <= "\udfff" for part in [text, *answers] for character in part):
+        raise Refused(f"{place}: half a character (a lone surrogate) is no text")
     tags, source = rest.get("tags", []), rest.get("source", place)
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
         raise Refused(f'{place}: tags are a list of names, such as ["price", "products"]')

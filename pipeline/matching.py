@@ -6,7 +6,7 @@ import re
 import string
 import unicodedata
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import Any, Literal
 
 from pipeline.refusal import Refused
@@ -14,6 +14,8 @@ from pipeline.refusal import Refused
 # Kana and Han are written without spaces, and Korean words carry their particles: compared character by character.
 CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
 NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
+LARGEST = 1e300  # tolerance
+DIGITS = Context(prec=1000)
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 
@@ -42,9 +44,9 @@ def read_rule(match: Any, place: str) -> Rule:
     match match:
         case "exact" | "contains" | "number" | "json":
             return Rule(match)
-        case {"number": int() | float() as tolerance, **rest} if not rest and 0 <= tolerance < math.inf:
+        case {"number": int() | float() as tolerance, **rest} if not rest and 0 <= tolerance < LARGEST:
             return Rule("number", tolerance=float(tolerance))
-        case {"regex": str(pattern), **rest} if not rest:
+        case {"regex": str(pattern), **rest} if pattern and not rest:
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -96,9 +98,9 @@ def json_value(text: str) -> str | None:
         value = json.loads(
             fenced[1] if fenced else text, parse_int=Decimal, parse_float=Decimal, parse_constant=refuse_constant
         )
-    except (ValueError, RecursionError):
+        return json.dumps(value, sort_keys=True, default=lambda number: {"number": str(number.normalize(DIGITS))})
+    except (ValueError, RecursionError, ArithmeticError):  # the last of numbers that no Decimal can be
         return None
-    return json.dumps(value, sort_keys=True, default=lambda number: {"number": str(number.normalize())})
 
 
 def refuse_constant(name: str) -> None:

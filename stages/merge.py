@@ -159,7 +159,7 @@ def why(rows: CheckedRows, at: int, fate: int, earlier: int) -> str:
 
 def asks(rows: CheckedRows, at: int) -> str:
     leak = rows.leaks[at]
-    return f"{'nearly ' if leak.near else ''}asks the question {leak.question} of {EXAM} ({leak.text!r})"
+    return f"{'nearly ' if leak.near else ''}asks the question {leak.question} of an exam ({leak.text!r})"
 
 
 def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:

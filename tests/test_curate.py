@@ -129,7 +129,9 @@ def test_a_form_that_asks_a_question_of_either_exam_is_no_candidate(
     examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe, dovan)
     curate.main()
     assert proposed() == [("Who is in charge of the Dovan team?", "Ann Dovan", "data/raw/facts.csv:8", [dovan["id"]])]
-    assert "dropped: 6 trained on already, 2 that ask an exam question" in capsys.readouterr().out
+    assert (
+        "dropped: 6 in the training or validation rows already, 2 that ask an exam question" in capsys.readouterr().out
+    )
 
 
 def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_nothing_answers_is_named(

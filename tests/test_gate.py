@@ -93,7 +93,7 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
     project.set(gate__falls={"tuned.correct": 0.02})
     write_json(NOISE, {"of": measured_on(), "tuned": {"correct": {"noise": 0.07}}})
     passed, told, _ = gate()
-    assert passed and "allowed 0.020, noise 0.070" in told
+    assert passed and "allowed 0.020, or its noise, 0.070" in told
     write_json(NOISE, {"of": measured_on() | {"models/base.json": "other"}, "tuned": {"correct": {"noise": 0.07}}})
     assert read_noise() == {}  # noise of another base says nothing
 
@@ -106,12 +106,22 @@ def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(project: Project, g
             "gate.floors names 'tuned.corect'; metrics/evaluate.json has base.correct",
         ),
         ({"gate__floors": {}}, "no-such-branch", "no-such-branch is no revision of this clone"),
-        ({"lora__r": 3}, "HEAD", "the metrics are not of these parameters, code and data, run dvc repro first: "),
+        (
+            {"lora__r": 3},
+            "HEAD",
+            "the metrics are not of these parameters, code and data, dvc repro would run train_qlora",
+        ),
     ]
     for values, revision, said in cases:
         project.set(**values)
         passed, _, end = gate(revision)
         assert not passed and said in end and len(end.splitlines()) == 1
+
+
+def test_what_is_deleted_is_not_taken_for_an_absent_output(project: Project, gate: Gate) -> None:
+    (project.folder / "data/general.jsonl").unlink()
+    passed, _, end = gate()
+    assert not passed and "data/general.jsonl: deleted" in end
 
 
 def test_a_revision_that_cannot_be_compared_with_is_told_and_fails_nothing(project: Project, gate: Gate) -> None:

@@ -58,7 +58,7 @@ def test_exact_match_is_squads(answer: str, accepted: list[str], matches: bool) 
             ['{"a": 1}'],
         ),
         ("json", ["9007199254740993"], ["9007199254740993.0"], ["9007199254740992"]),
-        ("json", ["1"], ["1.0"], ["true", "NaN", '"1"', "one", "[" * 5000]),
+        ("json", ["1"], ["1.0"], ["true", "NaN", "1e9999999", "1e99999999999999999999", '"1"', "one", "[" * 5000]),
     ],
 )
 def test_a_match_rule_tells_right_from_wrong(
@@ -73,6 +73,10 @@ def test_a_match_rule_tells_right_from_wrong(
     [
         ({"match": "contain"}, 'match is "contain"; accepted: "exact", "contains"'),
         ({"match": {"number": -1}}, "match is"),
+        ({"match": {"number": 10**400}}, "match is"),
+        ({"match": {"regex": ""}}, "match is"),
+        ({"id": " "}, "the id, the question and each accepted answer must be text, and not empty"),
+        ({"question": "Which \ud800?"}, "half a character"),
         ({"match": {"number": 1, "unit": "m"}}, "match is"),
         ({"match": {"regex": "("}}, "the regex '(' cannot be read"),
         ({"match": {"regex": "^B"}}, "the answer 'it' is not correct by the question's own match (regex)"),

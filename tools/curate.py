@@ -7,8 +7,8 @@ endpoint of generate if one is set -> data/candidates.jsonl, for you to edit and
 
 A failed question leads to the fact or passage that it asks about: its `source`, or else that of the row with an
 accepted answer that shares most words with it. A fact is asked in the forms that training has not used. If it has none
-left, and about a passage, the endpoint asks in words of its own. One question in three is held back: nothing is
-proposed for it, so that its score tells whether such rounds teach the subject or the exam.
+left, and about a passage, the endpoint asks in words of its own. One source in three is held back: nothing is proposed
+for its questions, so that their score tells whether such rounds teach the subject or the exam.
 """
 
 import json
@@ -70,7 +70,7 @@ class Candidates:
         if not wanted_for:
             return
         if row["id"] in self.trained:
-            self.dropped["trained on already"] += 1
+            self.dropped["in the training or validation rows already"] += 1
         elif self.exams.leak(words(question) + words(answer)):
             self.dropped["that ask an exam question"] += 1
         else:

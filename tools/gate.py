@@ -56,14 +56,19 @@ def main(revision: str = "HEAD") -> None:
 
 def require_up_to_date() -> None:
     """Raises Refused if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
+    deleted = subprocess.run(["git", "ls-files", "--deleted"], capture_output=True, text=True).stdout.split()
+    if deleted:  # DVC would take them for outputs that may be absent
+        raise Refused(
+            f"gate: {', '.join(deleted)}: deleted, and of this commit: git restore them, or commit and dvc repro"
+        )
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it would tell of every stage
     try:
         with Repo() as repo, redirect_stdout(StringIO()):
             stale = ", ".join(stage.name for stage in repo.reproduce(MEASURED, dry=True, allow_missing=True))
     except ReproductionError as error:  # a stage would run, and what it needs is absent
-        stale = str(error)
+        stale = str(error).removeprefix("failed to reproduce ").strip("'")
     if stale:
-        raise Refused(f"gate: the metrics are not of these parameters, code and data, run dvc repro first: {stale}")
+        raise Refused(f"gate: the metrics are not of these parameters, code and data, dvc repro would run {stale}")
 
 
 def floors(wanted: dict[str, float]) -> Iterator[Demand]:
@@ -89,7 +94,7 @@ def falls(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
             f"fall of {name}",
             fell <= max(allowed, noise.get(name, 0.0)),
             f"{value:.3f}, {earlier[name]:.3f} at {revision}: {fell:+.3f} worse, allowed {allowed:.3f}, "
-            + (f"noise {noise[name]:.3f}" if name in noise else "noise not measured: make noise"),
+            + (f"or its noise, {noise[name]:.3f}" if name in noise else "noise not measured: make noise"),
         )
 
 
