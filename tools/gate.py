@@ -56,7 +56,7 @@ def main(revision: str = "HEAD") -> None:
 
 def require_up_to_date() -> None:
     """Raises Refused if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
-    deleted = subprocess.run(["git", "ls-files", "--deleted"], capture_output=True, text=True).stdout.split()
+    deleted = subprocess.run(["git", "ls-files", "--deleted"], capture_output=True, text=True).stdout.splitlines()
     if deleted:  # DVC would take them for outputs that may be absent
         raise Refused(
             f"gate: {', '.join(deleted)}: deleted, and of this commit: git restore them, or commit and dvc repro"
