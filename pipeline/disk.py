@@ -1,6 +1,12 @@
-"""How much disk a run of the pipeline fills."""
+"""How much disk a run of the pipeline fills, and whether there is so much."""
 
-from collections.abc import Sequence
+import errno
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.refusal import Refused
 
 # Bits a weight of a quantized GGUF file, its scales included; the K-quants mix types.
 BITS = {"q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
@@ -22,3 +28,16 @@ def filled(
         "models/gguf": copies * int(gguf),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
     }
+
+
+@contextmanager
+def room_for(size: int, path: Path) -> Iterator[None]:
+    """Raises Refused if the disk of `path` has fewer than `size` bytes free, or if it is full before the block ends."""
+    if (free := shutil.disk_usage(path.parent).free) < size:
+        raise Refused(f"{path} needs {size / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are free: free some")
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Refused(f"the disk was full before {path} ({size / 2**30:.1f} GiB) was whole: free some") from None

@@ -104,6 +104,10 @@ class Train(Section):
     load_best_model_at_end: bool
 
 
+class MergeAdapter(Section):
+    base: Literal["bf16", "dequantized_nf4"]
+
+
 class Evaluate(Section):
     max_new_tokens: Positive
     batch_size: Positive
@@ -132,6 +136,7 @@ class Parameters(Section):
     lora: Lora
     train: Train
     evaluate: Evaluate
+    merge_adapter: MergeAdapter
     gguf: Gguf
     gate: Gate
 

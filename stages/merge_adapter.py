@@ -1,31 +1,36 @@
-"""Add the adapter to the base's 16-bit weights.
+"""Add the adapter to the base's weights.
 
     python -m stages.merge_adapter
 
 models/base.json, outputs/adapter/ -> models/merged/
 """
 
+import shutil
 from pathlib import Path
 
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-from pipeline.base import copy_tokenizer, located, require_same_base
+from pipeline.base import SMALL_FILES, located, require_same_base
+from pipeline.disk import room_for
+from pipeline.merging import merge
 from pipeline.outputs import whole
+from pipeline.parameters import load
 from pipeline.refusal import run
+from pipeline.tensor_files import weight_files
 
 ADAPTER = Path("outputs/adapter")
+MERGED = Path("models/merged")
 
 
 def main() -> None:
+    parameters = load("merge_adapter")
     folder, base = located()
     require_same_base(ADAPTER, base)
-    # Not the NF4 weights: merging into those would quantize the sum again.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    merged = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload(safe_merge=True)
-    with whole("models/merged") as aside:
-        merged.save_pretrained(aside)
-        copy_tokenizer(folder, aside)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    with room_for(size, MERGED), whole(MERGED) as aside:
+        aside.mkdir()
+        merge(folder, ADAPTER, aside, on_nf4=parameters.merge_adapter.base == "dequantized_nf4")
+        for pattern in SMALL_FILES:
+            for file in folder.glob(pattern):
+                shutil.copyfile(file, aside / file.name)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,32 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
 
 
+@pytest.mark.parametrize("onto", ["bf16", "dequantized_nf4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
+    project: Project, untied: Path, kind: str, onto: str
+) -> None:
+    on_tied, changed, tokens = KINDS[kind]
+    exact = AutoModelForCausalLM.from_pretrained(TIED if on_tied else untied, dtype=torch.float32)
+    for base, dtype in [(Path("models/exact"), torch.float32), (Path("models/rounded"), torch.bfloat16)]:
+        exact.to(dtype).save_pretrained(base, max_shard_size="2MB")
+        copy_tokenizer(TIED, base)
+        project.set(base__model=str(base), merge_adapter__base=onto)
+        prepare_base.main()
+        make_adapter(base, knobs(**changed), tokens)
+        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/adapter"), CPU, torch.float32)
+        merge_adapter.main()
+        merged = AutoModelForCausalLM.from_pretrained("models/merged", dtype=torch.float32)
+        assert sorted(path.name for path in Path("models/merged").iterdir()) == sorted(p.name for p in base.iterdir())
+        if dtype == torch.float32:
+            ids = torch.arange(1, 100)[None]
+            torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=0, atol=1e-3)
+        elif onto == "bf16":
+            as_peft = live.merge_and_unload(safe_merge=True).to(torch.bfloat16).state_dict()
+            for name, weight in merged.to(torch.bfloat16).state_dict().items():
+                assert weight.equal(as_peft[name]), name
+
+
 @pytest.mark.parametrize("kind", ["DoRA", *(kind for kind in KINDS if "saved" in kind or "trained" in kind)])
 def test_trl_trains_every_part_of_an_adapter_and_measures_the_loss_that_the_saved_one_has(
     tmp_path: Path, untied: Path, kind: str

@@ -44,6 +44,7 @@ RERUN = {
     "train.mask_history": {"tokenize"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
     "evaluate.repeats": set(),
+    "merge_adapter": {"merge_adapter"},
     "gate": set(),
     "gguf": {"convert_gguf"},
 }

@@ -1,0 +1,157 @@
+"""How long `merge_adapter` takes and how much memory it needs, beside PEFT's `merge_and_unload` and a plain copy.
+
+    python -m bench.merge_adapter [SHAPE ...]    # 0.1B 0.5B 1.5B unless told otherwise: ten minutes, 10 GiB of disk
+
+bench/README.md has what it printed.
+
+Bases of random weights in bfloat16, in files of a gigabyte, and a LoRA of rank 16 on all their linear layers. Each
+case is a process of its own, of three runs the fastest. `working` is without imports. Resident memory has in it pages of
+mapped files, which the system can take back; private memory is the rest.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pipeline.tensor_files import weights_by_file
+
+ROOT = Path(__file__).parent.parent
+RUNS = 3
+SHAPES = {  # hidden, MLP, layers, heads, key and value heads, words
+    "0.1B": (768, 2048, 12, 12, 12, 32_000),
+    "0.5B": (1024, 4096, 24, 16, 8, 64_000),
+    "1.5B": (2048, 5632, 28, 32, 8, 64_000),
+}
+
+# (imports, work) of the processes
+COPY = (
+    "import shutil",
+    "for file in base.glob('*.safetensors'): shutil.copyfile(file, to / file.name)",
+)
+ARITHMETIC = (
+    """
+import json
+from pipeline.merging import change_of, parts_by_weight
+from pipeline.tensor_files import weights_by_file
+weights = {name: weight for tensors in weights_by_file(base).values() for name, weight in tensors.items()}
+config = json.loads((adapter / "adapter_config.json").read_text())
+parts = parts_by_weight(adapter, config, weights)
+""",
+    """
+for name in parts:
+    change, weight = change_of(name, parts[name], config), weights[name]
+    rows = weight.rows(*next(weight.blocks()))
+    for first, last in weight.blocks():
+        change(rows[: last - first].float(), first).to(weight.dtype).isfinite().all()
+""",
+)
+MERGE = "from pipeline.merging import merge"
+PEFT = (
+    """
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+""",
+    """
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})
+merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+merged.to(torch.bfloat16).save_pretrained(to, max_shard_size="1GB")
+""",
+)
+CASES = {
+    "a copy of the files": COPY,
+    "the arithmetic alone": ARITHMETIC,
+    "this pipeline": (MERGE, "merge(base, adapter, to, on_nf4=False)"),
+    "  onto dequantized NF4": (MERGE, "merge(base, adapter, to, on_nf4=True)"),
+    "PEFT, in bfloat16": (PEFT[0], PEFT[1].format(dtype="bfloat16")),
+    "PEFT, in float32": (PEFT[0], PEFT[1].format(dtype="float32")),
+}
+TIMED = """
+import sys, time
+from pathlib import Path
+base, adapter, to = map(Path, sys.argv[1:])
+{}
+started = time.monotonic()
+{}
+seconds = time.monotonic() - started
+# Not the ru_maxrss of getrusage, which begins with that of the process that started this one.
+[peak] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(seconds, int(peak) / 1024)
+"""
+
+
+def main() -> None:
+    for shape in sys.argv[1:] or SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            base, adapter = Path(folder, "base"), Path(folder, "adapter")
+            make(shape, base, adapter)
+            size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+            print(f"{f'{shape}, {size / 2**20:.0f} MiB':24}  seconds  working  resident MiB  private MiB", flush=True)
+            for case in CASES:
+                to = Path(folder, case.strip())
+                to.mkdir()
+                seconds, working, resident, private = min(measured(case, base, adapter, to) for _ in range(RUNS))
+                print(f"{case:24}{seconds:9.1f}{working:9.1f}{resident:14.0f}{private:13.0f}", flush=True)
+            for other in ("PEFT, in float32", "PEFT, in bfloat16"):
+                print(f"beside {other}: {difference(Path(folder, 'this pipeline'), Path(folder, other))}", flush=True)
+
+
+def make(shape: str, base: Path, adapter: Path) -> None:
+    hidden, mlp, layers, heads, kv_heads, words = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=words,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(base, max_shard_size="1GB")
+    tuned = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.01)
+    tuned.save_pretrained(adapter, save_embedding_layers=False)
+
+
+def measured(case: str, base: Path, adapter: Path, to: Path) -> tuple[float, float, float, float]:
+    """Seconds of the process and of its work, and its peaks of resident and of private memory in MiB."""
+    command = [sys.executable, "-c", TIMED.format(*CASES[case]), str(base), str(adapter), str(to)]
+    started, private = time.monotonic(), 0
+    with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        while process.poll() is None:
+            memory = process.memory_info()
+            private = max(private, memory.rss - memory.shared)
+            time.sleep(0.005)
+        seconds, printed = time.monotonic() - started, process.stdout.read()
+    assert process.returncode == 0, f"{case} failed"
+    working, resident = map(float, printed.splitlines()[-1].split())
+    return seconds, working, resident, private / 2**20
+
+
+def difference(merged: Path, other: Path) -> str:
+    """Of the weights of two models in bfloat16: how many are the same, and how far the others are apart."""
+    theirs = {name: weight for tensors in weights_by_file(other).values() for name, weight in tensors.items()}
+    weights = same = 0
+    farthest = 0.0
+    for tensors in weights_by_file(merged).values():
+        for name, weight in tensors.items():
+            for at in weight.blocks():
+                ours, others = weight.rows(*at).float(), theirs[name].rows(*at).float()
+                weights, same = weights + ours.numel(), same + int((ours == others).sum())
+                farthest = max(farthest, float((ours - others).abs().max()))
+    return f"{weights - same:,} of {weights:,} weights differ, by {farthest:.1e} at most"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""An adapter added to its base's weights, from file to file, in little memory.
+
+No model is made: a merged file is the base's with the bytes of some tensors changed. Its header stays, and with it each
+name, type, shape and place. The arithmetic is that of PEFT's `merge_and_unload`, in 32 bits, rounded once.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.refusal import Refused
+from pipeline.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
+
+Parts = dict[str, StoredTensor]  # what an adapter has for one weight, by the endings below
+# Rows of a weight in 32 bits, and the number of the first -> what the adapter makes of them.
+Change = Callable[[torch.Tensor, int], torch.Tensor]
+
+A, B, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # as PEFT calls them
+TOKENS = "token_adapter.trainable_tokens_delta"
+# Which of a weight's dimensions such a part has: all, the first, or the others.
+ALL, FIRST, OTHERS = slice(None), slice(0, 1), slice(1, None)
+SHARED = {A: OTHERS, B: FIRST, LENGTHS: FIRST, TOKENS: OTHERS, "weight": ALL, "bias": ALL}
+NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, SHARED))})")
+AGAIN = "run dvc repro -f train_qlora"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
+    """Write the weights of `base` with `adapter` in them to the folder `to`, in files of the same names.
+
+    With `on_nf4` the linear layers are first rounded to NF4, as training had them: some bytes of memory for each weight
+    of the largest. Without it a few MiB are enough for any model.
+
+    Raises:
+        Refused: a file is damaged, the adapter is none of this base, or a sum is no finite number.
+    """
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    files = weights_by_file(base)
+    parts = parts_by_weight(adapter, config, {name: at for tensors in files.values() for name, at in tensors.items()})
+    for file, tensors in files.items():
+        with open(to / file.name, "wb") as merged:
+            merged.write(read_header(file))
+            for name, weight in tensors.items():
+                change = change_of(name, parts[name], config) if name in parts else None
+                for rows in changed(weight, change, on_nf4 and is_quantized(name, weight)):
+                    if change and not rows.isfinite().all():
+                        raise Refused(f"{adapter}: with it {name} is not finite in {rows.dtype}: train another")
+                    merged.write(rows.flatten().view(torch.uint8).numpy())
+
+
+def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, StoredTensor]) -> dict[str, Parts]:
+    """The adapter's parts by the name of the weight in the base that they change.
+
+    Raises:
+        Refused: a part belongs to no weight, does not fit it, contradicts another, or lacks another.
+    """
+    known = {without_prefix(name): name for name in weights}
+    if EMBEDDING in known:
+        known.setdefault(HEAD, known[EMBEDDING])  # a tied head
+    found: dict[str, Parts] = {}
+    for name, part in stored_tensors(adapter / "adapter_model.safetensors").items():
+        module, ending = match.groups() if (match := NAME.fullmatch(name)) else (name, "weight")
+        weight = known.get(without_prefix(f"{module}.{'bias' if ending == 'bias' else 'weight'}"))
+        if weight is None or part.shape[SHARED[ending]] != weights[weight].shape[SHARED[ending]]:
+            raise Refused(f"{adapter}: {name} {list(part.shape)} fits no weight of the base: {AGAIN}")
+        if not equal(part, found.setdefault(weight, {}).setdefault(ending, part)):
+            raise Refused(f"{adapter} has another lm_head than embed_tokens, and the base one for both: {AGAIN}")
+    if "lm_head" in (config["trainable_token_indices"] or {}):
+        found.setdefault(known[HEAD], found[known[EMBEDDING]])  # of a tie PEFT saves the tokens once
+    whole = [{A, B, LENGTHS} if config["use_dora"] else {A, B}, {TOKENS}, {"weight"}, {"bias"}]
+    for weight, of_weight in found.items():
+        if of_weight.keys() not in whole:
+            raise Refused(f"{adapter} has of {weight} {', '.join(of_weight)} alone: {AGAIN}")
+    return found
+
+
+def without_prefix(name: str) -> str:
+    """Models with vision are language_model.model.layers in files and model.language_model.layers in memory:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py
+    """
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+
+
+def equal(tensor: StoredTensor, other: StoredTensor) -> bool:
+    return tensor is other or all(torch.equal(tensor.rows(*at), other.rows(*at)) for at in tensor.blocks())
+
+
+def change_of(name: str, parts: Parts, config: dict[str, Any]) -> Change:
+    if TOKENS in parts:
+        ids = config["trainable_token_indices"][name.split(".")[-2]]
+        return with_tokens(torch.tensor(ids), parts[TOKENS].rows())
+    if A in parts:
+        lengths = parts[LENGTHS].rows() if LENGTHS in parts else None
+        return with_lora(parts[A].rows(), parts[B].rows(), scaling(name, len(parts[A].rows()), config), lengths)
+    [saved] = parts.values()
+    return lambda rows, first: saved.rows(first, first + len(rows)).float()
+
+
+def scaling(name: str, rank: int, config: dict[str, Any]) -> float:
+    """Of the low-rank product: alpha / r, by rsLoRA alpha / sqrt(r) (https://arxiv.org/abs/2312.03732)."""
+    module = name.removesuffix(".weight")
+    patterns = [pattern for pattern in config["alpha_pattern"] if re.match(rf"(.*\.)?({pattern})$", module)]
+    alpha = config["alpha_pattern"][patterns[0]] if patterns else config["lora_alpha"]
+    return alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+
+def with_tokens(ids: torch.Tensor, trained: torch.Tensor) -> Change:
+    def change(rows: torch.Tensor, first: int) -> torch.Tensor:
+        here = (ids >= first) & (ids < first + len(rows))
+        return rows.index_copy(0, ids[here] - first, trained[here].float())
+
+    return change
+
+
+def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, lengths: torch.Tensor | None) -> Change:
+    """W + scale B A; by DoRA (https://arxiv.org/abs/2402.09353) each row of it then gets the length that it learnt.
+
+    Shapes: `a` rank x inputs, `b` outputs x rank, `lengths` outputs.
+    """
+
+    def change(rows: torch.Tensor, first: int) -> torch.Tensor:
+        here = slice(first, first + len(rows))
+        rows = rows + (b[here].float() @ a.float()) * scale
+        return rows if lengths is None else rows * (lengths[here] / rows.norm(dim=1))[:, None]
+
+    return change
+
+
+def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterator[torch.Tensor]:
+    """The merged weight in its own type, some rows at a time."""
+    rounded = to_nf4_and_back(weight.rows().float()) if on_nf4 else None
+    for first, last in weight.blocks():
+        rows = weight.rows(first, last) if rounded is None else rounded[first:last]
+        yield (change(rows.float(), first) if change else rows).to(weight.dtype)
+
+
+def is_quantized(name: str, weight: StoredTensor) -> bool:
+    """Whether `load_quantized` has this weight in NF4: whether it is a matrix, and none with a row for each token."""
+    return len(weight.shape) == 2 and without_prefix(name) not in (EMBEDDING, HEAD)
+
+
+def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` in the 32 bits that its NF4 stands for, double quantization included."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # takes two seconds, and is seldom needed
+
+    return dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4"), quant_type="nf4")

@@ -1,0 +1,233 @@
+"""An adapter is merged from file to file, in little memory. What comes of each kind of adapter: test_adapters.py."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Project
+from families import FAMILIES
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.base import copy_tokenizer, hashes
+from pipeline.disk import room_for
+from pipeline.merging import is_quantized, merge
+from pipeline.models import load_quantized, load_tuned
+from pipeline.refusal import Refused
+from pipeline.tensor_files import weights_by_file
+from stages import merge_adapter, prepare_base
+
+CPU = torch.device("cpu")
+TINY = ROOT / "models/tiny-base"
+MERGED = Path("models/merged")
+LORA = Path("outputs/adapter/adapter_model.safetensors")
+LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def make_adapter(base: Path, adapter: Path, **changed: object) -> None:
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(**LINEAR | changed))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name or "trainable_tokens" in name:
+            weight.data += 0.1 * torch.randn(weight.shape)
+    tuned.save_pretrained(adapter, save_embedding_layers=False)
+
+
+def tensors(model: Path) -> dict[str, torch.Tensor]:
+    return {name: weight for file in model.glob("*.safetensors") for name, weight in load_file(file).items()}
+
+
+@torch.inference_mode()
+def require_same_logits(merged: Path, live: PreTrainedModel) -> None:
+    ids = torch.arange(1, 100)[None]
+    logits = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(logits, live(ids).logits, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def sharded(project: Project) -> Path:
+    """The built-in base in several files, as the project's base, with an adapter in outputs/adapter."""
+    base = Path("models/sharded")
+    AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="2MB")
+    copy_tokenizer(TINY, base)
+    project.set(base__model=str(base))
+    prepare_base.main()
+    make_adapter(base, LORA.parent)
+    shutil.copy("models/base.json", LORA.parent)
+    return base
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """For a base in 32 bits, where no rounding hides an error, an adapter, and the merged model."""
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).save_pretrained(base)
+    shutil.copytree(base, merged)
+    return base, adapter, merged
+
+
+def test_all_but_the_changed_weights_is_as_the_base_has_it(sharded: Path) -> None:
+    merge_adapter.main()
+    before, after = hashes(sharded), hashes(MERGED)
+    shards = {name for name in before if name.endswith(".safetensors")}
+    assert len(shards) > 2 and before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == shards
+    merged = tensors(MERGED)
+    for name, weight in tensors(sharded).items():
+        assert weight.dtype == merged[name].dtype == torch.bfloat16
+        assert weight.equal(merged[name]) == ("proj" not in name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_merges_onto_the_nf4_that_it_was_trained_on(tmp_path: Path, family: str) -> None:
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    FAMILIES[family](base)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(base)
+    make_adapter(base, adapter)
+    quantized = load_quantized(base, CPU, torch.float32)
+    in_nf4 = {name for name, weight in quantized.named_parameters() if weight.dtype == torch.uint8}
+    [weights] = weights_by_file(base).values()
+    assert {name for name, weight in weights.items() if is_quantized(name, weight)} == in_nf4
+    shutil.copytree(base, merged)
+    merge(base, adapter, merged, on_nf4=True)
+    require_same_logits(merged, load_tuned(base, adapter, CPU, torch.float32))
+
+
+def test_strength_and_rank_may_differ_by_module(folders: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = folders
+    make_adapter(base, adapter, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 64, "q_proj": 32})
+    merge(base, adapter, merged, on_nf4=False)
+    require_same_logits(merged, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+
+
+def test_a_tied_base_with_its_head_in_a_file_too_stays_tied(folders: tuple[Path, Path, Path]) -> None:
+    base, adapter, merged = folders
+    make_adapter(base, adapter, trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [1, 2]})
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    weights = tensors(base)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    merge(base, adapter, merged, on_nf4=False)
+    assert tensors(merged)["lm_head.weight"].equal(tensors(merged)["model.embed_tokens.weight"])
+    require_same_logits(merged, live)
+
+
+def test_a_head_trained_apart_from_the_embedding_that_it_is_tied_to_is_refused(
+    folders: tuple[Path, Path, Path],
+) -> None:
+    base, adapter, merged = folders
+    make_adapter(base, adapter, modules_to_save=["embed_tokens", "lm_head"])
+    lora = load_file(adapter / LORA.name)
+    lora["base_model.model.lm_head.weight"] += 1
+    save_file(lora, adapter / LORA.name)
+    with pytest.raises(Refused, match="adapter has another lm_head than embed_tokens, and the base one for both: "):
+        merge(base, adapter, merged, on_nf4=False)
+
+
+def test_the_memory_that_a_merge_needs_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    rows, width, rank = 2**14, 2**12, 8  # 128 MiB a matrix
+    matrix, layer = torch.zeros(rows, width).bfloat16(), "model.layers.0.mlp.down_proj"
+    save_file({f"{layer}.weight": matrix, "model.embed_tokens.weight": matrix.clone()}, tmp_path / "model.safetensors")
+    lora = {"lora_A.weight": torch.ones(rank, width), "lora_B.weight": torch.ones(rows, rank)}
+    adapter = {f"base_model.model.{layer}.{part}": weight for part, weight in lora.items()}
+    save_file(adapter, tmp_path / LORA.name)
+    LoraConfig(**LINEAR).save_pretrained(tmp_path)
+    (tmp_path / "merged").mkdir()
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, bf16, nf4 = (int(kib) * 2**10 for kib in printed.split())
+    assert bf16 - before < 0.25 * matrix.nbytes
+    assert nf4 - before < 6 * matrix.nbytes
+    assert tensors(tmp_path / "merged")[f"{layer}.weight"].unique().tolist() == [2 * rank / 4 * 4]
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+import torch, bitsandbytes.functional
+from pipeline.merging import merge
+
+def peak():
+    print(*[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
+
+folder = Path(sys.argv[1])
+peak()
+merge(folder, folder, folder / "merged", on_nf4=False)
+peak()
+merge(folder, folder, folder / "merged", on_nf4=True)
+peak()
+"""
+
+
+def cut_off(base: Path) -> None:
+    shard = max(base.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+
+
+def lose_a_tensor(base: Path) -> None:
+    shard = max(base.glob("*.safetensors"))
+    save_file(dict(list(load_file(shard).items())[1:]), shard)
+
+
+def swap_the_adapter(_: Path) -> None:
+    wider = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(TINY, intermediate_size=1024))
+    get_peft_model(wider, LoraConfig(**LINEAR)).save_pretrained(LORA.parent, save_embedding_layers=False)
+
+
+def lose_half_of_a_pair(_: Path) -> None:
+    lora = load_file(LORA)
+    del lora["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"]
+    save_file(lora, LORA)
+
+
+def add_a_layer(_: Path) -> None:
+    save_file(load_file(LORA) | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 256)}, LORA)
+
+
+def overflow(_: Path) -> None:
+    save_file({name: weight * 1e38 for name, weight in load_file(LORA).items()}, LORA)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (cut_off, r"models/sharded/model-.*safetensors is damaged \(.*\): fetch or make it again"),
+        (lose_a_tensor, r"models/sharded: .*weight is in the index, and in none of its files: fetch the model again"),
+        (swap_the_adapter, r"outputs/adapter: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
+        (lose_half_of_a_pair, r"outputs/adapter has of model\.layers\.1\.mlp\.up_proj\.weight lora_A\.weight alone: "),
+        (add_a_layer, r"outputs/adapter: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
+        (overflow, r"outputs/adapter: with it model\.layers\..* is not finite in torch\.bfloat16"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
+    sharded: Path, damage: Callable[[Path], None], why: str
+) -> None:
+    damage(sharded)
+    prepare_base.main()  # as if the base had always been so
+    shutil.copy("models/base.json", LORA.parent)
+    with pytest.raises(Refused, match=why) as refusal:
+        merge_adapter.main()
+    assert "\n" not in str(refusal.value)
+    assert {path.name for path in MERGED.parent.iterdir()} == {"base.json", "sharded", "tiny-base"}
+
+
+def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) -> None:
+    project.set(base__model=str(TINY))
+    prepare_base.main()
+    with pytest.raises(Refused, match=r"outputs/adapter was trained on models/sharded \(\w+\), but base.model is "):
+        merge_adapter.main()
+
+
+def test_a_disk_without_room_is_told_before_the_work_and_one_that_fills_up_after_it(tmp_path: Path) -> None:
+    merged, room = tmp_path / "merged", 2 * shutil.disk_usage(tmp_path).free
+    with pytest.raises(Refused, match=r"merged needs .* GiB of disk, and .* are free: "), room_for(room, merged):
+        pytest.fail("it should not have begun")
+    with pytest.raises(Refused, match=r"the disk was full before .*merged .* was whole: "), room_for(0, merged):
+        Path("/dev/full").write_bytes(bytes(1))
