@@ -5,7 +5,7 @@
 bench/README.md has what it printed.
 
 Bases of random weights in bfloat16, in files of a gigabyte, and a LoRA of rank 16 on all their linear layers. Each
-case is a process of its own, of three runs the fastest. `working` is without imports. Resident memory has in it pages of
+case is a process of its own, of three runs the fastest. `working` is without imports. Resident memory has pages of
 mapped files, which the system can take back; private memory is the rest.
 """
 

@@ -246,21 +246,16 @@ def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch
     return each * train.processes
 
 
-def other_stages(
-    model: PreTrainedModel, saved: torch.dtype, device: torch.device, dtype: torch.dtype
-) -> dict[str, int]:
-    """Bytes of the machine's own memory that the stages need that load the whole 16-bit model, by stage.
+def evaluating_gguf(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes of the machine's own memory that evaluate_gguf needs, the one other stage that has a whole model there.
 
-    `saved` is the type of the base's weights in their files, `dtype` that of arithmetic on `device`.
+    `dtype` is that of arithmetic on `device`.
     """
     parameters = model.num_parameters()
     merged = parameters * dtype.itemsize
     if device.type == "cuda":  # what the GPU has no room for stays here
         merged = max(0, merged - free(device))
-    return {
-        "merge_adapter": PROCESS["cpu"] + parameters * saved.itemsize,
-        "evaluate_gguf": PROCESS["cpu"] + merged + parameters * 2,  # llama.cpp has the f16 file in memory beside it
-    }
+    return PROCESS["cpu"] + merged + parameters * 2  # llama.cpp has the f16 file in memory beside it
 
 
 def free(device: torch.device) -> int:

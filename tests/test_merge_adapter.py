@@ -133,7 +133,7 @@ def test_a_head_trained_apart_from_the_embedding_that_it_is_tied_to_is_refused(
 
 def test_the_memory_that_a_merge_needs_does_not_grow_with_the_model(tmp_path: Path) -> None:
     rows, width, rank = 2**14, 2**12, 8  # 128 MiB a matrix
-    matrix, layer = torch.zeros(rows, width).bfloat16(), "model.layers.0.mlp.down_proj"
+    matrix, layer = torch.ones(rows, width).bfloat16(), "model.layers.0.mlp.down_proj"
     save_file({f"{layer}.weight": matrix, "model.embed_tokens.weight": matrix.clone()}, tmp_path / "model.safetensors")
     lora = {"lora_A.weight": torch.ones(rank, width), "lora_B.weight": torch.ones(rows, rank)}
     adapter = {f"base_model.model.{layer}.{part}": weight for part, weight in lora.items()}
@@ -145,7 +145,7 @@ def test_the_memory_that_a_merge_needs_does_not_grow_with_the_model(tmp_path: Pa
     before, bf16, nf4 = (int(kib) * 2**10 for kib in printed.split())
     assert bf16 - before < 0.25 * matrix.nbytes
     assert nf4 - before < 6 * matrix.nbytes
-    assert tensors(tmp_path / "merged")[f"{layer}.weight"].unique().tolist() == [2 * rank / 4 * 4]
+    assert tensors(tmp_path / "merged")[f"{layer}.weight"].unique().tolist() == [1 + rank]  # alpha / r is 1
 
 
 MEASURED = """

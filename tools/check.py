@@ -37,7 +37,7 @@ def examine(parameters: Parameters) -> None:
     from pipeline.base import SMALL_FILES, fetched, has_weights
     from pipeline.disk import filled
     from pipeline.llama_cpp import no_gguf_lora
-    from pipeline.memory import beside_gpus, free, other_stages, saved_dtype, skeleton, training
+    from pipeline.memory import beside_gpus, evaluating_gguf, free, saved_dtype, skeleton, training
     from pipeline.models import pick_device, pick_dtype
     from pipeline.processes import require_gpus, share_of_step
 
@@ -85,10 +85,9 @@ def examine(parameters: Parameters) -> None:
                 f"train_qlora {short(needs, room, 'memory')}: set train.activation_offloading to false, or spread "
                 "train.processes over more machines"
             )
-    others = other_stages(model, saved, device, dtype)
-    stage, most = max(others.items(), key=lambda item: item[1])
-    if not fits(f"memory: {stage}", {stage: most}, room := free(torch.device("cpu"))):
-        refusals.append(f"{stage} {short({stage: most}, room, 'memory')}: choose a smaller base.model")
+    needs = {"evaluate_gguf": evaluating_gguf(model, device, dtype)}
+    if not fits("memory: evaluate_gguf", needs, room := free(torch.device("cpu"))):
+        refusals.append(f"evaluate_gguf {short(needs, room, 'memory')}: choose a smaller base.model")
     copies = 1 if {"hardlink", "symlink"} & set(repo.cache.local.cache_types) else 2
     files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
     if not fits("disk", files, room := shutil.disk_usage(".").free):

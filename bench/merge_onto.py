@@ -1,0 +1,73 @@
+"""How far the merged model is from the one that was trained, by what the adapter is merged onto.
+
+    python -m bench.merge_onto    # after dvc repro evaluate; for a model of your own too
+
+bench/README.md has what it printed.
+
+The model that was trained, the base in NF4 with the adapter on it, is compared with the adapter merged onto the base's own
+weights and onto what its NF4 stands for (`merge_adapter.base`), on both exams: the score, the reference answers' mean
+negative log-likelihood, and the KL divergence from the trained model's next-token distributions, mean and largest over
+all tokens of the reference answers, in nats.
+"""
+
+import tempfile
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch.nn.functional import kl_div
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.answers import prompt_and_reference, sit
+from pipeline.base import located
+from pipeline.chat_template import end_tokens, load_tokenizer
+from pipeline.exam import EXAM, GENERAL, Question, read_questions
+from pipeline.matching import correct
+from pipeline.merging import merge
+from pipeline.models import load_tuned, pick_device, pick_dtype
+from pipeline.parameters import check
+
+ADAPTER = Path("outputs/adapter")
+
+
+def main() -> None:
+    parameters = check(Path("params.yaml"))
+    device = pick_device(parameters.base.device)
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    folder, _ = located()
+    trained = load_tuned(folder, ADAPTER, device, dtype)
+    models = {"as trained": trained}
+    for name, on_nf4 in {"bf16": False, "dequantized_nf4": True}.items():
+        with tempfile.TemporaryDirectory() as merged:
+            merge(folder, ADAPTER, Path(merged), on_nf4)
+            Path(merged, "config.json").write_bytes((folder / "config.json").read_bytes())
+            models[name] = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, device_map={"": device})
+            models[name].generation_config = trained.generation_config
+    tokenizer, knobs = load_tokenizer(folder), parameters.evaluate
+    print(f"{'':32}  correct     NLL   mean KL  largest KL")
+    for exam in (EXAM, GENERAL):
+        questions = read_questions(exam)
+        for name, model in models.items():
+            answers = sit(model, tokenizer, questions, knobs.batch_size, knobs.max_new_tokens)
+            right = fmean(correct(a.text, q.answers, q.rule) for a, q in zip(answers, questions, strict=True))
+            nats = torch.cat([divergences(trained, model, tokenizer, question) for question in questions])
+            print(
+                f"{exam.stem:15}  {name:15}{right:9.1%}{fmean(a.nll for a in answers):8.4f}"
+                f"{nats.mean():10.1e}{nats.max():12.1e}",
+                flush=True,
+            )
+
+
+@torch.inference_mode()
+def divergences(
+    trained: PreTrainedModel, model: PreTrainedModel, tokenizer: object, question: Question
+) -> torch.Tensor:
+    """KL(trained || model) in nats at each token of the reference answer."""
+    prompt, reference = prompt_and_reference(tokenizer, question, end_tokens(trained.generation_config))
+    ids = torch.tensor([prompt + reference[:-1]], device=trained.device)
+    ours, theirs = (m(ids).logits[0, len(prompt) - 1 :].float().log_softmax(-1) for m in (model, trained))
+    return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu()
+
+
+if __name__ == "__main__":
+    main()
