@@ -38,6 +38,7 @@ COPY = (
 ARITHMETIC = (
     """
 import json
+import torch
 from pipeline.merging import change_of, parts_by_weight
 from pipeline.tensor_files import weights_by_file
 weights = {name: weight for tensors in weights_by_file(base).values() for name, weight in tensors.items()}
@@ -49,7 +50,7 @@ for name in parts:
     change, weight = change_of(name, parts[name], config), weights[name]
     rows = weight.rows(*next(weight.blocks()))
     for first, last in weight.blocks():
-        change(rows[: last - first].float(), first).to(weight.dtype).isfinite().all()
+        change(rows[: last - first].float(), first).to(weight.dtype).sum(dtype=torch.float32).isfinite()
 """,
 )
 MERGE = "from pipeline.merging import merge"

@@ -4,15 +4,16 @@
 
 bench/README.md has what it printed.
 
-The model that was trained, the base in NF4 with the adapter on it, is compared with the adapter merged onto the base's own
-weights and onto what its NF4 stands for (`merge_adapter.base`), on both exams: the score, the reference answers' mean
-negative log-likelihood, and the KL divergence from the trained model's next-token distributions, mean and largest over
-all tokens of the reference answers, in nats.
+The model as it was trained, with the base in NF4, beside the adapter merged onto the base's own weights and onto their
+NF4 (`merge_adapter.base`), on both exams: the score, the reference answers' negative log-likelihood and
+the KL divergence of the next-token distributions from the trained model's, over all tokens of the reference answers.
+Both are in nats per token.
 """
 
 import tempfile
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch.nn.functional import kl_div
@@ -59,9 +60,7 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def divergences(
-    trained: PreTrainedModel, model: PreTrainedModel, tokenizer: object, question: Question
-) -> torch.Tensor:
+def divergences(trained: PreTrainedModel, model: PreTrainedModel, tokenizer: Any, question: Question) -> torch.Tensor:
     """KL(trained || model) in nats at each token of the reference answer."""
     prompt, reference = prompt_and_reference(tokenizer, question, end_tokens(trained.generation_config))
     ids = torch.tensor([prompt + reference[:-1]], device=trained.device)

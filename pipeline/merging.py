@@ -17,7 +17,7 @@ from pipeline.refusal import Refused
 from pipeline.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
 
 Parts = dict[str, StoredTensor]  # what an adapter has for one weight, by the endings below
-# Rows of a weight in 32 bits, and the number of the first -> what the adapter makes of them.
+# Rows of a weight in 32 bits, and the number of the first -> what the adapter makes of them, perhaps in place.
 Change = Callable[[torch.Tensor, int], torch.Tensor]
 
 A, B, LENGTHS = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # as PEFT calls them
@@ -48,7 +48,7 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
             for name, weight in tensors.items():
                 change = change_of(name, parts[name], config) if name in parts else None
                 for rows in changed(weight, change, on_nf4 and is_quantized(name, weight)):
-                    if change and not rows.isfinite().all():
+                    if change and not rows.sum(dtype=torch.float32).isfinite():
                         raise Refused(f"{adapter}: with it {name} is not finite in {rows.dtype}: train another")
                     merged.write(rows.flatten().view(torch.uint8).numpy())
 
@@ -112,7 +112,7 @@ def scaling(name: str, rank: int, config: dict[str, Any]) -> float:
 def with_tokens(ids: torch.Tensor, trained: torch.Tensor) -> Change:
     def change(rows: torch.Tensor, first: int) -> torch.Tensor:
         here = (ids >= first) & (ids < first + len(rows))
-        return rows.index_copy(0, ids[here] - first, trained[here].float())
+        return rows.index_copy_(0, ids[here] - first, trained[here].float())
 
     return change
 
@@ -123,10 +123,12 @@ def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, lengths: torch.Ten
     Shapes: `a` rank x inputs, `b` outputs x rank, `lengths` outputs.
     """
 
+    a, b = a.float(), scale * b.float()
+
     def change(rows: torch.Tensor, first: int) -> torch.Tensor:
         here = slice(first, first + len(rows))
-        rows = rows + (b[here].float() @ a.float()) * scale
-        return rows if lengths is None else rows * (lengths[here] / rows.norm(dim=1))[:, None]
+        rows.addmm_(b[here], a)
+        return rows if lengths is None else rows.mul_((lengths[here] / rows.norm(dim=1))[:, None])
 
     return change
 

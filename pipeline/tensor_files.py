@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from pipeline.refusal import Refused
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK = 2**21  # bytes of rows to read at once: few enough for a processor's cache, in 32 bits too
+BLOCK = 2**20  # bytes of rows to read at once: few enough for a processor's cache, in 32 bits too
 
 
 @dataclass(frozen=True)
