@@ -129,13 +129,13 @@ def measured(case: str, base: Path, adapter: Path, to: Path) -> tuple[float, flo
     """Seconds of the process and of its work, and its peaks of resident and of private memory in MiB."""
     command = [sys.executable, "-c", TIMED.format(*CASES[case]), str(base), str(adapter), str(to)]
     started, private = time.monotonic(), 0
-    with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
             memory = process.memory_info()
             private = max(private, memory.rss - memory.shared)
             time.sleep(0.005)
         seconds, printed = time.monotonic() - started, process.stdout.read()
-    assert process.returncode == 0, f"{case} failed"
+        assert process.returncode == 0, process.stderr.read()
     working, resident = map(float, printed.splitlines()[-1].split())
     return seconds, working, resident, private / 2**20
 

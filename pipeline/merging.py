@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
     """
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     files = weights_by_file(base)
-    parts = parts_by_weight(adapter, config, {name: at for tensors in files.values() for name, at in tensors.items()})
+    parts = parts_by_weight(adapter, config, dict(chain.from_iterable(tensors.items() for tensors in files.values())))
     for file, tensors in files.items():
         with open(to / file.name, "wb") as merged:
             merged.write(read_header(file))
@@ -96,7 +97,7 @@ def change_of(name: str, parts: Parts, config: dict[str, Any]) -> Change:
         return with_tokens(torch.tensor(ids), parts[TOKENS].rows())
     if A in parts:
         lengths = parts[LENGTHS].rows() if LENGTHS in parts else None
-        return with_lora(parts[A].rows(), parts[B].rows(), scaling(name, len(parts[A].rows()), config), lengths)
+        return with_lora(parts[A].rows(), parts[B].rows(), scaling(name, parts[A].shape[0], config), lengths)
     [saved] = parts.values()
     return lambda rows, first: saved.rows(first, first + len(rows)).float()
 
@@ -122,7 +123,6 @@ def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, lengths: torch.Ten
 
     Shapes: `a` rank x inputs, `b` outputs x rank, `lengths` outputs.
     """
-
     a, b = a.float(), scale * b.float()
 
     def change(rows: torch.Tensor, first: int) -> torch.Tensor:

@@ -32,20 +32,18 @@ class StoredTensor:
 
     def rows(self, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows `first` to `last`, without the latter; all unless told otherwise."""
-        shape = (len(range(*slice(first, last).indices(self.shape[0]))), *self.shape[1:])
-        read = np.fromfile(self.file, np.uint8, math.prod(shape) * self.dtype.itemsize, offset=self.row_start(first))
+        shape = ((self.shape[0] if last is None else last) - first, *self.shape[1:])
+        start = self.start + first * self.row_bytes()
+        read = np.fromfile(self.file, np.uint8, math.prod(shape) * self.dtype.itemsize, offset=start)
         return torch.from_numpy(read).view(self.dtype).view(shape)
-
-    def row_start(self, row: int) -> int:
-        return self.start + row * self.row_bytes()
-
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """All rows as (first, last) for `rows`."""
         step = max(1, BLOCK // max(1, self.row_bytes()))
-        return ((first, first + step) for first in range(0, self.shape[0], step))
+        return ((first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step))
+
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
