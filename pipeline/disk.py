@@ -23,7 +23,7 @@ def filled(
     """
     gguf = parameters * sum([16, *(BITS[name] for name in quantize)]) / 8 + adapter
     return {
-        "outputs/adapter": copies * adapter,
+        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache has what both share once
         "models/merged": copies * parameters * itemsize,
         "models/gguf": copies * int(gguf),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),

@@ -2,7 +2,7 @@
 
     python -m stages.convert_gguf
 
-models/base.json, outputs/adapter/, models/merged/ -> models/gguf/: the adapter as a GGUF LoRA, if it can be one, the
+models/base.json, outputs/trained/, models/merged/ -> models/gguf/: the adapter as a GGUF LoRA, if it can be one, the
 merged model as f16 and quantized, and an Ollama Modelfile
 """
 
@@ -20,7 +20,7 @@ from pipeline.outputs import whole
 from pipeline.parameters import load
 from pipeline.refusal import run
 
-ADAPTER = Path("outputs/adapter")
+TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")
 LORA = "adapter-f16.gguf"
 
@@ -28,10 +28,10 @@ LORA = "adapter-f16.gguf"
 def main() -> None:
     parameters = load("convert_gguf")
     folder, base = located()
-    require_same_base(ADAPTER, base)
+    require_same_base(TRAINED, base)
     with whole("models/gguf") as aside:
         aside.mkdir()
-        adapter_config = json.loads((ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter_config = json.loads((TRAINED / "adapter_config.json").read_text(encoding="utf-8"))
         if why_not := no_gguf_lora(adapter_config):
             print(f"models/gguf gets no {LORA}: {why_not}; the merged model holds it all")
         else:
@@ -48,11 +48,11 @@ def convert_lora(adapter_config: dict[str, Any], base: Path, file: Path) -> None
     """The adapter as a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so rsLoRA's alpha / sqrt(r) goes into
     alpha."""
     if not adapter_config["use_rslora"]:
-        return run_script("convert.py", "lora", ADAPTER, "--base", base, *as_f16(file))
+        return run_script("convert.py", "lora", TRAINED, "--base", base, *as_f16(file))
     adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        adapter = Path(scratch, ADAPTER.name)  # the converter writes the folder's name into the file
-        shutil.copytree(ADAPTER, adapter)
+        adapter = Path(scratch, TRAINED.name)  # the converter writes the folder's name into the file
+        shutil.copytree(TRAINED, adapter)
         (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
         run_script("convert.py", "lora", adapter, "--base", base, *as_f16(file))
 
