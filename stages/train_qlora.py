@@ -7,7 +7,7 @@ metrics/train_cost.json beside them, which DVC does not track because no two run
 """
 
 import csv
-import resource
+import re
 import sys
 import time
 from pathlib import Path
@@ -173,7 +173,8 @@ def memory(device: torch.device) -> dict[str, Any]:
     """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU; of
     several processes the largest."""
     on_gpu = device.type == "cuda"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    # Not getrusage's peak, which a process has from the one that started it.
+    resident = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 2**10  # type: ignore[index]
     peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else resident])
     return {
         "peak_memory_mb": max(peaks) / 2**20,
