@@ -110,14 +110,13 @@ def go_template(tokenizer: Any) -> str:
     """
     turns = read_off(tokenizer)
     for roles in ["U", "UAU", "UA", *(["SU", "SUAU", "SUA"] if turns.system else [])]:
-        answer_to_come = roles.endswith("U")
-        for content in ["{}", "\n {} \n", ""] if answer_to_come else ["{}"]:
-            messages = conversation(roles, [content.format(role) for role in roles])
-            expected = rendered(
-                tokenizer, messages, add_generation_prompt=answer_to_come, continue_final_message=not answer_to_come
-            )
-            if turns.fill(messages) != expected:
-                raise ValueError(f"{' - '.join(ROLES[role] for role in roles)} would not be what it is in training")
+        to_answer = roles.endswith("U")
+        for content in ["a {}", "\n a {} \n", ""] if to_answer else ["a {}"]:
+            messages = conversation(roles, [content.format(ROLES[role]) for role in roles])
+            ends = {"add_generation_prompt": to_answer, "continue_final_message": not to_answer}
+            if turns.fill(messages) != rendered(tokenizer, messages, **ends):
+                spoken = ", ".join(ROLES[role] for role in roles)
+                raise ValueError(f"messages of {spoken} would not reach the model as in training")
     return turns.go()
 
 
