@@ -6,6 +6,7 @@ left to the tokenizer. How Ollama fills a template: https://github.com/ollama/ol
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,14 +22,15 @@ TURNS = (  # without {{- and -}}, which would eat line breaks of the turns
     "{{ else }}%(answer)s{{ if not $last }}%(after_answer)s{{ end }}"
     "{{ end }}{{ end }}{{ end }}"
 )
-# Go has no such function. The rest of a string is as long as the string without its last byte.
+# As Jinja's trim, which Go has not, but for ASCII. The rest of a string is as long as the string without its last byte.
 TRIM = (
     '{{ define "trim" }}{{ if . }}{{ $rest := len (slice . 1) }}'
     r'{{ if eq (slice . 0 1) " " "\n" "\t" "\r" }}{{ template "trim" (slice . 1) }}'
     r'{{ else if eq (slice . $rest) " " "\n" "\t" "\r" }}{{ template "trim" (slice . 0 $rest) }}'
     "{{ else }}{{ . }}{{ end }}{{ end }}{{ end }}"
 )
-NO_SYSTEM = '{{ template "this model was trained without system messages" . }}'  # Go's error names what is not defined
+# Go's error has the name of what is not defined. Without the argument, Ollama would refuse the whole template.
+NO_SYSTEM = '{{ template "this model was trained without system messages" . }}'
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Turns:
     trimmed_with_user: bool  # and trimmed together with that
     default_system: str  # where no system message comes first
     opening: str  # of the answer to come
-    continued: str  # before an answer that Ollama is to go on with: one that is the last message
+    continued: str  # before an answer that is the last message: Ollama goes on with it
 
     def fill(self, messages: list[dict[str, str]]) -> str:
         """What Ollama makes of the messages with `go`."""
@@ -65,7 +67,7 @@ class Turns:
             turn: Turn = getattr(self, role)
             before, content, after = turn.before, turn.trim(message["content"]), turn.after
             if role == "system" and self.system_in_user:
-                system = before + content + after
+                system = before + message["content"] + after
                 continue
             if role == "user":
                 content = (system + message["content"]).strip() if self.trimmed_with_user else system + content
@@ -77,21 +79,18 @@ class Turns:
 
     def go(self) -> str:
         """The Go template."""
-        system, user, answer, first = NO_SYSTEM, self.user.go_content(), literal(self.assistant.before), ""
+        start, system, user, answer = "", NO_SYSTEM, self.user.go_content(), literal(self.assistant.before)
         if self.system and self.system_in_user:
-            first = '{{ $system := "" }}'
-            turn = f"print {quoted(self.system.before)} .Content {quoted(self.system.after)}"
-            system = "{{ $system = " + turn + " }}"
-            user = "{{ $system }}" + user
-            if self.trimmed_with_user:
-                user = '{{ template "trim" (print $system .Content) }}'
-            user += '{{ $system = "" }}'
+            start, before, after = '{{ $system := "" }}', quoted(self.system.before), quoted(self.system.after)
+            system = "{{ $system = print " + before + " .Content " + after + " }}"
+            together = '{{ template "trim" (print $system .Content) }}'
+            user = (together if self.trimmed_with_user else "{{ $system }}" + user) + '{{ $system = "" }}'
         elif self.system:
             system = literal(self.system.before) + self.system.go_content() + literal(self.system.after)
         if self.continued != self.assistant.before:
             answer = "{{ if $last }}" + literal(self.continued) + "{{ else }}" + answer + "{{ end }}"
         default_system = "{{ if eq $i 0 }}" + literal(self.default_system) + "{{ end }}"
-        turns = first + TURNS % {
+        turns = start + TURNS % {
             "system": system,
             "default_system": default_system if self.default_system else "",
             "user": literal(self.user.before) + user + literal(self.user.after),
@@ -121,7 +120,7 @@ def go_template(tokenizer: Any) -> str:
 
 
 def read_off(tokenizer: Any) -> Turns:
-    """Of a chat template that is no more than text around contents. What else it does is not noticed here."""
+    """The turns of a chat template that does no more than write text around contents. What else it does goes unseen."""
 
     def parts(roles: str, padded: str = "", **ends: bool) -> list[str]:
         """The text before, between and after the contents; those of the role `padded` have white space around them."""
@@ -145,16 +144,12 @@ def read_off(tokenizer: Any) -> Turns:
         after_answer, before_user = after_answer + bos, before_user.removeprefix(bos)
     user = Turn(before_user, after_user, trimmed("U", "U"))
     assistant = Turn(to_answer.removeprefix(after_user), after_answer, trimmed("A", "UAU"))
-    try:
+    system, in_user, with_user = None, False, False
+    with suppress(TemplateError):  # the template's own refusal of a system message
         before, after, _ = parts("SU")
-    except TemplateError:  # the template's own refusal of a system message
-        system, in_user, with_user = None, False, False
-    else:
-        in_user = not after.endswith(before_user)
-        before, after = (
-            (before.removeprefix(before_user), after) if in_user else (before, after.removesuffix(before_user))
-        )
-        system = Turn(before, after, trimmed("S", "SU"))
+        if in_user := not after.endswith(before_user):
+            before = before.removeprefix(before_user)
+        system = Turn(before, after if in_user else after.removesuffix(before_user), trimmed("S", "SU"))
         with_user = in_user and user.trimmed and not trimmed("U", "SU")
     return Turns(user, assistant, system, in_user, with_user, first.removesuffix(before_user), opening, continued)
 
