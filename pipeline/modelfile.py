@@ -36,7 +36,7 @@ def settings(merged: Path, num_ctx: int, temperature: float) -> str:
             *(f'PARAMETER stop "{end}"' for end in ends),  # Ollama knows no escapes
             f"PARAMETER num_ctx {num_ctx}",
             f"PARAMETER temperature {temperature}",
-            # 1.1 by default before https://github.com/ollama/ollama/pull/17679; the file may have the base's own.
+            # The default was 1.1 (https://github.com/ollama/ollama/pull/17679), or is the base's own in the file.
             "PARAMETER repeat_penalty 1.0",
             "",
         ]
@@ -46,8 +46,9 @@ def settings(merged: Path, num_ctx: int, temperature: float) -> str:
 def template(tokenizer: Any) -> list[str]:
     """TEMPLATE, and what makes Ollama use it; in place of these, why there is none."""
     try:
-        # Without PARSER, which 0.12 brought, Ollama takes the chat template in the GGUF file if that can do more, call
-        # tools say. It then is today's date that Llama 3 reads, and Qwen 3 thinks, unlike in training.
+        # Without PARSER, which 0.12 brought, Ollama prefers the chat template in the GGUF file if that has tools or
+        # thinking (https://github.com/ollama/ollama/blob/main/server/images.go): Llama 3.2 then reads today's date, and
+        # Qwen 3 thinks, unlike in training.
         return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
     except ValueError as error:
         left_out = f"# TEMPLATE is left out, because {error}: write it by hand."

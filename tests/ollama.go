@@ -51,8 +51,7 @@ func fill(text string, conversation []message) string {
 		}
 	}
 	var prompt strings.Builder
-	values := map[string]any{"Messages": merged, "System": strings.Join(system, "\n\n"), "Response": "", "Think": false}
-	check(parsed.Execute(&prompt, values))
+	check(parsed.Execute(&prompt, map[string]any{"Messages": merged, "System": strings.Join(system, "\n\n")}))
 	return prompt.String()
 }
 

@@ -23,7 +23,7 @@ LLAMA2 = (  # the system message is part of what is trimmed
     "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-PUBLISHED = {  # as on the hub, by the family whose tokenizer knows its control tokens
+PUBLISHED = {  # chat templates as on the hub, and whose tokenizer knows their control tokens
     "llama3": "llama3",
     "llama3_1": "llama3",
     "llama3_2": "llama3",
@@ -32,7 +32,14 @@ PUBLISHED = {  # as on the hub, by the family whose tokenizer knows its control 
     "gemma": "gemma2",
     "gemma3": "gemma3",
 }
-MODELS = ["built-in", *FAMILIES, "llama2", *(f"published {name}" for name in PUBLISHED)]
+MODELS = (  # the family and, if it is not the family's own, the chat template
+    {name: (name, None) for name in FAMILIES}
+    | {"llama2's turns": ("llama3", LLAMA2)}
+    | {
+        f"published {name}": (family, (files("trl") / f"chat_templates/{name}.jinja").read_text(encoding="utf-8"))
+        for name, family in PUBLISHED.items()
+    }
+)
 NO_SYSTEM = ["gemma2", "published gemma"]
 Conversation = list[dict[str, str]]
 
@@ -61,17 +68,13 @@ WITH_SYSTEM = [
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with the tokenizer and the chat template of the name."""
-    name: str = request.param
-    if name == "built-in":
+    """A folder with the tokenizer and chat template of that name."""
+    if request.param == "built-in":
         return TINY
-    published = name.removeprefix("published ")
-    family = PUBLISHED[published] if name != published else "llama3" if name == "llama2" else name
+    family, chat_template = MODELS[request.param]
     FAMILIES[family](tmp_path)
-    if name == "llama2":
-        use(tmp_path, LLAMA2)
-    elif name != published:
-        use(tmp_path, (files("trl") / f"chat_templates/{published}.jinja").read_text(encoding="utf-8"))
+    if chat_template:
+        use(tmp_path, chat_template)
     return tmp_path
 
 
@@ -95,12 +98,12 @@ def require_same_tokens(model: Path, conversations: list[Conversation]) -> None:
         assert tokenizer(prompt).input_ids == expected, messages
 
 
-@pytest.mark.parametrize("model", MODELS, indirect=True)
+@pytest.mark.parametrize("model", ["built-in", *MODELS], indirect=True)
 def test_ollama_prompts_with_the_tokens_of_training(model: Path) -> None:
     require_same_tokens(model, WITHOUT_SYSTEM)
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name not in NO_SYSTEM], indirect=True)
+@pytest.mark.parametrize("model", ["built-in", *(name for name in MODELS if name not in NO_SYSTEM)], indirect=True)
 def test_ollama_prompts_with_the_tokens_of_training_after_a_system_message(model: Path) -> None:
     require_same_tokens(model, WITH_SYSTEM)
 
