@@ -3,7 +3,7 @@
     python -m stages.convert_gguf
 
 models/base.json, outputs/trained/, models/merged/ -> models/gguf/: the adapter as a GGUF LoRA, if it can be one, the
-merged model as f16 and quantized, and an Ollama Modelfile
+merged model as f16 and quantized, and Ollama's Modelfiles
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.base import located, require_same_base
 from pipeline.llama_cpp import no_gguf_lora, run_script
-from pipeline.modelfile import modelfile
+from pipeline.modelfile import adapter_modelfile, modelfile
 from pipeline.outputs import whole
 from pipeline.parameters import load
 from pipeline.refusal import run
@@ -40,8 +40,10 @@ def main() -> None:
         for quantization in parameters.gguf.quantize:
             run_script("quantize.py", aside / "model-f16.gguf", aside / f"model-{quantization}.gguf", quantization)
         served = parameters.gguf.quantize[0] if parameters.gguf.quantize else "f16"
-        text = modelfile(f"model-{served}.gguf", MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature)
-        (aside / "Modelfile").write_text(text, encoding="utf-8")
+        options = MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature
+        (aside / "Modelfile").write_text(modelfile(f"model-{served}.gguf", *options), encoding="utf-8")
+        if (aside / LORA).exists():
+            (aside / "Modelfile.adapter").write_text(adapter_modelfile(LORA, *options), encoding="utf-8")
 
 
 def convert_lora(adapter_config: dict[str, Any], base: Path, file: Path) -> None:

@@ -197,7 +197,9 @@ def gemma(template: str, folder: Path) -> PreTrainedTokenizerBase:
         if piece[:at] in vocabulary and piece[at:] in vocabulary
     ]
     turns = ["<start_of_turn>", "<end_of_turn>"]
-    return GemmaTokenizer(vocabulary, merges, chat_template=template, additional_special_tokens=turns)
+    return GemmaTokenizer(
+        vocabulary, merges, chat_template=template, additional_special_tokens=turns, add_bos_token=True
+    )
 
 
 def text() -> list[str]:

@@ -108,6 +108,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
 
     config = json.loads(Path("outputs/trained/adapter_config.json").read_text(encoding="utf-8"))
     assert lora.exists() == (no_gguf_lora(config) is None)
+    assert Path("models/gguf/Modelfile.adapter").exists() == lora.exists()
     if lora.exists():
         as_lora = divergence(tuned, base_ggufs[base], lora)
         assert as_lora < SAME

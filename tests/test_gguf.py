@@ -1,4 +1,4 @@
-"""What ships: files that llama.cpp runs, and a Modelfile that prompts them as they were trained."""
+"""What ships: files that llama.cpp runs."""
 
 import math
 import subprocess
@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Project
-from families import GEMMA2, LLAMA3, QWEN2, QWEN3
-from transformers import AutoTokenizer
 
 from pipeline.answers import prompt
 from pipeline.chat_template import load_tokenizer, token_ids
 from pipeline.exam import Question
 from pipeline.llama_cpp import MARK, run_script, served
-from pipeline.modelfile import go_template, modelfile
 from pipeline.refusal import Refused
 from stages.evaluate_gguf import files_to_examine, kl, require_same_tokens, told_probabilities
 
@@ -120,62 +117,3 @@ def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:
     probe = "import socket, sys, time\nfor _ in range(100):\n s = socket.socket()\n"
     probe += " if s.connect_ex(('127.0.0.1', int(sys.argv[1]))): sys.exit(0)\n s.close(); time.sleep(0.1)\nsys.exit(1)"
     assert port and subprocess.run([sys.executable, "-c", probe, port]).returncode == 0
-
-
-def rendered(template: str, messages: list[dict[str, str]]) -> str:
-    """The Go template of pipeline/modelfile.py, filled by hand: its text is what stands between its actions."""
-    system, rest = template.split('{{ else if eq .Role "user" }}')
-    user, rest = rest.split("{{ else }}")
-    assistant = rest.removesuffix("{{ end }}{{ end }}")
-    default = opens_last = ""
-    if user.startswith("{{ if eq $i 0 }}"):
-        default, user = user.removeprefix("{{ if eq $i 0 }}").split("{{ end }}", 1)
-    if user.endswith("{{ end }}"):
-        user, opens_last = user.removesuffix("{{ end }}").split("{{ if eq (len (slice $.Messages $i)) 1 }}")
-    forms = {"system": system.split('{{ if eq .Role "system" }}')[1], "user": user, "assistant": assistant}
-    turns = [forms[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages]
-    return (default if messages[0]["role"] == "user" else "") + "".join(turns) + opens_last
-
-
-@pytest.mark.parametrize(
-    "family", [None, LLAMA3, QWEN2, QWEN3, GEMMA2], ids=["built-in", "llama3", "qwen2", "qwen3", "gemma2"]
-)
-def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(family: str | None) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = family or tokenizer.chat_template
-    tokenizer.bos_token = "<|endoftext|>" if family in (LLAMA3, GEMMA2) else None
-    template = go_template(tokenizer)
-    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user")]
-    conversations = [turns[:1], turns]
-    if family != GEMMA2:
-        conversations += [[{"role": "system", "content": "Be short."}, *turns]]
-    for messages in conversations:
-        expected = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-        assert rendered(template, messages) == expected.removeprefix(tokenizer.bos_token or "")
-
-
-@pytest.mark.parametrize(
-    ("jinja", "why"),
-    [
-        (
-            "{% for m in messages %}{{ loop.index }}:{{ m.content }};{% endfor %}",
-            "opens a user's turn in different",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
-            "does not give each message",
-        ),
-    ],
-)
-def test_a_template_that_has_no_equal_is_left_out_and_said(project: Project, jinja: str, why: str) -> None:
-    Path("models/tiny-base/chat_template.jinja").write_text(jinja, encoding="utf-8")
-    text = modelfile("model-q8_0.gguf", Path("models/tiny-base"), num_ctx=512, temperature=0.0)
-    assert why in text and 'TEMPLATE "' not in text
-
-
-def test_the_modelfile_stops_where_the_model_stops(project: Project) -> None:
-    lines = modelfile("model-q8_0.gguf", Path("models/tiny-base"), num_ctx=512, temperature=0.0).splitlines()
-    assert lines[0] == "FROM ./model-q8_0.gguf"
-    assert lines[-3:] == ['PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0.0"]
