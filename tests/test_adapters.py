@@ -115,7 +115,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     else:
         cell = f"no ({why_no_lora(config, tuned, base, base_ggufs[base])})"
     if kind == "rsLoRA":
-        convert_gguf.convert_lora(config | {"use_rslora": False}, base, lora)
+        convert_gguf.convert_lora(config | {"use_rslora": False}, base, card(), lora)
         assert divergence(tuned, base_ggufs[base], lora) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
     matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
 
@@ -227,11 +227,17 @@ def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> 
     return sum(nats) / len(nats)
 
 
+def card() -> Path:
+    file = Path("models/card.json")
+    file.write_text("{}", encoding="utf-8")
+    return file
+
+
 def why_no_lora(config: dict[str, Any], tuned: PreTrainedModel, base: Path, base_gguf: Path) -> str:
     """How a LoRA file, made in spite of all, fails."""
     file = Path("models/gguf/adapter-f16.gguf")
     try:
-        convert_gguf.convert_lora(config, base, file)
+        convert_gguf.convert_lora(config, base, card(), file)
     except Refused:
         return "the converter refuses"
     nats = divergence(tuned, base_gguf, file)

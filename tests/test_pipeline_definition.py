@@ -10,7 +10,7 @@ from conftest import ROOT, Project
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMETERS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-RUNS_SCRIPTS = {"convert.py": {"convert.py", "fetch.py", "source.txt"}, "quantize.py": {"quantize.py"}}
+RUNS_SCRIPTS = {name: {name, "fetch.py", "requirements.txt", "source.txt"} for name in ("convert.py", "quantize.py")}
 
 
 def outputs(stage: dict[str, Any]) -> list[str]:
