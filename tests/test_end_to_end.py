@@ -30,11 +30,11 @@ KEYS = [
 # if what they make is different.
 RERUN = {
     "seed": {"train_qlora"},
-    "threads": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "threads": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "base.model": {"prepare_base"},
     "base.revision": {"prepare_base"},
-    "base.device": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
-    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "base.device": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
+    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "generate": {"generate"},
     "merge": {"merge"},
     "lora": {"train_qlora"},

@@ -38,7 +38,7 @@ REMOVED = object()
         ("lora.target_modules", [], r"lora\.target_modules is \[\]: .*list should have at least 1 item"),
         ("train.learning_rate", "2e-4", r"train\.learning_rate is '2e-4': input should be a valid number"),
         ("train.epochs", math.inf, r"train\.epochs is inf: input should be a finite number"),
-        ("gguf.quantize", ["q8_0", "q3"], r"gguf\.quantize is 'q3': input should be 'q8_0', .* or 'q4_0'"),
+        ("gguf.quantize", ["q8_0", "q3"], r"gguf\.quantize is 'q3': input should be 'bf16', .* or 'q2_k'"),
         ("base.model", "", r"base\.model is '': string should have at least 1 character"),
         ("seed", 10**20, r"seed is 1000\d+: input should be less than 4294967296"),
     ],
