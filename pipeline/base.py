@@ -147,7 +147,7 @@ def chat_template(folder: Path) -> str | None:
     return template if template is None or isinstance(template, str) else json.dumps(template)
 
 
-def license_of(folder: Path) -> dict[str, str] | None:
+def license_of(folder: Path) -> dict[str, Any] | None:
     """The license, license_name and license_link of a model card's front matter, those that it has; None without one.
 
     https://huggingface.co/docs/hub/repositories-licenses
@@ -159,7 +159,7 @@ def license_of(folder: Path) -> dict[str, str] | None:
         told = metadata_load(folder / MODEL_CARD) if (folder / MODEL_CARD).exists() else None
     except (YAMLError, ValueError):  # no front matter, or a broken one
         told = None
-    return {key: str(value) for key, value in (told or {}).items() if key.startswith("license")} or None
+    return {key: value for key, value in (told or {}).items() if key.startswith("license")} or None
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:

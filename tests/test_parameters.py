@@ -67,6 +67,10 @@ def test_a_number_may_be_written_as_dvc_and_people_write_it(tmp_path: Path, numb
     assert check(path).train.learning_rate == float(number)
 
 
+def test_a_quantization_may_be_written_as_llama_cpp_does(tmp_path: Path) -> None:
+    assert check(written(tmp_path, "gguf.quantize", ["Q4_K_M", "iq4_xs"])).gguf.quantize == ["q4_k_m", "iq4_xs"]
+
+
 def test_every_parameter_has_a_comment_on_its_line() -> None:
     for line in (ROOT / "params.yaml").read_text(encoding="utf-8").splitlines():
         assert re.fullmatch(r"|\w+:|\s*- \w+|\s*\w+: .+ # .+|\s*\w+: +# .+", line), line

@@ -71,6 +71,11 @@ def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
     assert "requirements.txt" in STAGES[name]["deps"]
 
 
+@pytest.mark.parametrize("pins", ["llama.cpp/requirements.txt", "llama.cpp/source.txt"])
+def test_another_llama_cpp_reruns_what_converts_and_what_runs_gguf_files_alone(pins: str) -> None:
+    assert {name for name in STAGES if pins in STAGES[name]["deps"]} == {"convert_gguf", "evaluate_gguf"}
+
+
 def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_tools() -> None:
     for folder, allowed in [("stages", "pipeline"), ("tools", "pipeline"), ("pipeline", "pipeline")]:
         for file in (ROOT / folder).glob("*.py"):
