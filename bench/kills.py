@@ -84,7 +84,7 @@ def kill(repository: Path, after: float, victim: str) -> bool:
 def adapter(repository: Path) -> str:
     """The hash in dvc.lock of the whole folder of the adapter."""
     outs = yaml.safe_load((repository / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]["outs"]
-    return next(out["md5"] for out in outs if out["path"] == "outputs/adapter")
+    return next(out["md5"] for out in outs if out["path"] == "outputs/trained")
 
 
 if __name__ == "__main__":

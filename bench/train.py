@@ -115,7 +115,7 @@ def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
     assert status == 0, printed
     training = float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
     tokens = parameters.train.epochs * sum(len(row["input_ids"]) for row in rows(project, "train"))
-    loss = final_loss(project / ("outputs/adapter" if recipe.trl is None else "trl"), project)
+    loss = final_loss(project / ("outputs/trained" if recipe.trl is None else "trl"), project)
     numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{usage.ru_maxrss / 1024:10.0f}{loss:8.3f}"
     print(f"{recipe.name:32}{numbers}", flush=True)
     losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]

@@ -39,7 +39,7 @@ def filled(
     there are `copies`: DVC's cache has one too, unless it links.
     """
     return {
-        "outputs/adapter": copies * adapter,
+        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache has what both share once
         "models/merged": copies * parameters * itemsize,
         "models/gguf": copies * (gguf_bytes(parameters, quantize) + adapter),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from pipeline.gain import SIGNIFICANT
+from pipeline.markdown import table
 from pipeline.scores import LOWER_IS_BETTER
 
 
@@ -73,3 +74,16 @@ def detectable(smallest: float | None) -> str:
     if smallest is None:
         return "nothing, with so few questions"
     return f"{'gains' if smallest > 0 else 'falls'} from {100 * abs(smallest):.1f} points on"
+
+
+def score_lines(metrics: dict[str, Any]) -> list[str]:
+    """A Markdown table of an exam's scores before and after, with what changed."""
+    lines = []
+    for name, gain in metrics["gain"].items():
+        before, after = (value(metrics[who][name], name) for who in ("base", "tuned"))
+        chance = p_value(gain["p_value"])
+        unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
+        lines.append(
+            [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
+        )
+    return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.markdown import quoted, table
-from pipeline.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, value, verdict
+from pipeline.readable import change, detectable, interval, megabytes, p_value, percent, score_lines, verdict
 from pipeline.side_by_side import Exam, Item
 
 NAMED = 50  # questions that broke, at most
@@ -18,9 +18,9 @@ def summary(exam: Exam, general: Exam, forms: dict[str, Any]) -> str:
             f"# {exam.total.before} → {exam.total.after} of {exam.total.questions} answers correct",
             "",
             *headline("The exam", exam),
-            *scores(exam),
+            *score_lines(exam.metrics),
             *headline("The general exam, of what it should not forget", general),
-            *scores(general),
+            *score_lines(general.metrics),
             "**Every form of the model.** Same answers, letter by letter: of merged as tuned, of GGUF files as merged.",
             "KL: how far its next-token probabilities are from merged's, in nats.",
             "",
@@ -45,18 +45,6 @@ def headline(name: str, exam: Exam) -> list[str]:
         f"What it can tell from chance: {detectable(exam.metrics['detectable'])}.",
         "",
     ]
-
-
-def scores(exam: Exam) -> list[str]:
-    lines = []
-    for name, gain in exam.metrics["gain"].items():
-        before, after = (value(exam.metrics[who][name], name) for who in ("base", "tuned"))
-        chance = p_value(gain["p_value"])
-        unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
-        lines.append(
-            [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
-        )
-    return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
 
 
 def of_forms(forms: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     require(DESCRIPTION, "prepare_base")
     folder, base = located()
     if tuned:
-        require(ADAPTER / "adapter_model.safetensors", "train_qlora")
+        require(ADAPTER / "adapter_model.safetensors", "model_card")
         require_same_base(ADAPTER, base)
     device = pick_device(parameters.base.device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)

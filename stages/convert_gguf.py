@@ -2,7 +2,7 @@
 
     python -m stages.convert_gguf
 
-models/base.json, outputs/adapter/, models/merged/, data/train_merged.jsonl, data/tokens/ -> models/gguf/: the adapter
+models/base.json, outputs/trained/, models/merged/, data/train_merged.jsonl, data/tokens/ -> models/gguf/: the adapter
 as a GGUF LoRA, if it can be one, the merged model as f16 and quantized, an Ollama Modelfile, and SHA256SUMS
 """
 
@@ -27,7 +27,7 @@ from pipeline.parameters import Parameters, load
 from pipeline.refusal import run
 from pipeline.tensor_files import parameter_count
 
-ADAPTER = Path("outputs/adapter")
+TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")
 GGUF = Path("models/gguf")
 LORA = "adapter-f16.gguf"
@@ -36,7 +36,7 @@ LORA = "adapter-f16.gguf"
 def main() -> None:
     parameters = load("convert_gguf")
     folder, base = located()
-    require_same_base(ADAPTER, base)
+    require_same_base(TRAINED, base)
     with (
         room_for(gguf_bytes(parameter_count(MERGED), parameters.gguf.quantize), GGUF),
         whole(GGUF) as aside,
@@ -45,7 +45,7 @@ def main() -> None:
         aside.mkdir()
         card = Path(scratch, "card.json")
         write_json(card, model_card(base))
-        adapter_config = json.loads((ADAPTER / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter_config = json.loads((TRAINED / "adapter_config.json").read_text(encoding="utf-8"))
         if why_not := no_gguf_lora(adapter_config):
             print(f"models/gguf gets no {LORA}: {why_not}; the merged model holds it all")
         else:
@@ -70,13 +70,13 @@ def model_card(base: dict[str, Any]) -> dict[str, Any]:
     The commit is not known yet, but dvc.lock will hold the adapter's hash: `git log -S HASH -- dvc.lock` finds it.
     """
     name = Path(base["model"]).name  # of a local folder no more: the rest is the machine's
-    [adapter] = Repo().find_outs_by_path(str(ADAPTER))
+    [trained] = Repo().find_outs_by_path(str(TRAINED))
     return {
         "model_name": f"{name}-qlora",
         "base_model": base["model"] if base["revision"] else name,
         **(base["license"] or {}),
         "qlora_dvc.base": base["fingerprint"],
-        "qlora_dvc.adapter": adapter.get_hash().value,
+        "qlora_dvc.adapter": trained.get_hash().value,
         "qlora_dvc.data": file_hash(Path("data/train_merged.jsonl")),
     }
 
@@ -84,10 +84,10 @@ def model_card(base: dict[str, Any]) -> dict[str, Any]:
 def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: Path) -> None:
     """The adapter as a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so rsLoRA's alpha / sqrt(r) goes into
     alpha."""
-    adapter = ADAPTER
+    adapter = TRAINED
     if adapter_config["use_rslora"]:
-        adapter = card.with_name(ADAPTER.name)
-        shutil.copytree(ADAPTER, adapter)
+        adapter = card.with_name(TRAINED.name)
+        shutil.copytree(TRAINED, adapter)
         adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
         (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
     run_script("convert.py", "lora", adapter, "--base", base, "--card", card, "--outtype", "f16", "--outfile", file)

@@ -2,7 +2,7 @@
 
     python -m stages.evaluate
 
-models/base.json, outputs/adapter/, data/questions.jsonl, data/general.jsonl, metrics/answers_base.jsonl,
+models/base.json, outputs/trained/, data/questions.jsonl, data/general.jsonl, metrics/answers_base.jsonl,
 metrics/answers_general_base.jsonl -> metrics/evaluate.json, metrics/answers.jsonl (the exam), metrics/general.json,
 metrics/answers_general.jsonl (the general exam: what was forgotten)
 """
@@ -21,7 +21,7 @@ from pipeline.parameters import load
 from pipeline.refusal import run
 from pipeline.scores import graded
 
-ADAPTER = Path("outputs/adapter")
+TRAINED = Path("outputs/trained")
 Line = dict[str, Any]  # of an answers file
 
 
@@ -29,10 +29,10 @@ def main() -> None:
     parameters = load("evaluate")
     exam, general = read_questions(EXAM), read_questions(GENERAL)
     folder, base = located()
-    require_same_base(ADAPTER, base)
+    require_same_base(TRAINED, base)
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
-    model = load_tuned(folder, ADAPTER, device, pick_dtype(parameters.base.compute_dtype, device))
+    model = load_tuned(folder, TRAINED, device, pick_dtype(parameters.base.compute_dtype, device))
     answers = sit(
         model,
         load_tokenizer(folder),

@@ -2,7 +2,7 @@
 
     python -m stages.merge_adapter
 
-models/base.json, outputs/adapter/ -> models/merged/
+models/base.json, outputs/trained/ -> models/merged/
 """
 
 import shutil
@@ -16,18 +16,18 @@ from pipeline.parameters import load
 from pipeline.refusal import run
 from pipeline.tensor_files import weight_files
 
-ADAPTER = Path("outputs/adapter")
+TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")
 
 
 def main() -> None:
     parameters = load("merge_adapter")
     folder, base = located()
-    require_same_base(ADAPTER, base)
+    require_same_base(TRAINED, base)
     size = sum(file.stat().st_size for file in weight_files(folder))
     with room_for(size, MERGED), whole(MERGED) as aside:
         aside.mkdir()
-        merge(folder, ADAPTER, aside, on_nf4=parameters.merge_adapter.base == "dequantized_nf4")
+        merge(folder, TRAINED, aside, on_nf4=parameters.merge_adapter.base == "dequantized_nf4")
         for pattern in SMALL_FILES:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, aside / file.name)

@@ -2,12 +2,12 @@
 
     python -m stages.train_qlora
 
-models/base.json, data/tokens/ -> outputs/adapter/, metrics/train.json, metrics/loss.csv;
+models/base.json, data/tokens/ -> outputs/trained/, metrics/train.json, metrics/loss.csv;
 metrics/train_cost.json beside them, which DVC does not track because no two runs cost the same.
 """
 
 import csv
-import resource
+import re
 import sys
 import time
 from pathlib import Path
@@ -43,7 +43,7 @@ from pipeline.refusal import Refused, run
 from pipeline.special_tokens import trainable_tokens
 from pipeline.trainer import Trainer, build_trainer, lengths
 
-ADAPTER = Path("outputs/adapter")
+TRAINED = Path("outputs/trained")
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
     for name, value in vars(config).items():
         if isinstance(value, set):  # its order differs from process to process
             setattr(config, name, sorted(value))
-    with whole(ADAPTER) as aside:
+    with whole(TRAINED) as aside:
         # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
         model.save_pretrained(aside, save_embedding_layers=False)
         (aside / "README.md").unlink()  # PEFT's model card, all of it "More Information Needed"
@@ -173,7 +173,8 @@ def memory(device: torch.device) -> dict[str, Any]:
     """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU; of
     several processes the largest."""
     on_gpu = device.type == "cuda"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    # Not getrusage's peak, which a process has from the one that started it.
+    resident = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 2**10  # type: ignore[index]
     peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else resident])
     return {
         "peak_memory_mb": max(peaks) / 2**20,

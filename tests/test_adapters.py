@@ -107,7 +107,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     assert as_merged < SAME
     assert Path("models/gguf/Modelfile").read_text(encoding="utf-8").startswith(f"FROM ./{merged.name}\nTEMPLATE ")
 
-    config = json.loads(Path("outputs/adapter/adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads(Path("outputs/trained/adapter_config.json").read_text(encoding="utf-8"))
     assert lora.exists() == (no_gguf_lora(config) is None)
     if lora.exists():
         as_lora = divergence(tuned, base_ggufs[base], lora)
@@ -134,7 +134,7 @@ def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
         project.set(base__model=str(base), merge_adapter__base=onto)
         prepare_base.main()
         make_adapter(base, knobs(**changed), tokens)
-        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/adapter"), CPU, torch.float32)
+        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/trained"), CPU, torch.float32)
         merge_adapter.main()
         merged = AutoModelForCausalLM.from_pretrained("models/merged", dtype=torch.float32)
         assert sorted(path.name for path in Path("models/merged").iterdir()) == sorted(p.name for p in base.iterdir())
@@ -200,7 +200,7 @@ def test_what_the_base_cannot_have_is_refused_by_name(changed: dict[str, Any], w
 
 
 def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:
-    """outputs/adapter with all its parts far from where training begins: each alone moves the model by > OTHER."""
+    """outputs/trained with all its parts far from where training begins: each alone moves the model by > OTHER."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     require_possible(lora, model)
     torch.manual_seed(1)
@@ -214,7 +214,7 @@ def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:
 
 
 def on_base(base: Path) -> PreTrainedModel:
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), "outputs/adapter")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), "outputs/trained")
 
 
 def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> float:

@@ -135,7 +135,7 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     with pytest.raises(Refused, match=r"^models/base\.json is missing: run dvc repro prepare_base"):
         run(monkeypatch, "Who?")
     prepare_base.main()
-    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_model\.safetensors is missing: run dvc repro train_q"):
+    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_model\.safetensors is missing: run dvc repro model_c"):
         run(monkeypatch, "Who?")
     adapter = Path("outputs/adapter")
     adapter.mkdir(parents=True)

@@ -16,6 +16,7 @@ import yaml
 from conftest import ROOT, Project, Terminal, serving
 from dvc.repo import Repo
 from gguf import GGUFReader
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from pipeline.rows import read_jsonl
@@ -29,19 +30,20 @@ KEYS = [
 # Which stages `dvc status` names, and `dvc repro` runs, for a change of a key: those that read it. Those after them run
 # if what they make is different.
 RERUN = {
-    "seed": {"train_qlora"},
+    "seed": {"train_qlora", "model_card"},
     "threads": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "base.model": {"prepare_base"},
     "base.revision": {"prepare_base"},
     "base.device": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "generate": {"generate"},
+    "generate.model": {"generate", "model_card"},
     "merge": {"merge"},
-    "lora": {"train_qlora"},
-    "train": {"train_qlora"},
-    "train.max_length": {"tokenize"},
-    "train.on_overflow": {"tokenize"},
-    "train.mask_history": {"tokenize"},
+    "lora": {"train_qlora", "model_card"},
+    "train": {"train_qlora", "model_card"},
+    "train.max_length": {"tokenize", "model_card"},
+    "train.on_overflow": {"tokenize", "model_card"},
+    "train.mask_history": {"tokenize", "model_card"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
     "evaluate.repeats": set(),
     "merge_adapter": {"merge_adapter"},
@@ -115,6 +117,40 @@ def test_the_adapter_carries_its_base_and_the_bases_tokenizer_unchanged(finished
     assert len(names) == 2 * 7 * 4  # A and B of seven linear layers in four blocks: all of them
 
 
+def test_the_model_card_is_what_was_measured(finished: Project) -> None:
+    adapter, trained = finished.folder / "outputs/adapter", finished.folder / "outputs/trained"
+    assert {file.name for file in adapter.iterdir()} == {file.name for file in trained.iterdir()} | {"README.md"}
+    card, exam = ModelCard.load(adapter / "README.md"), metrics(finished, "evaluate")
+    assert card.data.library_name == "peft" and card.data.base_model is None  # in a local folder, not on the hub
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
+    assert results == {name: exam["tuned"][name] for name in ("correct", "exact_match", "f1", "chrf")}
+    assert f"{metrics(finished, 'data')['rows']['train']} rows" in card.text
+    assert "| Correct              |   2.0 % |" in card.text and "r: 16" in card.text
+    assert digest(finished.folder / "data/train_merged.jsonl") in card.text
+
+
+@pytest.mark.parametrize(("load", "form"), [(0, "tuned"), (1, "merged")], ids=["PEFT", "Transformers"])
+def test_the_model_cards_python_answers_as_the_exam(
+    finished: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: int, form: str
+) -> None:
+    monkeypatch.chdir(finished.folder)
+    blocks = re.findall(r"```python\n(.+?)```", Path("outputs/adapter/README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 3
+    answers = {"tuned": "metrics/answers.jsonl", "merged": "metrics/answers_gguf.jsonl"}[form]
+    exec(blocks[load] + blocks[2], {})
+    expected = read_jsonl(finished.folder / answers)[0]["after" if form == "tuned" else form]
+    assert capsys.readouterr().out.strip() == expected
+
+
+def test_the_model_cards_other_commands_are_those_that_work(finished: Project) -> None:
+    text = (finished.folder / "outputs/adapter/README.md").read_text(encoding="utf-8")
+    [file] = re.findall(r"^make serve ARGS=(\S+)$", text, re.M)  # make serve is tools/serve.py, once all is installed
+    with serving(finished.folder, file) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == [Path(file).name]
+    [file] = re.findall(r"^ollama create \S+ -f (\S+)$", text, re.M)
+    assert (finished.folder / file).is_file()
+
+
 def test_k_quants_are_real(finished: Project) -> None:
     kinds = {
         tensor.tensor_type.name for tensor in GGUFReader(finished.folder / "models/gguf/model-q4_k_m.gguf").tensors
@@ -125,7 +161,7 @@ def test_k_quants_are_real(finished: Project) -> None:
 def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Project) -> None:
     lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]
     told = {
-        "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/adapter"),
+        "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/trained"),
         "qlora_dvc.data": digest(finished.folder / "data/train_merged.jsonl"),
         "qlora_dvc.base": json.loads((finished.folder / "models/base.json").read_bytes())["fingerprint"],
     }
@@ -196,7 +232,15 @@ def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_traini
     finished.run("dvc", "queue", "start")
     log = finished.run("dvc", "queue", "logs", "--follow", "small").stdout
     assert "going on from checkpoint-" in log
-    assert ran(log) == {"train_qlora", "evaluate", "merge_adapter", "convert_gguf", "evaluate_gguf", "report"}
+    assert ran(log) == {
+        "train_qlora",
+        "evaluate",
+        "model_card",
+        "merge_adapter",
+        "convert_gguf",
+        "evaluate_gguf",
+        "report",
+    }
     for _ in range(60):  # the worker gathers the results after the last line of the log
         rows = csv.DictReader(finished.run("dvc", "exp", "show", "--csv").stdout.splitlines())
         scores = {row["Experiment"] or row["rev"]: row["tuned.correct"] for row in rows}

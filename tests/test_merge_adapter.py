@@ -26,7 +26,7 @@ from stages import merge_adapter, prepare_base
 CPU = torch.device("cpu")
 TINY = ROOT / "models/tiny-base"
 MERGED = Path("models/merged")
-LORA = Path("outputs/adapter/adapter_model.safetensors")
+LORA = Path("outputs/trained/adapter_model.safetensors")
 LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -53,7 +53,7 @@ def require_same_logits(merged: Path, live: PreTrainedModel) -> None:
 
 @pytest.fixture
 def sharded(project: Project) -> Path:
-    """The built-in base in several files, as the project's base, with an adapter in outputs/adapter."""
+    """The built-in base in several files, as the project's base, with an adapter in outputs/trained."""
     base = Path("models/sharded")
     AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="2MB")
     copy_tokenizer(TINY, base)
@@ -198,10 +198,10 @@ def overflow(_: Path) -> None:
     [
         (cut_off, r"models/sharded/model-.*safetensors is damaged \(.*\): fetch or make it again"),
         (lose_a_tensor, r"models/sharded: .*weight is in the index, and in none of its files: fetch the model again"),
-        (swap_the_adapter, r"outputs/adapter: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
-        (lose_half_of_a_pair, r"outputs/adapter has of model\.layers\.1\.mlp\.up_proj\.weight lora_A\.weight alone: "),
-        (add_a_layer, r"outputs/adapter: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
-        (overflow, r"outputs/adapter: with it model\.layers\..* is not finite in torch\.bfloat16"),
+        (swap_the_adapter, r"outputs/trained: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
+        (lose_half_of_a_pair, r"outputs/trained has of model\.layers\.1\.mlp\.up_proj\.weight lora_A\.weight alone: "),
+        (add_a_layer, r"outputs/trained: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
+        (overflow, r"outputs/trained: with it model\.layers\..* is not finite in torch\.bfloat16"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
@@ -219,7 +219,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
 def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) -> None:
     project.set(base__model=str(TINY))
     prepare_base.main()
-    with pytest.raises(Refused, match=r"outputs/adapter was trained on models/sharded \(\w+\), but base.model is "):
+    with pytest.raises(Refused, match=r"outputs/trained was trained on models/sharded \(\w+\), but base.model is "):
         merge_adapter.main()
 
 

@@ -55,8 +55,8 @@ def test_there_is_a_module_for_every_stage_and_a_stage_for_every_module() -> Non
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
     file = ROOT / "stages" / f"{name}.py"
-    # With the .html, .css and .js beside a module, that it reads.
-    modules = {part for module in imported_modules(file) for part in module.parent.glob(f"{module.stem}.*")}
+    # With the .html, .css, .js and .md beside a module, that it reads.
+    modules = {part for module in {file} | imported_modules(file) for part in module.parent.glob(f"{module.stem}.*")}
     scripts = {
         f"llama.cpp/{part}"
         for script, parts in RUNS_SCRIPTS.items()
@@ -64,10 +64,8 @@ def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
         for part in parts
     }
     code = {str(path.relative_to(ROOT)) for path in modules} | scripts
-    declared = {
-        dep for dep in STAGES[name]["deps"] if dep.endswith(".py") or dep.startswith(("llama.cpp/", "pipeline/"))
-    }
-    assert declared == code | {f"stages/{name}.py", "stages/__init__.py"}
+    declared = {dep for dep in STAGES[name]["deps"] if dep.startswith(("llama.cpp/", "pipeline/", "stages/"))}
+    assert declared == code | {"stages/__init__.py"}
     assert "requirements.txt" in STAGES[name]["deps"]
 
 

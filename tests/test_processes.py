@@ -53,7 +53,7 @@ def trained(project: Project, **changed: object) -> dict[str, Any]:
         curve = [[float(cell) for cell in row] for row in list(csv.reader(file))[1:]]
     return {
         "curve": torch.tensor(curve),
-        "adapter": load_file("outputs/adapter/adapter_model.safetensors"),
+        "adapter": load_file("outputs/trained/adapter_model.safetensors"),
         "told": [metrics[name] for name in ("steps", "tokens", "trainable_parameters")],
     }
 

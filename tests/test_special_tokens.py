@@ -127,7 +127,7 @@ def test_a_base_that_cannot_end_an_answer_learns_to_by_its_control_tokens(projec
         project.set(lora__trainable_tokens=wanted)
         train_qlora.main()
         folder, _ = located()
-        model = load_tuned(folder, Path("outputs/adapter"), torch.device("cpu"), torch.float32)
+        model = load_tuned(folder, Path("outputs/trained"), torch.device("cpu"), torch.float32)
         answers = sit(model, load_tokenizer(folder), read_questions(EXAM)[:40], batch_size=40, max_new_tokens=24)
         stopped[name] = fmean(answer.stopped for answer in answers)
     assert stopped["auto"] > 0.9 and stopped["none"] < 0.1  # of 40 answers, after 13 steps

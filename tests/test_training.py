@@ -41,7 +41,7 @@ def train(tokenized: Project) -> Callable[..., str]:
     def run(**changed: object) -> str:
         tokenized.set(**{"train__epochs": 1} | changed)
         train_qlora.main()
-        return hashlib.sha256(Path("outputs/adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+        return hashlib.sha256(Path("outputs/trained/adapter_model.safetensors").read_bytes()).hexdigest()
 
     return run
 
@@ -166,7 +166,7 @@ def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_f
     assert goes_on_from() == "the start"
     assert made() == undisturbed
     assert goes_on_from().startswith("checkpoint-")
-    with safe_open("outputs/adapter/adapter_model.safetensors", "np") as tensors:
+    with safe_open("outputs/trained/adapter_model.safetensors", "np") as tensors:
         types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # it is no dictionary
     assert types == {"BF16" if "train__adapter_dtype" in knobs else "F32"}
 
@@ -195,7 +195,7 @@ def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_
     train()
     project.run("dvc", "commit", "--force", "prepare_base", "generate", "merge", "tokenize", "train_qlora")
     project.env = {"SHELL": "/bin/sh"}  # cron's; unlike others it would stay the parent of what it runs
-    adapter = Path("outputs/adapter/adapter_model.safetensors")
+    adapter = Path("outputs/trained/adapter_model.safetensors")
     before = adapter.read_bytes()
     project.set(train__epochs=3, train__eval_steps=2)
     project.kill("dvc", "repro", "train_qlora", step=4, victim="first")

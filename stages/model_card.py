@@ -1,0 +1,102 @@
+"""Give the adapter a model card in the hub's format (https://huggingface.co/docs/hub/model-cards).
+
+    python -m stages.model_card
+
+outputs/trained/, models/base.json, data/train_merged.jsonl, what data, training and exams gave -> outputs/adapter/: the
+same adapter with its README.md, as it is shared
+"""
+
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined, Template
+
+from pipeline.chat_template import TEMPLATE_ARGUMENTS
+from pipeline.markdown import table
+from pipeline.outputs import whole
+from pipeline.parameters import load
+from pipeline.readable import detectable, interval, p_value, percent, score_lines, verdict
+from pipeline.refusal import run
+from pipeline.rows import read_jsonl
+
+ROWS = Path("data/train_merged.jsonl")
+LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
+
+
+def main() -> None:
+    parameters = load("model_card")
+    base, data, train = read("models/base.json"), read("metrics/data.json"), read("metrics/train.json")
+    exam, general = read("metrics/evaluate.json"), read("metrics/general.json")["general"]
+    answers = read_jsonl(Path("metrics/answers.jsonl"))
+    name = f"{Path(base['model']).name}-qlora"
+    used = {"seed": parameters.seed, "lora": dict(parameters.lora), "train": dict(parameters.train)}
+    text = template().render(
+        metadata=metadata(name, base, exam["tuned"]),
+        name=name,
+        base=base,
+        data=data,
+        sources=table(
+            ["source", "rows read", "trained on"],
+            [[s, of["read"], of["train"]] for s, of in data["sources"].items()],
+        ),
+        written_by=parameters.generate.model,
+        rows_hash=hashlib.sha256(ROWS.read_bytes()).hexdigest(),
+        train=train,
+        parameters=yaml.safe_dump(used, sort_keys=False),
+        libraries={library: version(library) for library in LIBRARIES},
+        exam=exam,
+        general=general,
+        questions=len(answers),
+        question=answers[0]["question"],
+        template_arguments=TEMPLATE_ARGUMENTS,
+    )
+    with whole("outputs/adapter") as aside:
+        shutil.copytree("outputs/trained", aside)
+        (aside / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def template() -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    for shape in (detectable, interval, p_value, percent, repr, score_lines, verdict):
+        environment.globals[shape.__name__] = shape
+    return environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+
+
+def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
+    """The card's YAML. A base in a local folder has no id on the hub, which the hub would ask for."""
+    found = {"correct": "accuracy", "exact_match": "exact_match", "f1": "f1", "chrf": "chrf"}
+    results = [
+        EvalResult(
+            task_type="question-answering",
+            dataset_type="json",
+            dataset_name="the project's own exam",
+            metric_type=metric,
+            metric_name=score,
+            metric_value=scores[score],
+        )
+        for score, metric in found.items()
+    ]
+    return ModelCardData(
+        base_model=base["model"] if base["revision"] else None,
+        base_model_relation="adapter" if base["revision"] else None,
+        library_name="peft",
+        **(base["license"] or {}),
+        pipeline_tag="text-generation",
+        tags=["lora", "qlora"],
+        model_name=name,
+        eval_results=results,
+    ).to_yaml()
+
+
+def read(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run(main)
