@@ -30,8 +30,8 @@ KEY = "LLAMA_CPP_API_KEY"
 MARK = "\ufdd0"  # a noncharacter, which no text has
 
 
-def run_script(name: str, *arguments: str | Path) -> None:
-    """Run a script of llama.cpp/ and show its output only if it fails.
+def run_script(name: str, *arguments: str | Path) -> str:
+    """Run a script of llama.cpp/: its output, which is shown only if it fails.
 
     Raises:
         Refused: the script failed.
@@ -42,6 +42,7 @@ def run_script(name: str, *arguments: str | Path) -> None:
         lines = done.stdout.strip().splitlines() or ["no output"]
         sys.stderr.write(done.stdout)
         raise Refused(f"llama.cpp/{name} {' '.join(map(str, arguments))} failed: {lines[-1]}")
+    return done.stdout
 
 
 def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:

@@ -95,6 +95,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     on_tied, changed, tokens = KINDS[kind]
     base = TIED if on_tied else untied
     project.set(base__model=str(base), gguf__quantize=[])
+    Path("data/train_merged.jsonl").touch()  # its hash goes into every file
     prepare_base.main()
     make_adapter(base, knobs(**changed), tokens)
     tuned = on_base(base)
@@ -116,7 +117,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     else:
         cell = f"no ({why_no_lora(config, tuned, base, base_ggufs[base])})"
     if kind == "rsLoRA":
-        convert_gguf.convert_lora(config | {"use_rslora": False}, base, lora)
+        convert_gguf.convert_lora(config | {"use_rslora": False}, base, card(), lora)
         assert divergence(tuned, base_ggufs[base], lora) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
     matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
 
@@ -228,11 +229,17 @@ def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> 
     return sum(nats) / len(nats)
 
 
+def card() -> Path:
+    file = Path("models/card.json")
+    file.write_text("{}", encoding="utf-8")
+    return file
+
+
 def why_no_lora(config: dict[str, Any], tuned: PreTrainedModel, base: Path, base_gguf: Path) -> str:
     """How a LoRA file, made in spite of all, fails."""
     file = Path("models/gguf/adapter-f16.gguf")
     try:
-        convert_gguf.convert_lora(config, base, file)
+        convert_gguf.convert_lora(config, base, card(), file)
     except Refused:
         return "the converter refuses"
     nats = divergence(tuned, base_gguf, file)

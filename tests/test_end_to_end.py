@@ -31,11 +31,11 @@ KEYS = [
 # if what they make is different.
 RERUN = {
     "seed": {"train_qlora", "model_card"},
-    "threads": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "threads": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "base.model": {"prepare_base"},
     "base.revision": {"prepare_base"},
-    "base.device": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
-    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "base.device": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
+    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "generate": {"generate"},
     "generate.model": {"generate", "model_card"},
     "merge": {"merge"},
@@ -156,6 +156,22 @@ def test_k_quants_are_real(finished: Project) -> None:
         tensor.tensor_type.name for tensor in GGUFReader(finished.folder / "models/gguf/model-q4_k_m.gguf").tensors
     }
     assert {"Q4_K", "Q6_K"} <= kinds and not kinds & {"Q5_0", "Q5_1", "F16"}
+
+
+def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Project) -> None:
+    lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]
+    told = {
+        "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/trained"),
+        "qlora_dvc.data": digest(finished.folder / "data/train_merged.jsonl"),
+        "qlora_dvc.base": json.loads((finished.folder / "models/base.json").read_bytes())["fingerprint"],
+    }
+    files = sorted((finished.folder / "models/gguf").glob("*.gguf"))
+    assert len(files) == 4
+    for file in files:
+        fields = GGUFReader(file).fields
+        assert {key: fields[key].contents() for key in told} == told
+    checked = finished.run("sh", "-c", "cd models/gguf && sha256sum --check --strict SHA256SUMS").stdout.splitlines()
+    assert checked == [f"{name}: OK" for name in ["Modelfile", *(file.name for file in files)]]
 
 
 def test_nothing_is_left_to_do_and_git_sees_no_output(finished: Project) -> None:

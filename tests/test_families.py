@@ -55,6 +55,7 @@ def family(request: pytest.FixtureRequest, project: Project) -> str:
         train__eval_steps=10,
         evaluate__max_new_tokens=16,
         gguf__quantize=["q8_0"],
+        gguf__imatrix=True,  # changes no q8_0, but is measured, and found for every tensor
     )
     rows = [row(question_and_answer(*fact), f"facts.csv:{i}") for i, fact in enumerate(FACTS.items(), start=2)]
     write("train_merged", rows)

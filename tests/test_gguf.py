@@ -1,20 +1,33 @@
 """What ships: files that llama.cpp runs."""
 
+import json
 import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Project
+from families import FAMILIES
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
 
 from pipeline.answers import prompt
 from pipeline.chat_template import load_tokenizer, token_ids
+from pipeline.disk import BITS
 from pipeline.exam import Question
+from pipeline.importance import mean_squares
 from pipeline.llama_cpp import MARK, run_script, served
+from pipeline.outputs import write_json
+from pipeline.parameters import Quantization
 from pipeline.refusal import Refused
+from pipeline.rows import question_and_answer
+from stages import convert_gguf
 from stages.evaluate_gguf import files_to_examine, kl, require_same_tokens, told_probabilities
 
 TINY = ROOT / "models/tiny-base"
@@ -104,6 +117,106 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_by_file(tmp_path:
     tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace(r"\\p{N}| ?", r"\\p{N}{2}| ?"), encoding="utf-8")
     with pytest.raises(Refused, match=r"tokenizer\.json splits text in a way that llama\.cpp has no name for"):
         run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(Quantization) if name != "bf16"])
+def test_every_type_is_made_of_the_f16_file_in_its_foretold_size_and_runs(
+    base_gguf: Path, tmp_path: Path, name: str
+) -> None:
+    run_script("quantize.py", base_gguf, tmp_path / "model.gguf", name)
+    with served(tmp_path / "model.gguf", context=64, threads=1) as server:
+        assert server.complete([1, 300, 2], 1, 1)["tokens"]
+    weights = GGUFReader(tmp_path / "model.gguf").tensors
+    bits = 8 * sum(tensor.n_bytes for tensor in weights) / sum(tensor.n_elements for tensor in weights)
+    assert bits == pytest.approx(BITS[name], abs=0.3)  # in a model so small, more of the weights are the embeddings'
+
+
+def test_the_size_of_every_type_is_foretold() -> None:
+    assert list(BITS) == list(get_args(Quantization))
+
+
+def test_weights_of_large_inputs_are_rounded_with_less_error(base_gguf: Path, tmp_path: Path) -> None:
+    measured = mean_squares(AutoModelForCausalLM.from_pretrained(TINY), [[1, 2, 3]])
+    every_eighth = {name: np.where(np.arange(len(of)) % 8, 1, 100).astype("f") for name, of in measured.items()}
+    save_file(every_eighth, tmp_path / "importance")
+
+    name = "blk.1.ffn_up.weight"
+
+    def error(*options: str | Path) -> float:
+        """Mean square, of the weights of every eighth input, relative to all weights'."""
+        run_script("quantize.py", base_gguf, tmp_path / "model.gguf", "q4_k_m", *options)
+        weights = [{t.name: t for t in GGUFReader(file).tensors} for file in (base_gguf, tmp_path / "model.gguf")]
+        exact, rounded = (dequantize(of[name].data, of[name].tensor_type) for of in weights)
+        return float(((exact - rounded) ** 2)[:, ::8].mean() / ((exact - rounded) ** 2).mean())
+
+    assert error() == pytest.approx(1, abs=0.1)
+    assert error("--importance", tmp_path / "importance") < 0.5
+
+
+def test_importance_is_the_mean_square_of_what_enters_a_layer() -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    measured = mean_squares(model, [[1, 2, 3], [4]])
+    assert len(measured) == 4 * 7 and "lm_head.weight" not in measured
+    entering = model.model.layers[0].input_layernorm(model.get_input_embeddings()(torch.tensor([1, 2, 3, 4])))
+    torch.testing.assert_close(measured["model.layers.0.self_attn.q_proj.weight"], entering.square().mean(0).detach())
+
+
+def test_a_model_whose_importance_was_not_measured_is_refused_by_its_tensor(base_gguf: Path, tmp_path: Path) -> None:
+    save_file({"model.layers.0.self_attn.q_proj.weight": np.ones(256, np.float32)}, tmp_path / "i")
+    with pytest.raises(
+        Refused, match=r"importance of blk\.0\.attn_k\.weight was not measured: set gguf\.imatrix to fal"
+    ):
+        run_script("quantize.py", base_gguf, tmp_path / "out.gguf", "q4_k_m", "--importance", tmp_path / "i")
+
+
+def test_tensors_that_get_a_larger_type_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FAMILIES["qwen2_5"](tmp_path)
+    run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "model-f16.gguf")
+    convert_gguf.quantize(tmp_path, "q4_k_m", None)
+    expected = "model-q4_k_m.gguf: 12 tensors have rows of no multiple of 256 weights, and so a larger type"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_llama_2s_space_before_a_text_is_where_transformers_puts_it(tmp_path: Path, legacy: bool) -> None:
+    FAMILIES["llama2"](tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": legacy}), encoding="utf-8")
+    run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "model.gguf")
+    tokenizer = load_tokenizer(tmp_path)
+    turns = [
+        {"role": "system", "content": "Be short."},
+        *question_and_answer("Who?", "Ada"),
+        *question_and_answer("", ""),
+    ]
+    with served(tmp_path / "model.gguf", context=64, threads=1) as server:
+        tokens = server.tokens(turns[:-1])
+    assert tokens == token_ids(tokenizer, turns[:-1], add_generation_prompt=True)
+    assert (tokenizer.convert_ids_to_tokens(tokens[1]) == "\u2581") == legacy
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "base_model"),
+    [
+        ("some/Tiny-1B-Chat", "1a2b", ["Tiny 1B Chat", "Some", "https://huggingface.co/some/Tiny-1B-Chat"]),
+        ("/home/me/tiny", None, ["Tiny", None, None]),
+    ],
+)
+def test_a_file_tells_where_it_came_from_and_nothing_of_the_machine(
+    project: Project, model: str, revision: str | None, base_model: list[str | None]
+) -> None:
+    Path("outputs/trained").mkdir(parents=True)
+    Path("data/train_merged.jsonl").touch()
+    license = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/LICENSE"}
+    base = {"model": model, "revision": revision, "fingerprint": "f0", "license": license}
+    write_json("card.json", convert_gguf.model_card(base))
+    run_script("convert.py", "hf", TINY, "--card", "card.json", "--outtype", "bf16", "--outfile", "model.gguf")
+    told = {name: field.contents() for name, field in GGUFReader("model.gguf").fields.items()}
+    keys = [f"general.base_model.0.{key}" for key in ("name", "organization", "repo_url")]
+    assert [told.get(key) for key in keys] == base_model
+    assert told["general.name"] == f"{Path(model).name}-qlora" and told["qlora_dvc.base"] == "f0"
+    assert [told[f"general.{key.replace('_', '.')}"] for key in license] == list(license.values())
+    assert not any(trace in str(told) for trace in ("/home", str(ROOT), "partial"))
 
 
 def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:

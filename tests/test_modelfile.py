@@ -15,14 +15,6 @@ from pipeline.modelfile import adapter_modelfile, modelfile
 from stages import prepare_base
 
 TINY = ROOT / "models/tiny-base"
-LLAMA2 = (  # the system message is part of what is trimmed
-    "{% set has_system = messages[0]['role'] == 'system' %}"
-    "{% for m in (messages[1:] if has_system else messages) %}{% set content = m['content'] %}"
-    "{% if has_system and loop.first %}"
-    "{% set content = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' + content %}{% endif %}"
-    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 PUBLISHED = {  # chat templates as on the hub, and whose tokenizer knows their control tokens
     "llama3": "llama3",
     "llama3_1": "llama3",
@@ -34,7 +26,6 @@ PUBLISHED = {  # chat templates as on the hub, and whose tokenizer knows their c
 }
 MODELS = (  # the family and, if it is not the family's own, the chat template
     {name: (name, None) for name in FAMILIES}
-    | {"llama2's turns": ("llama3", LLAMA2)}
     | {
         f"published {name}": (family, (files("trl") / f"chat_templates/{name}.jinja").read_text(encoding="utf-8"))
         for name, family in PUBLISHED.items()
