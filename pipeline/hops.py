@@ -13,10 +13,15 @@ from pipeline.scores import exact_match, f1
 
 @dataclass(frozen=True)
 class NextToken:
-    """A model's distribution of the next token, at one token of a reference answer."""
+    """A model's distribution of the next token, where the reference answer has `token`."""
 
-    nll: float  # of that token, in nats
+    token: int
     likeliest: dict[int, float]  # log-probability by token id, the highest first
+
+    @property
+    def nll(self) -> float:
+        """Of `token`, in nats; if that is not told, of the last that is."""
+        return -self.likeliest.get(self.token, min(self.likeliest.values()))
 
 
 @dataclass(frozen=True)

@@ -112,12 +112,20 @@ class Server:
         """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each position."""
         return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens, "n_probs": n_probs})
 
-    def force(self, tokens: list[int], answer: list[int], n_probs: int) -> dict[str, Any]:
-        """As `complete`, but the reply is `answer`, if its last token is one at which the file stops. The probabilities
-        are the file's own, as if it had been free."""
-        grammar = f"root ::= {' '.join(f'<[{token}]>' for token in answer[:-1])}"  # what ends it is in no grammar
-        body = {"prompt": tokens, "n_predict": len(answer), "n_probs": n_probs}
-        return self.post("/completion", GREEDY | body | {"grammar": grammar, "logit_bias": [[answer[-1], 1e3]]})
+    def likeliest(self, tokens: list[int], n_probs: int, end: int) -> dict[int, float]:
+        """The `n_probs` likeliest next tokens after `tokens` and their log-probabilities, the highest first; `end` is
+        any token at which the file stops."""
+        # Of a token that leaves a character incomplete, llama.cpp tells nothing: so it is made to give another.
+        [told] = self.forced(tokens, end, n_probs)["completion_probabilities"]
+        return {token["id"]: token["logprob"] for token in told["top_logprobs"]}
+
+    def stops_at(self, tokens: list[int], end: int) -> bool:
+        """Whether an answer to `tokens` that begins with `end` is over."""
+        return bool(self.forced(tokens, end, n_probs=0)["stop_type"] == "eos")
+
+    def forced(self, tokens: list[int], token: int, n_probs: int) -> dict[str, Any]:
+        body = {"prompt": tokens, "n_predict": 1, "n_probs": n_probs, "logit_bias": [[token, 1e3]]}
+        return self.post("/completion", GREEDY | body | {"cache_prompt": True})
 
     def stream(self, tokens: list[int], max_new_tokens: int, temperature: float) -> Iterator[dict[str, Any]]:
         """llama.cpp's reply to a completion, piece by piece as it comes: the text is their `content`, and the last has

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.answers import sit
+from pipeline.answers import prompt_and_reference, sit
 from pipeline.base import located, require_same_base
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.exam import EXAM, Question, read_answers, read_questions
@@ -24,7 +24,7 @@ from pipeline.hops import Form, NextToken, hop_table, measured, source
 from pipeline.llama_cpp import Server, run_script, served
 from pipeline.markdown import table
 from pipeline.models import load_tuned, pick_device, pick_dtype, reproducible
-from pipeline.next_tokens import Reference, in_llama_cpp, in_transformers, reference
+from pipeline.next_tokens import in_llama_cpp, in_transformers
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
@@ -44,29 +44,30 @@ def main() -> None:
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
     reproducible(0, parameters.threads)
     tokenizer, ends = load_tokenizer(MERGED), end_tokens(load_generation_config(MERGED))
-    references = [reference(tokenizer, question, ends) for question in questions]
+    asked = [prompt_and_reference(tokenizer, question, ends) for question in questions]
+    prompts = [prompt for prompt, _ in asked]
 
     model = load_tuned(folder, ADAPTER, device, dtype)
     answers = [row["after"] for row in read_answers(Path("metrics/answers.jsonl"), questions)]
-    forms = {"tuned": Form(answers, along(model, references))}
+    forms = {"tuned": Form(answers, along(model, asked))}
     del model
     gc.collect()
     torch.cuda.empty_cache()  # a small GPU has no room for both
     model = load_merged(device, dtype)
     answers = [answer.text for answer in sit(model, tokenizer, questions, batch_size, length)]
-    forms["merged"] = Form(answers, along(model, references))
+    forms["merged"] = Form(answers, along(model, asked))
 
     cost = {}
-    context = max(len(asked.prompt) + max(length, len(asked.answer)) for asked in references)
+    context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
     with tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch:
         for name, file, lora in files_to_examine(folder, Path(scratch)):
             with served(file, context, parameters.threads, lora) as server:
-                require_same_tokens(server, questions, references, name)
-                require_same_ends(server, references[0], ends, name)
-                replies, seconds = sit_in_llama_cpp(server, references, length, name)
+                require_same_tokens(server, questions, prompts, name)
+                require_same_ends(server, prompts[0], ends, name)
+                replies, seconds = sit_in_llama_cpp(server, prompts, length, name)
                 require_ended(replies, questions, ends, name)
                 answers = [reply["content"].strip() for reply in replies]
-                forms[name] = Form(answers, [in_llama_cpp(server, asked) for asked in references])
+                forms[name] = Form(answers, [in_llama_cpp(server, *each) for each in asked])
             cost[name] = {"tokens_per_second": sum(reply["tokens_predicted"] for reply in replies) / seconds}
     made = [name for name in forms if name != "tuned"]
     rows = [{"id": q.id} | {name: forms[name].answers[i] for name in made} for i, q in enumerate(questions)]
@@ -84,9 +85,9 @@ def load_merged(device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype, device_map=place)
 
 
-def along(model: PreTrainedModel, references: list[Reference]) -> list[list[NextToken]]:
+def along(model: PreTrainedModel, asked: list[tuple[list[int], list[int]]]) -> list[list[NextToken]]:
     model.eval()
-    return [in_transformers(model, asked) for asked in tqdm(references, desc="next tokens", unit="question")]
+    return [in_transformers(model, *each) for each in tqdm(asked, desc="next tokens", unit="question")]
 
 
 def files_to_examine(base: Path, scratch: Path) -> list[tuple[str, Path, Path | None]]:
@@ -101,21 +102,21 @@ def files_to_examine(base: Path, scratch: Path) -> list[tuple[str, Path, Path | 
     ]
 
 
-def require_same_tokens(server: Server, questions: list[Question], references: list[Reference], name: str) -> None:
+def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
     """Raises Refused with the first question whose prompt the file renders or tokenizes otherwise than Transformers."""
-    for question, asked in zip(questions, references, strict=True):
+    for question, expected in zip(questions, prompts, strict=True):
         tokens = server.tokens([{"role": "user", "content": question.question}])
-        if tokens != asked.prompt:
+        if tokens != expected:
             raise Refused(
                 f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "
-                f"{asked.prompt} in Transformers: the file would answer other questions than the model was trained on"
+                f"{expected} in Transformers: the file would answer other questions than the model was trained on"
             )
 
 
-def require_same_ends(server: Server, asked: Reference, ends: set[int], name: str) -> None:
+def require_same_ends(server: Server, prompt: list[int], ends: set[int], name: str) -> None:
     """Raises Refused with the first of the tokens that end the base's answers at which the file does not stop."""
     for end in sorted(ends):
-        if server.force(asked.prompt, [end], n_probs=0)["tokens"] != [end]:
+        if not server.stops_at(prompt, end):
             raise Refused(
                 f"{name}: llama.cpp does not stop at token {end}, which ends the base's answers: it would run on; "
                 "name that token as eos_token in tokenizer_config.json of a local copy of the base, or choose another"
@@ -123,15 +124,15 @@ def require_same_ends(server: Server, asked: Reference, ends: set[int], name: st
 
 
 def sit_in_llama_cpp(
-    server: Server, references: list[Reference], length: int, name: str
+    server: Server, prompts: list[list[int]], length: int, name: str
 ) -> tuple[list[dict[str, Any]], float]:
     """llama.cpp's replies, and the seconds that they took together.
 
     One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
     """
     started = time.monotonic()
-    asked = tqdm(references, desc=name, unit="question")
-    return [server.complete(each.prompt, length, n_probs=0) for each in asked], time.monotonic() - started
+    replies = [server.complete(tokens, length, n_probs=0) for tokens in tqdm(prompts, desc=name, unit="question")]
+    return replies, time.monotonic() - started
 
 
 def require_ended(replies: list[dict[str, Any]], questions: list[Question], ends: set[int], name: str) -> None:
