@@ -28,7 +28,7 @@ class NextToken:
 class Form:
     """What a form of the model does in the exam, question by question."""
 
-    answers: list[str]
+    answers: list[tuple[str, bool]]  # and whether it stopped by itself, as Transformers would
     next_tokens: list[list[NextToken]]
 
 
@@ -50,11 +50,12 @@ def measured(name: str, forms: dict[str, Form], questions: list[Question]) -> di
 
 
 def scores(form: Form, questions: list[Question]) -> dict[str, float]:
-    pairs = list(zip(form.answers, questions, strict=True))
+    pairs = [(answer, question) for (answer, _), question in zip(form.answers, questions, strict=True)]
     return {
         "correct": fmean(correct(answer, question.answers, question.rule) for answer, question in pairs),
         "exact_match": fmean(exact_match(answer, question.answers) for answer, question in pairs),
         "f1": fmean(f1(answer, question.answers) for answer, question in pairs),
+        "stopped": fmean(stopped for _, stopped in form.answers),
         "answer_nll": fmean(fmean(token.nll for token in of_answer) for of_answer in form.next_tokens),
     }
 
@@ -69,7 +70,7 @@ def compared(ours: Form, theirs: Form) -> dict[str, float]:
     ]
     nats = [divergence(*pair) for pair in pairs]
     return {
-        "agreement": fmean(our == their for our, their in zip(ours.answers, theirs.answers, strict=True)),
+        "agreement": fmean(our == their for (our, _), (their, _) in zip(ours.answers, theirs.answers, strict=True)),
         "top1": fmean(next(iter(our)) == next(iter(their)) for our, their in pairs),
         "kl": fmean(nats),
         "kl_max": max(nats),

@@ -163,7 +163,7 @@ def test_trl_trains_every_part_of_an_adapter_and_measures_the_loss_that_the_save
     model = with_adapter(load_quantized(base, CPU, torch.float32), lora_config(knobs(**changed), tokens))
     before = {name: part.detach().clone() for name, part in model.named_parameters() if part.requires_grad}
     tokenizer = load_tokenizer(base)
-    turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Ada Vale."}]
+    turns = [{"role": "user", "content": QUESTIONS[0].question}, {"role": "assistant", "content": "Ada Vale."}]
     ids = token_ids(tokenizer, turns)
     rows = Dataset.from_dict({"input_ids": [ids], "labels": [ids]})
     arguments = SFTConfig(

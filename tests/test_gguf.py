@@ -1,10 +1,7 @@
 """What ships: files that llama.cpp runs, and a Modelfile that prompts them as they were trained."""
 
-import math
-import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,20 +11,15 @@ from families import GEMMA2, LLAMA3, QWEN2, QWEN3
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from pipeline.answers import prompt, prompt_and_reference
+from pipeline.answers import prompt
 from pipeline.base import copy_tokenizer
 from pipeline.chat_template import load_tokenizer, token_ids
 from pipeline.exam import Question
-from pipeline.hops import Form, NextToken, divergence, hop_table, measured
 from pipeline.llama_cpp import MARK, run_script, served
 from pipeline.modelfile import go_template, modelfile
-from pipeline.next_tokens import N_PROBS, in_llama_cpp, in_transformers
 from pipeline.refusal import Refused
 from stages.evaluate_gguf import (
     files_to_examine,
-    require_converted,
-    require_ended,
-    require_same_ends,
     require_same_tokens,
 )
 
@@ -58,100 +50,11 @@ def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_g
             require_same_tokens(server, questions, prompts, "model.gguf")
 
 
-def test_a_file_that_stops_at_other_tokens_than_its_base_is_refused(base_gguf: Path) -> None:
-    question = Question("a", "Who leads it?", ["x"], "here")
-    asked = prompt(load_tokenizer(TINY), question)
-    with served(base_gguf, context=64, threads=1) as server:
-        require_same_ends(server, asked, {2}, "model.gguf")
-        with pytest.raises(Refused, match=r"model\.gguf: llama\.cpp does not stop at token 7"):
-            require_same_ends(server, asked, {2, 7}, "model.gguf")
-        reply = server.complete(asked, 32, n_probs=0)
-    require_ended([reply, reply | {"stop_type": "limit", "tokens": [7]}], [question] * 2, {2}, "model.gguf")
-    with pytest.raises(Refused, match=r"model\.gguf: llama\.cpp ends the answer to question a at token 2, .* \[0\]"):
-        require_ended([reply], [question], {0}, "model.gguf")
-
-
 def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_path: Path) -> None:
     file = Path("models/gguf/model-f16.gguf")
     file.parent.mkdir()
     file.touch()
     assert files_to_examine(TINY, tmp_path) == [("model-f16.gguf", file, None)]
-
-
-def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), load_tokenizer(TINY)
-    asked = prompt_and_reference(tokenizer, Question("a", "Who leads it?", ["Ada 🙂 튐 耀"], "here"), {2})
-    assert tokenizer.decode(asked[1][:3]).endswith("\ufffd")
-    with served(base_gguf, context=128, threads=1) as server:
-        pairs = list(zip(in_llama_cpp(server, *asked), in_transformers(model, *asked), strict=True))
-    assert [ours.token for ours, _ in pairs] == asked[1]
-    for ours, theirs in pairs:
-        assert ours.nll == pytest.approx(theirs.nll, abs=0.02) and len(ours.likeliest) == N_PROBS
-        assert next(iter(ours.likeliest)) == next(iter(theirs.likeliest))
-        assert divergence(ours.likeliest, theirs.likeliest) == pytest.approx(0, abs=1e-5)
-
-
-def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
-    given = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.125)}
-    assert divergence(given, given) == pytest.approx(0, abs=1e-6)
-    told = {1: math.log(0.25), 0: math.log(0.25)}
-    assert divergence(told, given) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
-    assert divergence({2: -800.0, **given}, given) == divergence(given, given)
-    assert divergence({0: math.log(0.5), 2: -800.0}, given) > 10  # exp(-800) is 0
-    assert divergence({7: math.log(0.9)}, given) > 1  # which `given` holds for as likely as its last
-
-
-def test_each_hop_is_measured_from_the_form_that_it_starts_at() -> None:
-    def form(answer: str, likely: float) -> Form:
-        """A model that answers so, and finds the reference's one token, 0, so likely."""
-        rest = {1: math.log(1 - likely)}
-        likeliest = {0: math.log(likely)} | rest if likely > 0.5 else rest | {0: math.log(likely)}
-        return Form([answer], [[NextToken(0, likeliest)]])
-
-    forms = {
-        "tuned": form("yes", 0.9),
-        "merged": form("yes", 0.8),
-        "model-f16.gguf": form("yes", 0.8),
-        "adapter-f16.gguf": form("Yes", 0.8),
-        "model-q4_0.gguf": form("no", 0.2),
-        "model-q8_0.gguf": form("yes", 0.6),
-    }
-    told = {name: measured(name, forms, [Question("a", "?", ["yes"], "here")]) for name in forms if name != "tuned"}
-    lost = {name: (of["hop"]["correct"], round(math.exp(-of["hop"]["answer_nll"]), 3)) for name, of in told.items()}
-    assert lost == {
-        "merged": (0, 0.889),  # .8 / .9
-        "model-f16.gguf": (0, 1),
-        "adapter-f16.gguf": (0, 1),
-        "model-q4_0.gguf": (-1, 0.25),
-        "model-q8_0.gguf": (0, 0.75),
-    }
-    assert [of["agreement"] for of in told.values()] == [1, 1, 0, 0, 1]
-    assert [of["top1"] for of in told.values()] == [1, 1, 1, 0, 1]
-    assert NextToken(5, {0: -0.1, 1: -2.5}).nll == 2.5  # at least
-    expected = 0.8 * math.log(0.8 / 0.2) + 0.2 * math.log(0.2 / 0.8)
-    assert told["model-q4_0.gguf"]["kl"] == told["model-q4_0.gguf"]["kl_max"] == pytest.approx(expected, abs=1e-6)
-    head, lines = hop_table(told)
-    assert len(lines) == 5 and {len(head)} == set(map(len, lines))
-    assert lines[3][:2] == ["model-f16.gguf → model-q4_0.gguf", "\u2212100.0"]
-
-
-@pytest.mark.parametrize(
-    ("name", "merged_onto", "refused"),
-    [
-        ("model-f16.gguf", "bf16", True),
-        ("model-bf16.gguf", "dequantized_nf4", True),
-        ("adapter-f16.gguf", "bf16", True),
-        ("adapter-f16.gguf", "dequantized_nf4", False),  # the base that it runs on is not what was merged onto
-        ("model-q4_0.gguf", "bf16", False),
-        ("merged", "bf16", False),
-    ],
-)
-def test_a_conversion_that_loses_more_than_allowed_is_named(name: str, merged_onto: str, refused: bool) -> None:
-    metrics = {"model-f16.gguf": {"hop": {"kl": 1e-6}}} | {name: {"hop": {"kl": 0.031}}}
-    require_converted(metrics, 0.031, merged_onto)
-    why = re.escape(f"{name}: in the hop merged → {name} its next-token probabilities moved by 0.031 nats")
-    with pytest.raises(Refused, match=why) if refused else nullcontext():
-        require_converted(metrics, 0.03, merged_onto)
 
 
 def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
