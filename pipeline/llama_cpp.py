@@ -62,6 +62,7 @@ def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Server:
+    files: str  # that it runs
     url: str
     key: str
     process: subprocess.Popen[str]
@@ -75,9 +76,9 @@ class Server:
             with urllib.request.urlopen(request) as reply:
                 yield reply
         except urllib.error.HTTPError as error:
-            raise Refused(f"llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
+            raise Refused(f"{self.files}: llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Refused(f"llama.cpp ended while it answered {path}: {error}") from None
+            raise Refused(f"{self.files}: llama.cpp ended while it answered {path}: {error}") from None
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         with self.opened(path, body) as reply:
@@ -114,10 +115,19 @@ class Server:
 
     def likeliest(self, tokens: list[int], n_probs: int, end: int) -> dict[int, float]:
         """The `n_probs` likeliest next tokens after `tokens` and their log-probabilities, the highest first; `end` is
-        any token at which the file stops."""
+        any token at which the file stops.
+
+        Raises:
+            Refused: the probabilities are no numbers.
+        """
         # Of a token that leaves a character incomplete, llama.cpp tells nothing: so it is made to give another.
         [told] = self.forced(tokens, end, n_probs)["completion_probabilities"]
-        return {token["id"]: token["logprob"] for token in told["top_logprobs"]}
+        likeliest = {token["id"]: token["logprob"] for token in told["top_logprobs"]}
+        if None in likeliest.values():  # JSON has no NaN
+            raise Refused(
+                f"{self.files}: the model's probabilities are no numbers (NaN): run dvc repro -f convert_gguf"
+            )
+        return likeliest
 
     def stops_at(self, tokens: list[int], end: int) -> bool:
         """Whether an answer to `tokens` that begins with `end` is over."""
@@ -159,6 +169,7 @@ def served(
     """
     if not model.exists():
         raise Refused(f"{model} is missing: run dvc repro convert_gguf, or dvc pull models/gguf")
+    files = f"{model} with {lora}" if lora else str(model)
     key = "" if port else secrets.token_hex(16)
     settings = {
         "model": str(model),
@@ -185,12 +196,11 @@ def served(
         try:
             url = child.stdout.readline().strip()
             if not url:
-                files = f"{model} with {lora}" if lora else model
                 status = child.wait()
                 errors.seek(0)
                 reason = first_error(errors.read()) or f"exit status {status}"
                 raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
-            yield Server(url, key, child)
+            yield Server(files, url, key, child)
         finally:
             child.kill()  # it has nothing to save, and may be in the middle of loading
             child.wait()  # Popen does not after Ctrl-C

@@ -32,6 +32,7 @@ from pipeline.refusal import Refused, run
 ADAPTER = Path("outputs/adapter")
 GGUF = Path("models/gguf")
 MERGED = Path("models/merged")
+Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the reference answer with the token that ends it
 
 
 def main() -> None:
@@ -45,7 +46,6 @@ def main() -> None:
     reproducible(0, parameters.threads)
     tokenizer, ends = load_tokenizer(MERGED), end_tokens(load_generation_config(MERGED))
     asked = [prompt_and_reference(tokenizer, question, ends) for question in questions]
-    prompts = [prompt for prompt, _ in asked]
 
     model = load_tuned(folder, ADAPTER, device, dtype)
     tuned = read_answers(Path("metrics/answers.jsonl"), questions)
@@ -63,13 +63,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch:
         for name, file, lora in files_to_examine(folder, Path(scratch)):
             with served(file, context, parameters.threads, lora) as server:
-                require_same_tokens(server, questions, prompts, name)
-                require_same_ends(server, prompts[0], ends, name)
-                replies, seconds = sit_in_llama_cpp(server, prompts, length, name)
-                require_ended(replies, questions, ends, name)
-                given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
-                forms[name] = Form(given, [in_llama_cpp(server, *each) for each in asked])
-            cost[name] = {"tokens_per_second": sum(reply["tokens_predicted"] for reply in replies) / seconds}
+                forms[name], cost[name] = sit_in_llama_cpp(server, name, questions, asked, ends, length)
+
     made = [name for name in forms if name != "tuned"]
     rows = [{"id": q.id} | {name: forms[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
     metrics = {name: measured(name, forms, questions) | size(name) for name in made}
@@ -86,7 +81,7 @@ def load_merged(device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(MERGED, dtype=dtype, device_map=place)
 
 
-def along(model: PreTrainedModel, asked: list[tuple[list[int], list[int]]]) -> list[list[NextToken]]:
+def along(model: PreTrainedModel, asked: list[Asked]) -> list[list[NextToken]]:
     model.eval()
     return [in_transformers(model, *each) for each in tqdm(asked, desc="next tokens", unit="question")]
 
@@ -101,6 +96,25 @@ def files_to_examine(base: Path, scratch: Path) -> list[tuple[str, Path, Path | 
     return [(lora.name, base_gguf, lora) for lora in loras] + [
         (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
     ]
+
+
+def sit_in_llama_cpp(
+    server: Server, name: str, questions: list[Question], asked: list[Asked], ends: set[int], length: int
+) -> tuple[Form, dict[str, float]]:
+    """What a file does in the exam, and how fast.
+
+    One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
+    """
+    prompts = [prompt for prompt, _ in asked]
+    require_same_tokens(server, questions, prompts, name)
+    require_same_ends(server, prompts[0], ends, name)
+    started = time.monotonic()
+    replies = [server.complete(tokens, length, n_probs=0) for tokens in tqdm(prompts, desc=name, unit="question")]
+    seconds = time.monotonic() - started
+    require_ended(replies, questions, ends, name)
+    given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
+    speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
+    return Form(given, [in_llama_cpp(server, *each) for each in asked]), {"tokens_per_second": speed}
 
 
 def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
@@ -122,18 +136,6 @@ def require_same_ends(server: Server, prompt: list[int], ends: set[int], name: s
                 f"{name}: llama.cpp does not stop at token {end}, which ends the base's answers: it would run on; "
                 "name that token as eos_token in tokenizer_config.json of a local copy of the base, or choose another"
             )
-
-
-def sit_in_llama_cpp(
-    server: Server, prompts: list[list[int]], length: int, name: str
-) -> tuple[list[dict[str, Any]], float]:
-    """llama.cpp's replies, and the seconds that they took together.
-
-    One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
-    """
-    started = time.monotonic()
-    replies = [server.complete(tokens, length, n_probs=0) for tokens in tqdm(prompts, desc=name, unit="question")]
-    return replies, time.monotonic() - started
 
 
 def require_ended(replies: list[dict[str, Any]], questions: list[Question], ends: set[int], name: str) -> None:

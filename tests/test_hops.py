@@ -57,6 +57,14 @@ def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: 
         assert divergence(ours.likeliest, theirs.likeliest) == pytest.approx(0, abs=1e-5)
 
 
+def test_a_file_whose_probabilities_are_no_numbers_is_refused(base_gguf: Path, tmp_path: Path) -> None:
+    content, file = base_gguf.read_bytes(), tmp_path / "model.gguf"
+    file.write_bytes(content[: len(content) // 2] + b"\xff" * (len(content) - len(content) // 2))
+    refused = pytest.raises(Refused, match=r"model\.gguf: the model's probabilities are no numbers")
+    with served(file, context=64, threads=1) as server, refused:
+        in_llama_cpp(server, [1], [5, 2])
+
+
 def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
     given = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.125)}
     assert divergence(given, given) == pytest.approx(0, abs=1e-6)
