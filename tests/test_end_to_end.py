@@ -44,8 +44,9 @@ RERUN = {
     "train.on_overflow": {"tokenize"},
     "train.mask_history": {"tokenize"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
+    "evaluate.max_kl": {"evaluate_gguf"},
     "evaluate.repeats": set(),
-    "merge_adapter": {"merge_adapter"},
+    "merge_adapter": {"merge_adapter", "evaluate_gguf"},
     "gate": set(),
     "gguf": {"convert_gguf"},
 }
