@@ -111,6 +111,7 @@ class MergeAdapter(Section):
 class Evaluate(Section):
     max_new_tokens: Positive
     batch_size: Positive
+    max_kl: Annotated[float, Field(gt=0)]
     repeats: Annotated[int, Field(ge=3)]
 
 
@@ -148,7 +149,7 @@ class Gguf(Section):
 class Gate(Section):
     floors: dict[str, float]
     falls: dict[str, Annotated[float, Field(ge=0)]]
-    gguf_lag: Annotated[float, Field(ge=0, le=1)]
+    hop_fall: Annotated[float, Field(ge=0, le=1)]
     general_fall: Annotated[float, Field(ge=0, le=1)]
 
 

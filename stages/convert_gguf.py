@@ -21,7 +21,7 @@ from pipeline.disk import gguf_bytes, room_for
 from pipeline.importance import mean_squares, some_rows
 from pipeline.llama_cpp import no_gguf_lora, run_script
 from pipeline.modelfile import adapter_modelfile, modelfile
-from pipeline.models import load_merged, pick_device, reproducible
+from pipeline.models import load_merged, pick_device, pick_dtype, reproducible
 from pipeline.outputs import whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import run
@@ -104,7 +104,8 @@ def measured_importance(parameters: Parameters, folder: Path) -> Path:
     """A file of how much each weight of the merged model matters on training rows."""
     file = folder / "importance.safetensors"
     reproducible(0, parameters.threads)
-    model = load_merged(MERGED, pick_device(parameters.base.device), parameters.base.compute_dtype)
+    device = pick_device(parameters.base.device)
+    model = load_merged(MERGED, device, pick_dtype(parameters.base.compute_dtype, device))
     save_file(mean_squares(model, some_rows(Path("data/tokens/train.arrow"))), file)
     return file
 

@@ -19,6 +19,7 @@ from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from pipeline.hops import source
 from pipeline.rows import read_jsonl
 from tools import infer
 
@@ -45,8 +46,9 @@ RERUN = {
     "train.on_overflow": {"tokenize", "model_card"},
     "train.mask_history": {"tokenize", "model_card"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
+    "evaluate.max_kl": {"evaluate_gguf"},
     "evaluate.repeats": set(),
-    "merge_adapter": {"merge_adapter"},
+    "merge_adapter": {"merge_adapter", "evaluate_gguf"},
     "gate": set(),
     "gguf": {"convert_gguf"},
 }
@@ -87,7 +89,11 @@ def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_a
         assert gguf[name]["correct"] >= exam["tuned"]["correct"] - lag, name
         assert gguf[name]["bytes"] == (finished.folder / "models/gguf" / name).stat().st_size
     assert gguf["merged"]["agreement"] >= 0.95 and gguf["model-f16.gguf"]["agreement"] >= 0.98
-    assert gguf["model-f16.gguf"]["kl"] < 1e-3 < gguf["model-q4_k_m.gguf"]["kl"]
+    assert gguf["model-f16.gguf"]["kl"] < 1e-5 < 1e-3 < gguf["model-q4_k_m.gguf"]["kl"]
+    for name, of in gguf.items():
+        before = exam["tuned"] if name == "merged" else gguf[source(name)]
+        assert of["hop"]["correct"] == pytest.approx(of["correct"] - before["correct"], abs=2e-6)
+        assert of["hop"]["answer_nll"] == pytest.approx(of["answer_nll"] - before["answer_nll"], abs=1e-4)
 
 
 def test_every_answer_is_kept_with_its_question_and_scores(finished: Project) -> None:

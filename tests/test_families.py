@@ -94,7 +94,8 @@ def test_a_family_learns_and_every_form_of_it_answers_alike(family: str) -> None
     assert set(gguf) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf"}
     assert all(file["exact_match"] >= 0.95 and file["agreement"] >= 0.95 for file in gguf.values())
     assert gguf["adapter-f16.gguf"]["kl"] < 1e-4 and gguf["model-f16.gguf"]["kl"] < 1e-5
-    assert gguf["model-q8_0.gguf"]["kl"] < 1e-2
+    assert gguf["model-f16.gguf"]["kl_max"] < 1e-3 and gguf["model-f16.gguf"]["top1"] == 1
+    assert gguf["model-q8_0.gguf"]["kl"] < 1e-2 and gguf["model-q8_0.gguf"]["stopped"] == 1
 
     require_same_tokens()
     require_same_tokens_in_ollama(family)

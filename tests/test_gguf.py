@@ -1,11 +1,10 @@
 """What ships: files that llama.cpp runs."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,10 +13,12 @@ from conftest import ROOT, Project
 from families import FAMILIES
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from pipeline.answers import prompt
+from pipeline.base import copy_tokenizer
 from pipeline.chat_template import load_tokenizer, token_ids
 from pipeline.disk import BITS
 from pipeline.exam import Question
@@ -28,7 +29,7 @@ from pipeline.parameters import Quantization
 from pipeline.refusal import Refused
 from pipeline.rows import question_and_answer
 from stages import convert_gguf
-from stages.evaluate_gguf import files_to_examine, kl, require_same_tokens, told_probabilities
+from stages.evaluate_gguf import files_to_examine, require_same_tokens
 
 TINY = ROOT / "models/tiny-base"
 
@@ -61,24 +62,7 @@ def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_p
     file = Path("models/gguf/model-f16.gguf")
     file.parent.mkdir()
     file.touch()
-    assert files_to_examine(tmp_path) == [("model-f16.gguf", file, None)]
-
-
-def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
-    given = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    told = [{"id": 1, "logprob": math.log(0.25)}, {"id": 0, "logprob": math.log(0.25)}]
-    assert kl(given, told) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
-    same = [{"id": i, "logprob": float(given[i])} for i in range(4)]
-    assert kl(given, same) == pytest.approx(0, abs=1e-6)
-    assert kl(given, [*same[:3], {"id": 3, "logprob": -800.0}]) > 10  # exp(-800) is 0
-
-
-def test_positions_within_a_character_that_llama_cpp_leaves_out_are_passed_over() -> None:
-    at: list[Any] = [{"id": 7, "top_logprobs": ["seven"]}, {"id": 2, "top_logprobs": ["end"]}]
-    reply = {"tokens": [7, 300, 301, 2], "completion_probabilities": at}
-    told: list[Any] = [(0, ["seven"]), (3, ["end"])]
-    assert list(told_probabilities(reply)) == told
-    assert list(told_probabilities({"tokens": [300, 301]})) == []
+    assert files_to_examine(TINY, tmp_path) == [("model-f16.gguf", file, None)]
 
 
 def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
@@ -88,8 +72,22 @@ def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
         server.post("/tokenize", {"content": "x"})
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "header", "tensors"])
-def test_a_damaged_file_is_refused_by_name_and_harms_nobody(base_gguf: Path, tmp_path: Path, damage: str) -> None:
+ARCHITECTURE = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("empty", "failed to read magic"),
+        ("truncated", "corrupted or incomplete"),
+        ("header", "this GGUF file is version 4294967295"),
+        ("tensors", r"tensor 'blk\.0\.attn_q\.weight' not found"),
+        ("architecture", "unknown model architecture: 'alpha'"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name_and_reason_and_harms_nobody(
+    base_gguf: Path, tmp_path: Path, damage: str, why: str
+) -> None:
     content = base_gguf.read_bytes()
     file = tmp_path / "model.gguf"
     file.write_bytes(
@@ -98,9 +96,33 @@ def test_a_damaged_file_is_refused_by_name_and_harms_nobody(base_gguf: Path, tmp
             "truncated": content[: len(content) // 2],
             "header": content[:4] + b"\xff" * 20 + content[24:],
             "tensors": content.replace(b"blk.0.attn_q.weight", b"blk.0.attn_X.weight"),
+            "architecture": content.replace(ARCHITECTURE + b"llama", ARCHITECTURE + b"alpha"),
         }[damage]
     )
-    with pytest.raises(Refused, match=r"model\.gguf: llama\.cpp cannot load it"), served(file, 64, 1):
+    with pytest.raises(Refused, match=rf"model\.gguf: llama\.cpp cannot load it \(.*{why}"), served(file, 64, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        (LlamaConfig(hidden_size=128, num_hidden_layers=4), "has incorrect shape"),
+        (Qwen2Config(hidden_size=256, num_hidden_layers=4), "model arch and LoRA arch mismatch"),
+    ],
+    ids=["another width", "another architecture"],
+)
+def test_a_lora_of_another_base_is_refused_by_name_and_reason(
+    base_gguf: Path, tmp_path: Path, base: PreTrainedConfig, why: str
+) -> None:
+    base.update({"vocab_size": 2048, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 4})
+    model = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    copy_tokenizer(TINY, tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    lora = tmp_path / "lora.gguf"
+    run_script("convert.py", "lora", tmp_path / "adapter", "--base", tmp_path / "base", "--outfile", lora)
+    told = rf"base-f16\.gguf with .*lora\.gguf: llama\.cpp cannot load it \(.*{why}"
+    with pytest.raises(Refused, match=told), served(base_gguf, 64, 1, lora):
         pass
 
 
