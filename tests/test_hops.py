@@ -22,7 +22,7 @@ from pipeline.outputs import write_jsonl
 from pipeline.parameters import check
 from pipeline.refusal import Refused
 from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base, train_qlora
-from stages.evaluate_gguf import TRAINED, GGUF, require_converted, require_ended, require_same_ends
+from stages.evaluate_gguf import GGUF, TRAINED, require_converted, require_ended, require_same_ends
 from tools import gate
 
 TINY = ROOT / "models/tiny-base"
