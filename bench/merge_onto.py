@@ -28,7 +28,7 @@ from pipeline.merging import merge
 from pipeline.models import load_tuned, pick_device, pick_dtype
 from pipeline.parameters import check
 
-ADAPTER = Path("outputs/adapter")
+ADAPTER = Path("outputs/trained")
 
 
 def main() -> None:

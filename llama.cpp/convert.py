@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit(f"llama.cpp's converter is not at {CONVERTER}: run python llama.cpp/fetch.py")
     sys.path[:0] = [str(CONVERTER), str(CONVERTER / "gguf-py")]  # before PyPI's gguf, which is older
     know_split_patterns()
-    prefix_spaces_as_transformers_does()
+    begin_texts_as_transformers_does()
     if options.card:
         tell(json.loads(options.card.read_text(encoding="utf-8")))
     program = str(CONVERTER / PROGRAMS[options.program])
@@ -71,9 +71,10 @@ def by_pattern(folder: Path) -> str:
     sys.exit(f"{folder}/tokenizer.json splits text in a way that llama.cpp has no name for: choose another base.model")
 
 
-def prefix_spaces_as_transformers_does() -> None:
-    """SentencePiece puts a space before a text. Before one that follows a control token, as BOS in a chat template,
-    Transformers puts it only for a `legacy` tokenizer, llama.cpp unless the file forbids it."""
+def begin_texts_as_transformers_does() -> None:
+    """Whether with a BOS, and whether with the space that SentencePiece puts before a text. Before one that follows a
+    control token, as BOS in a chat template, Transformers puts it only for a `legacy` tokenizer. llama.cpp does both unless
+    the file forbids it."""
     from conversion.base import TextModel
     from transformers import AutoTokenizer
 
@@ -84,6 +85,7 @@ def prefix_spaces_as_transformers_does() -> None:
         tokenizer = AutoTokenizer.from_pretrained(model.dir_model)
         after_bos = tokenizer.tokenize(f"{tokenizer.bos_token}x")[1]
         model.gguf_writer.add_add_space_prefix(after_bos.startswith("\u2581"))
+        model.gguf_writer.add_add_bos_token(tokenizer("").input_ids[:1] == [tokenizer.bos_token_id])
 
     TextModel._set_vocab_sentencepiece = as_transformers
 

@@ -64,7 +64,10 @@ def importance_by_tensor(model: str, file: str) -> dict[str, Any]:
     blocks = reader.fields[f"{architecture}.block_count"].contents()
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, blocks)
-    found = {names.get_name(name, (".weight",)): values for name, values in load_file(file).items()}
+    found = {
+        names.get_name(name.replace("language_model.", ""), (".weight",)): values
+        for name, values in load_file(file).items()
+    }
     matrices = [tensor.name for tensor in reader.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
     if unknown := sorted(set(matrices) - set(found)):
         sys.exit(f"the importance of {unknown[0]} was not measured: set gguf.imatrix to false")

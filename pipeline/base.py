@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.refusal import Refused
 
 DESCRIPTION = Path("models/base.json")
+LICENSE = Path("models/license.json")
 # Copied byte for byte wherever the base's tokenizer is needed: saving it again changes files that llama.cpp reads.
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -21,17 +22,16 @@ TOKENIZER_FILES = [
 ]
 SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
-MODEL_CARD = "README.md"  # no part of the model: it may change, and be missing
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
     """What identifies a base: `model`, `revision` (of a hub id: the commit), `files` (SHA-256 each), `tokenizer`,
-    `chat_template` (a hash each) and `fingerprint`, a hash over all files; and what its model card says of `license`.
+    `chat_template` (a hash each) and `fingerprint`, a hash over all files.
 
     Raises:
         Refused: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
     """
-    folder, template = fetched(model, revision, [*MODEL_FILES, MODEL_CARD])
+    folder, template = fetched(model, revision)
     if not has_weights(folder):
         raise Refused(f"base.model {model} has no .safetensors weights: choose a model that has them")
     files = hashes(folder)
@@ -41,7 +41,6 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
         "fingerprint": joint_hash(files),
         "tokenizer": joint_hash({name: files[name] for name in TOKENIZER_FILES if name in files}),
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
-        "license": license_of(folder),
         "files": files,
     }
 
@@ -118,6 +117,8 @@ def snapshot(model: str, revision: str | None, files: list[str], local_files_onl
 def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
     """Raises Refused if the adapter was trained on another base than `base`."""
     trained_on = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
+    if trained_on["fingerprint"] != base["fingerprint"] and trained_on["model"] == base["model"]:
+        raise Refused(f"{adapter}: {base['model']} is not as it was trained on: restore its files, or run dvc repro")
     if trained_on["fingerprint"] != base["fingerprint"]:
         raise Refused(
             f"{adapter} was trained on {trained_on['model']} ({trained_on['fingerprint'][:12]}), but base.model is "
@@ -147,19 +148,22 @@ def chat_template(folder: Path) -> str | None:
     return template if template is None or isinstance(template, str) else json.dumps(template)
 
 
-def license_of(folder: Path) -> dict[str, Any] | None:
-    """The license, license_name and license_link of a model card's front matter, those that it has; None without one.
+def license_of(model: str, revision: str | None) -> dict[str, str]:
+    """The license, license_name and license_link of the base's model card, those that it has. No part of the base: the
+    card may change.
 
     https://huggingface.co/docs/hub/repositories-licenses
     """
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 
+    card = fetched(model, revision, ["README.md"])[0] / "README.md"
     try:
-        told = metadata_load(folder / MODEL_CARD) if (folder / MODEL_CARD).exists() else None
+        told = metadata_load(card) if card.exists() else None
     except (YAMLError, ValueError):  # no front matter, or a broken one
         told = None
-    return {key: value for key, value in (told or {}).items() if key.startswith("license")} or None
+    keys = ("license", "license_name", "license_link")
+    return {key: told[key] for key in keys if told and isinstance(told.get(key), str)}
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:

@@ -39,6 +39,12 @@ def source(form: str) -> str:
     return "merged" if form.endswith("f16.gguf") else "model-f16.gguf"
 
 
+def of_same_weights(form: str, merged_onto: str) -> bool:
+    """Whether a form has its source's weights, but for their rounding. A LoRA runs on the base's own weights, which are
+    others than those that `merge_adapter.base: dequantized_nf4` merges onto."""
+    return not form.startswith("adapter-") or merged_onto == "bf16"
+
+
 def measured(name: str, forms: dict[str, Form], questions: list[Question]) -> dict[str, Any]:
     """A form's scores; how far it is from its model in Transformers, which of merged is tuned, of a file merged; and
     under `hop`, how far from its source, and what of the scores it lost on the way."""

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.go_template import go_template
 
@@ -50,7 +52,7 @@ def template(tokenizer: Any) -> list[str]:
         # thinking (https://github.com/ollama/ollama/blob/main/server/images.go): Llama 3.2 then reads today's date, and
         # Qwen 3 thinks, unlike in training.
         return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
-    except ValueError as error:
+    except (ValueError, TypeError, TemplateError) as error:
         left_out = f"# TEMPLATE is left out, because {error}: write it by hand."
         print(f"Modelfile: {left_out}")
         return [left_out]

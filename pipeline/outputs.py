@@ -25,6 +25,18 @@ def whole(path: str | Path) -> Iterator[Path]:
     aside.replace(path)  # a file in one step: at no time is there none
 
 
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` for what the block alone needs; also gone is what a killed block left in it."""
+    folder = path.with_name(f".{path.name}.scratch.partial")
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
 def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -9,20 +9,19 @@ as a GGUF LoRA, if it can be one, the merged model as f16 and quantized, Ollama'
 import json
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from dvc.repo import Repo
 from safetensors.torch import save_file
 
-from pipeline.base import file_hash, located, require_same_base
+from pipeline.base import LICENSE, file_hash, located, require_same_base
 from pipeline.disk import gguf_bytes, room_for
 from pipeline.importance import mean_squares, some_rows
-from pipeline.llama_cpp import no_gguf_lora, run_script
+from pipeline.llama_cpp import no_gguf_lora, require_pinned, run_script
 from pipeline.modelfile import adapter_modelfile, modelfile
 from pipeline.models import load_merged, pick_device, pick_dtype, reproducible
-from pipeline.outputs import whole, write_json
+from pipeline.outputs import scratch, whole, write_json
 from pipeline.parameters import Parameters, load
 from pipeline.refusal import run
 from pipeline.tensor_files import parameter_count
@@ -35,23 +34,24 @@ LORA = "adapter-f16.gguf"
 
 def main() -> None:
     parameters = load("convert_gguf")
+    require_pinned()
     folder, base = located()
     require_same_base(TRAINED, base)
     with (
         room_for(gguf_bytes(parameter_count(MERGED), parameters.gguf.quantize), GGUF),
         whole(GGUF) as aside,
-        tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch,
+        scratch(GGUF) as temporary,
     ):
         aside.mkdir()
-        card = Path(scratch, "card.json")
-        write_json(card, model_card(base))
+        card = temporary / "card.json"
+        write_json(card, metadata(base))
         adapter_config = json.loads((TRAINED / "adapter_config.json").read_text(encoding="utf-8"))
         if why_not := no_gguf_lora(adapter_config):
             print(f"models/gguf gets no {LORA}: {why_not}; the merged model holds it all")
         else:
             convert_lora(adapter_config, folder, card, aside / LORA)
         convert_merged("f16", card, aside)
-        importance = measured_importance(parameters, Path(scratch)) if parameters.gguf.imatrix else None
+        importance = measured_importance(parameters, temporary) if parameters.gguf.imatrix else None
         for quantization in parameters.gguf.quantize:
             if quantization == "bf16":
                 convert_merged("bf16", card, aside)
@@ -66,7 +66,7 @@ def main() -> None:
         (aside / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
 
 
-def model_card(base: dict[str, Any]) -> dict[str, Any]:
+def metadata(base: dict[str, Any]) -> dict[str, Any]:
     """What every file tells of itself, by the names of a model card on the hub; with a dot, by the file's own keys.
 
     The commit is not known yet, but dvc.lock will hold the adapter's hash: `git log -S HASH -- dvc.lock` finds it.
@@ -76,7 +76,7 @@ def model_card(base: dict[str, Any]) -> dict[str, Any]:
     return {
         "model_name": f"{name}-qlora",
         "base_model": base["model"] if base["revision"] else name,
-        **(base["license"] or {}),
+        **json.loads(LICENSE.read_text(encoding="utf-8")),
         "qlora_dvc.base": base["fingerprint"],
         "qlora_dvc.adapter": trained.get_hash().value,
         "qlora_dvc.data": file_hash(Path("data/train_merged.jsonl")),
@@ -89,7 +89,7 @@ def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: P
     adapter = TRAINED
     if adapter_config["use_rslora"]:
         adapter = card.with_name(TRAINED.name)
-        shutil.copytree(TRAINED, adapter)
+        shutil.copytree(TRAINED, adapter, copy_function=shutil.copyfile)  # without the mode: DVC may have linked it
         adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
         (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
     run_script("convert.py", "lora", adapter, "--base", base, "--card", card, "--outtype", "f16", "--outfile", file)

@@ -7,7 +7,6 @@ metrics/gguf.json, metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside the
 """
 
 import gc
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from pipeline.answers import prompt_and_reference, sit
 from pipeline.base import located, require_same_base
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.exam import EXAM, Question, read_answers, read_questions
-from pipeline.hops import Form, NextToken, hop_table, measured, source
-from pipeline.llama_cpp import Server, run_script, served
+from pipeline.hops import Form, NextToken, hop_table, measured, of_same_weights, source
+from pipeline.llama_cpp import Server, require_pinned, run_script, served
 from pipeline.markdown import table
 from pipeline.models import load_merged, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.next_tokens import in_llama_cpp, in_transformers
-from pipeline.outputs import write_json, write_jsonl
+from pipeline.outputs import scratch, write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
 
@@ -37,6 +36,7 @@ Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the referen
 
 def main() -> None:
     parameters = load("evaluate_gguf")
+    require_pinned()
     questions = read_questions(EXAM)
     folder, base = located()
     require_same_base(TRAINED, base)
@@ -60,8 +60,8 @@ def main() -> None:
 
     cost = {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
-    with tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch:
-        for name, file, lora in files_to_examine(folder, Path(scratch)):
+    with scratch(GGUF) as temporary:
+        for name, file, lora in files_to_examine(folder, temporary):
             with served(file, context, parameters.threads, lora) as server:
                 forms[name], cost[name] = sit_in_llama_cpp(server, name, questions, asked, ends, length)
 
@@ -80,10 +80,10 @@ def along(model: PreTrainedModel, asked: list[Asked]) -> list[list[NextToken]]:
     return [in_transformers(model, *each) for each in tqdm(asked, desc="next tokens", unit="question")]
 
 
-def files_to_examine(base: Path, scratch: Path) -> list[tuple[str, Path, Path | None]]:
+def files_to_examine(base: Path, temporary: Path) -> list[tuple[str, Path, Path | None]]:
     """(name, GGUF model, GGUF LoRA on it) of every file to be tried. A LoRA, which not every adapter can be, needs the
     base as GGUF, which is not shipped."""
-    base_gguf = scratch / "base-f16.gguf"
+    base_gguf = temporary / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
         run_script("convert.py", "hf", base, "--outtype", "f16", "--outfile", base_gguf)
@@ -150,17 +150,14 @@ def size(name: str) -> dict[str, int]:
 
 
 def require_converted(metrics: dict[str, Any], max_kl: float, merged_onto: str) -> None:
-    """Raises Refused with the first file in 16 bits that is another model than the one that it was made of.
-
-    A LoRA runs on the base's own weights, which by NF4's rounding are others than those that merging may have used.
-    """
+    """Raises Refused with the first file in 16 bits that is another model than the one that it was made of."""
     for name, of in metrics.items():
-        converted = name.startswith("model-") or merged_onto == "bf16"
-        if source(name) == "merged" and converted and of["hop"]["kl"] > max_kl:
+        moved = of["hop"]["kl"]
+        if source(name) == "merged" and of_same_weights(name, merged_onto) and not moved <= max_kl:  # nor NaN
             raise Refused(
-                f"{name}: in the hop merged → {name} its next-token probabilities moved by {of['hop']['kl']:.2g} "
+                f"{name}: in the hop merged → {name} its next-token probabilities moved by {moved:.2g} "
                 f"nats, and evaluate.max_kl allows {max_kl:g}: it is not the model that was merged; run dvc repro -f "
-                "convert_gguf, or choose another base.model"
+                "convert_gguf, choose another base.model, or allow more"
             )
 
 

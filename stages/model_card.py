@@ -6,7 +6,6 @@ outputs/trained/, models/base.json, data/train_merged.jsonl, what data, training
 same adapter with its README.md, as it is shared
 """
 
-import hashlib
 import json
 import shutil
 from importlib.metadata import version
@@ -17,6 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
+from pipeline.base import file_hash
 from pipeline.chat_template import TEMPLATE_ARGUMENTS
 from pipeline.markdown import table
 from pipeline.outputs import whole
@@ -40,13 +40,14 @@ def main() -> None:
         metadata=metadata(name, base, exam["tuned"]),
         name=name,
         base=base,
+        base_name=base["model"] if base["revision"] else Path(base["model"]).name,  # the path is the machine's
         data=data,
         sources=table(
             ["source", "rows read", "trained on"],
             [[s, of["read"], of["train"]] for s, of in data["sources"].items()],
         ),
         written_by=parameters.generate.model,
-        rows_hash=hashlib.sha256(ROWS.read_bytes()).hexdigest(),
+        rows_hash=file_hash(ROWS),
         train=train,
         parameters=yaml.safe_dump(used, sort_keys=False),
         libraries={library: version(library) for library in LIBRARIES},
@@ -57,7 +58,7 @@ def main() -> None:
         template_arguments=TEMPLATE_ARGUMENTS,
     )
     with whole("outputs/adapter") as aside:
-        shutil.copytree("outputs/trained", aside)
+        shutil.copytree("outputs/trained", aside, copy_function=shutil.copyfile)
         (aside / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -86,7 +87,7 @@ def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
         base_model=base["model"] if base["revision"] else None,
         base_model_relation="adapter" if base["revision"] else None,
         library_name="peft",
-        **(base["license"] or {}),
+        **read("models/license.json"),
         pipeline_tag="text-generation",
         tags=["lora", "qlora"],
         model_name=name,

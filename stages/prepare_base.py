@@ -2,11 +2,11 @@
 
     python -m stages.prepare_base
 
-base.model, base.revision -> models/base.json. A hub model's weights are fetched into the Hugging Face cache, and stay
-there; only this stage uses the network, and only for a hub id.
+base.model, base.revision -> models/base.json, models/license.json (as the base's model card has it). A hub model's
+weights are fetched into the Hugging Face cache, and stay there; only this stage uses the network, and only for a hub id.
 """
 
-from pipeline.base import DESCRIPTION, describe
+from pipeline.base import DESCRIPTION, LICENSE, describe, license_of
 from pipeline.outputs import write_json
 from pipeline.parameters import load
 from pipeline.refusal import run
@@ -14,7 +14,9 @@ from pipeline.refusal import run
 
 def main() -> None:
     parameters = load("prepare_base")
-    write_json(DESCRIPTION, describe(parameters.base.model, parameters.base.revision))
+    base = describe(parameters.base.model, parameters.base.revision)
+    write_json(DESCRIPTION, base)
+    write_json(LICENSE, license_of(base["model"], base["revision"]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, Project
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.base import describe, located, require_same_base
+from pipeline.base import describe, license_of, located, require_same_base
 from pipeline.chat_template import load_tokenizer
 from pipeline.models import load_quantized
 from pipeline.refusal import Refused
@@ -55,17 +55,18 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
             "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n",
             {"license": "other", "license_name": "tiny", "license_link": "LICENSE"},
         ),
-        ("---\ntags: [chat]\n---\n", None),
-        ("---\nlicense: [\n---\n", None),
-        ("# A model", None),
+        ("---\ntags: [chat]\n---\n", {}),
+        ("---\nlicense: 2\nlicense_date: 2024-01-01\n---\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("# A model", {}),
     ],
 )
 def test_the_license_is_what_the_model_card_says_and_no_part_of_the_model(
-    project: Project, card: str, license: dict[str, str] | None
+    project: Project, card: str, license: dict[str, str]
 ) -> None:
     before = describe(TINY, None)
     Path(TINY, "README.md").write_text(card, encoding="utf-8")
-    assert before["license"] is None and describe(TINY, None) == before | {"license": license}
+    assert license_of(TINY, None) == license and describe(TINY, None) == before
 
 
 @pytest.mark.parametrize(

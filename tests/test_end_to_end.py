@@ -143,7 +143,7 @@ def test_the_model_cards_python_answers_as_the_exam(
     blocks = re.findall(r"```python\n(.+?)```", Path("outputs/adapter/README.md").read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 3
     answers = {"tuned": "metrics/answers.jsonl", "merged": "metrics/answers_gguf.jsonl"}[form]
-    exec(blocks[load] + blocks[2], {})
+    exec(blocks[load] + blocks[2], {"BASE": "models/tiny-base"})
     expected = read_jsonl(finished.folder / answers)[0]["after" if form == "tuned" else form]
     assert capsys.readouterr().out.strip() == expected
 
@@ -177,7 +177,7 @@ def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Proje
         fields = GGUFReader(file).fields
         assert {key: fields[key].contents() for key in told} == told
     checked = finished.run("sh", "-c", "cd models/gguf && sha256sum --check --strict SHA256SUMS").stdout.splitlines()
-    assert checked == [f"{name}: OK" for name in ["Modelfile", *(file.name for file in files)]]
+    assert checked == [f"{name}: OK" for name in ["Modelfile", "Modelfile.adapter", *(file.name for file in files)]]
 
 
 def test_nothing_is_left_to_do_and_git_sees_no_output(finished: Project) -> None:

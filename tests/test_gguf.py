@@ -230,8 +230,9 @@ def test_a_file_tells_where_it_came_from_and_nothing_of_the_machine(
     Path("outputs/trained").mkdir(parents=True)
     Path("data/train_merged.jsonl").touch()
     license = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/LICENSE"}
-    base = {"model": model, "revision": revision, "fingerprint": "f0", "license": license}
-    write_json("card.json", convert_gguf.model_card(base))
+    base = {"model": model, "revision": revision, "fingerprint": "f0"}
+    write_json("models/license.json", license)
+    write_json("card.json", convert_gguf.metadata(base))
     run_script("convert.py", "hf", TINY, "--card", "card.json", "--outtype", "bf16", "--outfile", "model.gguf")
     told = {name: field.contents() for name, field in GGUFReader("model.gguf").fields.items()}
     keys = [f"general.base_model.0.{key}" for key in ("name", "organization", "repo_url")]

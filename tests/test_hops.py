@@ -129,7 +129,7 @@ def test_a_conversion_that_loses_more_than_allowed_is_named(name: str, merged_on
 
 
 def lost() -> list[str]:
-    return [demand.name for demand in gate.lost(allowed=0.1) if not demand.met]
+    return [demand.name for demand in gate.lost(allowed=0.1, merged_onto="bf16") if not demand.met]
 
 
 def test_files_that_load_and_answer_worse_are_named_with_their_hop(
@@ -147,6 +147,7 @@ def test_files_that_load_and_answer_worse_are_named_with_their_hop(
     prepare_base.main()
     make_adapter()
     merge_adapter.main()
+    Path("data/train_merged.jsonl").touch()  # its hash goes into every file
     convert_gguf.main()
     evaluate_gguf.main()
     assert lost() == []

@@ -22,7 +22,7 @@ from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 
 from pipeline.exam import EXAM
-from pipeline.hops import source
+from pipeline.hops import of_same_weights, source
 from pipeline.noise import read_noise
 from pipeline.parameters import check
 from pipeline.refusal import Refused
@@ -46,7 +46,7 @@ def main(revision: str = "HEAD") -> None:
     demands = [
         *floors(parameters.gate.floors),
         *falls(parameters.gate.falls, revision),
-        *lost(parameters.gate.hop_fall),
+        *lost(parameters.gate.hop_fall, parameters.merge_adapter.base),
         forgotten(parameters.gate.general_fall),
     ]
     for demand in demands:
@@ -99,12 +99,13 @@ def falls(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
         )
 
 
-def lost(allowed: float) -> Iterator[Demand]:
+def lost(allowed: float, merged_onto: str) -> Iterator[Demand]:
     """In each hop from the tuned model to a file that ships."""
     for form, of in read("metrics/gguf.json").items():
-        fell = -of["hop"]["correct"]
-        found = f"{of['correct']:.3f} correct: fell {fell:.3f}, allowed {allowed:.3f}"
-        yield Demand(f"fall in the hop {source(form)} → {form}", fell <= allowed, found)
+        if of_same_weights(form, merged_onto):
+            fell = max(0.0, -of["hop"]["correct"])
+            found = f"{of['correct']:.3f} correct: fell {fell:.3f}, allowed {allowed:.3f}"
+            yield Demand(f"fall in the hop {source(form)} → {form}", fell <= allowed, found)
 
 
 def forgotten(allowed: float) -> Demand:
