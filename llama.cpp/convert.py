@@ -72,9 +72,9 @@ def by_pattern(folder: Path) -> str:
 
 
 def begin_texts_as_transformers_does() -> None:
-    """Whether with a BOS, and whether with the space that SentencePiece puts before a text. Before one that follows a
-    control token, as BOS in a chat template, Transformers puts it only for a `legacy` tokenizer. llama.cpp does both unless
-    the file forbids it."""
+    """With a BOS or without, and with the space that SentencePiece puts before a text or without: before one that
+    follows a control token, as BOS in a chat template, Transformers puts it for a `legacy` tokenizer alone. llama.cpp
+    does both unless the file forbids it."""
     from conversion.base import TextModel
     from transformers import AutoTokenizer
 

@@ -49,7 +49,7 @@ def run_script(name: str, *arguments: str | Path) -> str:
 
 
 def require_pinned() -> None:
-    """Raises Refused if another llama.cpp is installed than llama.cpp/requirements.txt names, of which dvc.lock tells."""
+    """Raises Refused if another llama.cpp is installed than llama.cpp/requirements.txt, dvc.lock's witness, names."""
     for line in (SCRIPTS / "requirements.txt").read_text(encoding="utf-8").splitlines():
         name, _, pinned = line.partition("#")[0].strip().partition("==")
         if name and (installed := version(name)) != pinned:

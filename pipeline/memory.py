@@ -247,7 +247,7 @@ def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch
 
 
 def evaluating_gguf(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of the machine's own memory that evaluate_gguf needs, and convert_gguf for an importance matrix: a whole model is there.
+    """Bytes of the machine's own memory that evaluate_gguf needs; with `gguf.imatrix` convert_gguf too.
 
     `dtype` is that of arithmetic on `device`.
     """

@@ -2,8 +2,8 @@
 
     python -m stages.prepare_base
 
-base.model, base.revision -> models/base.json, models/license.json (as the base's model card has it). A hub model's
-weights are fetched into the Hugging Face cache, and stay there; only this stage uses the network, and only for a hub id.
+base.model, base.revision -> models/base.json, models/license.json (by the base's model card). A hub model's weights are
+fetched into the Hugging Face cache, and stay there; only this stage uses the network, and only for a hub id.
 """
 
 from pipeline.base import DESCRIPTION, LICENSE, describe, license_of
