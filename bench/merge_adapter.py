@@ -2,7 +2,7 @@
 
     python -m bench.merge_adapter [SHAPE ...]    # 0.1B 0.5B 1.5B unless told otherwise: ten minutes, 10 GiB of disk
 
-bench/README.md has what it printed.
+bench/README.md has what came of it.
 
 Bases of random weights in bfloat16, in files of a gigabyte, and a LoRA of rank 16 on all their linear layers. Each
 case is a process of its own, of two runs the faster. `working` is without imports. Resident memory has pages of

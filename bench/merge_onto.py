@@ -2,7 +2,7 @@
 
     python -m bench.merge_onto    # after dvc repro evaluate; for a model of your own too
 
-bench/README.md has what it printed.
+bench/README.md has what came of it.
 
 The model as it was trained, with the base in NF4, beside the adapter merged onto the base's own weights and onto their
 NF4 (`merge_adapter.base`), on both exams: the score, the reference answers' negative log-likelihood and
