@@ -34,8 +34,8 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
     """Write the weights of `base` with `adapter` in them to the folder `to`, in files of the same names.
 
-    With `on_nf4` the linear layers are first rounded to NF4, as training had them, for which the largest needs 15 bytes
-    of memory a weight. Else some 20 MiB are enough for any model.
+    With `on_nf4` the weights that training had in NF4 are first rounded to it, for which the largest needs 15 bytes of
+    memory a weight. Else some 20 MiB are enough for any model.
 
     Raises:
         Refused: a file is damaged, the adapter is none of this base, or a sum is no finite number.
@@ -43,12 +43,13 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     files = weights_by_file(base)
     parts = parts_by_weight(adapter, config, dict(chain.from_iterable(tensors.items() for tensors in files.values())))
+    quantized = in_nf4(base) if on_nf4 else set()
     for file, tensors in files.items():
         with open(to / file.name, "wb") as merged:
             merged.write(read_header(file))
             for name, weight in tensors.items():
                 change = change_of(name, parts[name], config) if name in parts else None
-                for rows in changed(weight, change, on_nf4 and is_quantized(name, weight)):
+                for rows in changed(weight, change, without_prefix(name) in quantized):
                     if change and not rows.sum(dtype=torch.float32).isfinite():
                         raise Refused(f"{adapter}: with it {name} is not finite in {rows.dtype}: train another")
                     merged.write(rows.flatten().view(torch.uint8).numpy())
@@ -81,10 +82,10 @@ def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, St
 
 
 def without_prefix(name: str) -> str:
-    """Models with vision are language_model.model.layers in files and model.language_model.layers in memory:
+    """Models with vision have other ones in files (language_model.model, vision_tower.vision_model) than in memory:
     https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py
     """
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
 
 
 def equal(tensor: StoredTensor, other: StoredTensor) -> bool:
@@ -141,13 +142,23 @@ def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterat
         yield (change(rows.float(), first) if change else rows).to(weight.dtype)
 
 
-def is_quantized(name: str, weight: StoredTensor) -> bool:
-    """Whether `load_quantized` has this weight in NF4: whether it is a matrix, and none with a row for each token."""
-    return len(weight.shape) == 2 and without_prefix(name) not in (EMBEDDING, HEAD)
+def in_nf4(base: Path) -> set[str]:
+    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4. Asked of Transformers, which leaves
+    out the head, what is tied to it, and all that is no plain linear layer."""
+    from bitsandbytes.nn import Linear4bit  # these take seconds, and are seldom needed
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True)).preprocess_model(model, device_map=None)
+    return {
+        without_prefix(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
 
 
 def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:
     """`weight` in the 32 bits that its NF4 stands for, double quantization included."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # takes two seconds, and is seldom needed
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     return dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4"), quant_type="nf4")

