@@ -27,6 +27,7 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 ALL, FIRST, OTHERS = slice(None), slice(0, 1), slice(1, None)
 SHARED = {A: OTHERS, B: FIRST, LENGTHS: FIRST, TOKENS: OTHERS, "weight": ALL, "bias": ALL}
 NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, SHARED))})")
+CONFIG = ["lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "trainable_token_indices"]
 AGAIN = "run dvc repro -f train_qlora"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -40,7 +41,7 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
     Raises:
         Refused: a file is damaged, the adapter is none of this base, or a sum is no finite number.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_config(adapter)
     files = weights_by_file(base)
     parts = parts_by_weight(adapter, config, dict(chain.from_iterable(tensors.items() for tensors in files.values())))
     quantized = in_nf4(base) if on_nf4 else set()
@@ -55,11 +56,26 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
                     merged.write(rows.flatten().view(torch.uint8).numpy())
 
 
+def read_config(adapter: Path) -> dict[str, Any]:
+    """What merging needs to know of PEFT's configuration.
+
+    Raises:
+        Refused: the file is missing or damaged.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {key: config[key] for key in CONFIG}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refused(f"{file} is missing or damaged ({type(error).__name__}): {AGAIN}") from None
+
+
 def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, StoredTensor]) -> dict[str, Parts]:
     """The adapter's parts by the name of the weight in the base that they change.
 
     Raises:
-        Refused: a part belongs to no weight, does not fit it, contradicts another, or lacks another.
+        Refused: a part belongs to no weight, does not fit it, contradicts another, or lacks another; or a weight that
+            the configuration names has none.
     """
     known = {without_prefix(name): name for name in weights}
     if EMBEDDING in known:
@@ -72,12 +88,24 @@ def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, St
             raise Refused(f"{adapter}: {name} {list(part.shape)} fits no weight of the base: {AGAIN}")
         if not equal(part, found.setdefault(weight, {}).setdefault(ending, part)):
             raise Refused(f"{adapter} has another lm_head than embed_tokens, and the base one for both: {AGAIN}")
-    if "lm_head" in (config["trainable_token_indices"] or {}):
+    tokens = config["trainable_token_indices"] or {}
+    if "lm_head" in tokens and known[EMBEDDING] in found:
         found.setdefault(known[HEAD], found[known[EMBEDDING]])  # of a tie PEFT saves the tokens once
     whole = [{A, B, LENGTHS} if config["use_dora"] else {A, B}, {TOKENS}, {"weight"}, {"bias"}]
     for weight, of_weight in found.items():
         if of_weight.keys() not in whole:
             raise Refused(f"{adapter} has of {weight} {', '.join(of_weight)} alone: {AGAIN}")
+        if A in of_weight and of_weight[A].shape[:1] != of_weight[B].shape[1:]:
+            raise Refused(f"{adapter}: lora_A and lora_B of {weight} differ in rank: {AGAIN}")
+        if TOKENS in of_weight:
+            ids, rows = tokens.get(weight.split(".")[-2], []), of_weight[TOKENS].shape[0]
+            if len(ids) != rows or not all(0 <= token < weights[weight].shape[0] for token in ids):
+                raise Refused(f"{adapter}: {rows} trained rows of {weight} are not those of its tokens {ids}: {AGAIN}")
+    named = [*config["target_modules"], *(config["modules_to_save"] or []), *tokens]
+    endings = tuple(f".{without_prefix(module)}.weight" for module in named)
+    for weight in weights:
+        if f".{without_prefix(weight)}".endswith(endings) and weight not in found:
+            raise Refused(f"{adapter} has nothing of {weight}: {AGAIN}")
     return found
 
 
@@ -98,17 +126,14 @@ def change_of(name: str, parts: Parts, config: dict[str, Any]) -> Change:
         return with_tokens(torch.tensor(ids), parts[TOKENS].rows())
     if A in parts:
         lengths = parts[LENGTHS].rows() if LENGTHS in parts else None
-        return with_lora(parts[A].rows(), parts[B].rows(), scaling(name, parts[A].shape[0], config), lengths)
+        return with_lora(parts[A].rows(), parts[B].rows(), scaling(parts[A].shape[0], config), lengths)
     [saved] = parts.values()
     return lambda rows, first: saved.rows(first, first + len(rows)).float()
 
 
-def scaling(name: str, rank: int, config: dict[str, Any]) -> float:
+def scaling(rank: int, config: dict[str, Any]) -> float:
     """Of the low-rank product: alpha / r, by rsLoRA alpha / sqrt(r) (https://arxiv.org/abs/2312.03732)."""
-    module = name.removesuffix(".weight")
-    patterns = [pattern for pattern in config["alpha_pattern"] if re.match(rf"(.*\.)?({pattern})$", module)]
-    alpha = config["alpha_pattern"][patterns[0]] if patterns else config["lora_alpha"]
-    return alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+    return config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
 
 
 def with_tokens(ids: torch.Tensor, trained: torch.Tensor) -> Change:

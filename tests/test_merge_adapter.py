@@ -1,5 +1,6 @@
 """An adapter is merged from file to file, in little memory. What comes of each kind of adapter: test_adapters.py."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ CPU = torch.device("cpu")
 TINY = ROOT / "models/tiny-base"
 MERGED = Path("models/merged")
 LORA = Path("outputs/trained/adapter_model.safetensors")
+CONFIG = Path("outputs/trained/adapter_config.json")
 LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -115,13 +117,6 @@ def test_only_what_training_had_in_nf4_is_rounded_to_it(tmp_path: Path) -> None:
     assert changed == {without_prefix(name) for name, weight in in_memory if weight.dtype == torch.uint8}
 
 
-def test_strength_and_rank_may_differ_by_module(folders: tuple[Path, Path, Path]) -> None:
-    base, adapter, merged = folders
-    make_adapter(base, adapter, rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.mlp.up_proj": 64, "q_proj": 32})
-    merge(base, adapter, merged, on_nf4=False)
-    require_same_logits(merged, PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
-
-
 def test_a_tied_base_with_its_head_in_a_file_too_stays_tied(folders: tuple[Path, Path, Path]) -> None:
     base, adapter, merged = folders
     make_adapter(base, adapter, trainable_token_indices={"embed_tokens": [1, 2], "lm_head": [1, 2]})
@@ -207,6 +202,31 @@ def add_a_layer(_: Path) -> None:
     save_file(load_file(LORA) | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 256)}, LORA)
 
 
+def lose_a_layer(_: Path) -> None:
+    save_file({name: weight for name, weight in load_file(LORA).items() if "layers.1." not in name}, LORA)
+
+
+def lose_all(_: Path) -> None:
+    save_file({}, LORA)
+
+
+def halve_the_rank_of_half_a_pair(_: Path) -> None:
+    lora = load_file(LORA)
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
+    save_file(lora | {name: lora[name][:2].clone()}, LORA)
+
+
+def train_tokens(ids: list[int] | None, rows: int) -> Callable[[Path], None]:
+    def damage(_: Path) -> None:
+        config = json.loads(CONFIG.read_text(encoding="utf-8"))
+        config["trainable_token_indices"] = ids and {"embed_tokens": ids}
+        CONFIG.write_text(json.dumps(config), encoding="utf-8")
+        part = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        save_file(load_file(LORA) | ({part: torch.ones(rows, 256)} if rows else {}), LORA)
+
+    return damage
+
+
 def overflow(_: Path) -> None:
     save_file({name: weight * 1e38 for name, weight in load_file(LORA).items()}, LORA)
 
@@ -219,6 +239,24 @@ def overflow(_: Path) -> None:
         (swap_the_adapter, r"outputs/trained: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
         (lose_half_of_a_pair, r"outputs/trained has of model\.layers\.1\.mlp\.up_proj\.weight lora_A\.weight alone: "),
         (add_a_layer, r"outputs/trained: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
+        (lose_a_layer, r"outputs/trained has nothing of model\.layers\.1\..*: run"),
+        (lose_all, r"outputs/trained has nothing of model\.layers\.0\..*: run"),
+        (lambda _: LORA.unlink(), r"outputs/trained/adapter_model\.safetensors is damaged \(No such file .*: fetch or"),
+        (
+            halve_the_rank_of_half_a_pair,
+            r"outputs/trained: lora_A and lora_B of .*1\.mlp\.up_proj\.weight differ in rank",
+        ),
+        (
+            train_tokens([1, 2], 1),
+            r"1 trained rows of model\.embed_tokens\.weight are not those of its tokens \[1, 2\]: ",
+        ),
+        (train_tokens([1], 2), r"2 trained rows of model\.embed_tokens\.weight are not those of its tokens \[1\]: "),
+        (train_tokens(None, 1), r"1 trained rows of model\.embed_tokens\.weight are not those of its tokens \[\]: "),
+        (train_tokens([99999], 1), r"1 trained rows of .* are not those of its tokens \[99999\]: "),
+        (train_tokens([1], 0), r"outputs/trained has nothing of model\.embed_tokens\.weight: run"),
+        (lambda _: CONFIG.unlink(), r"adapter_config\.json is missing or damaged \(FileNotFoundError\): run"),
+        (lambda _: CONFIG.write_text("{"), r"adapter_config\.json is missing or damaged \(JSONDecodeError\): run"),
+        (lambda _: CONFIG.write_text("{}"), r"adapter_config\.json is missing or damaged \(KeyError\): run"),
         (overflow, r"outputs/trained: with it model\.layers\..* is not finite in torch\.bfloat16"),
     ],
 )
