@@ -50,12 +50,12 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """The file's tensors by name, in the order of their bytes.
 
     Raises:
-        Refused: the file is cut off, or otherwise no safetensors file.
+        Refused: the file is missing, cut off, or otherwise no safetensors file.
     """
     try:
         with safe_open(file, "np"):
             header = read_header(file)
-    except SafetensorError as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise Refused(f"{file} is damaged ({error}): fetch or make it again") from None
     tensors = []
     for name, told in json.loads(header[8:]).items():
