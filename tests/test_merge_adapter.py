@@ -269,7 +269,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
     with pytest.raises(Refused, match=why) as refusal:
         merge_adapter.main()
     assert "\n" not in str(refusal.value)
-    assert {path.name for path in MERGED.parent.iterdir()} == {"base.json", "sharded", "tiny-base"}
+    assert {path.name for path in MERGED.parent.iterdir()} == {"base.json", "license.json", "sharded", "tiny-base"}
 
 
 def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) -> None:
