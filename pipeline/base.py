@@ -58,7 +58,10 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     if not (folder / "config.json").exists():
         raise Refused(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
     if Path(model).is_dir() and not has_weights(folder):
-        raise Refused(f"base.model {model} has no .safetensors weights, or not all: choose a model that has them")
+        raise Refused(
+            f"base.model {model} has no .safetensors weights, or not all: it needs model.safetensors, or each file "
+            "that model.safetensors.index.json names"
+        )
     template = chat_template(folder)
     if template is None:
         raise Refused(f"base.model {model} has no chat template: choose its instruct or chat variant")
@@ -67,11 +70,20 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
 
 def has_weights(folder: Path) -> bool:
     """Whether all weights are in the folder: a download may have ended between two files."""
+    return all(file.exists() for file in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that Transformers loads: model.safetensors, or else what the index names."""
+    return [folder / name for name in sorted({*weights_index(folder).values()} or {"model.safetensors"})]
+
+
+def weights_index(folder: Path) -> dict[str, str]:
+    """The file of each weight by name; empty beside model.safetensors, and without an index."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return all((folder / file).exists() for file in files)
-    return any(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return {}
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
 
 
 def download(model: str, revision: str | None, files: list[str]) -> Path:
