@@ -60,7 +60,9 @@ def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
 
 
 def reaches_experts(knobs: Lora, model: PreTrainedModel) -> bool:
-    """Whether PEFT trains parameters that are no layers, as where a base has the experts of a block in one tensor."""
+    """Whether PEFT trains parameters that are no layers, as where a base has the experts of a block in one tensor:
+    https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
+    """
     config = lora_config(knobs, [])
     try:
         convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
