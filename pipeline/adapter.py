@@ -2,6 +2,7 @@
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from pipeline.parameters import Lora
@@ -35,7 +36,8 @@ def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
 
     Raises:
         Refused: lora.target_modules names what is no linear layer of a block (llama.cpp fails with an adapter on tied
-            embeddings); lora.modules_to_save names what is none of the other layers, or half of a tie.
+            embeddings), or reaches experts that the base keeps in one tensor, which cannot be merged;
+            lora.modules_to_save names what is none of the other layers, or half of a tie.
     """
     head = model.get_output_embeddings()
     linear, others = set[str](), set[str]()
@@ -45,11 +47,28 @@ def require_possible(knobs: Lora, model: PreTrainedModel) -> None:
             (linear if is_linear else others).add(path.rpartition(".")[2])
     targets = [] if knobs.target_modules == "all-linear" else knobs.target_modules
     require_among("lora.target_modules", targets, linear)
+    if reaches_experts(knobs, model):
+        raise Refused(
+            "lora.target_modules reaches the experts of base.model, and an adapter on them cannot be merged: name "
+            "layers of the attention alone, such as [q_proj, v_proj], or choose a base without experts"
+        )
     require_among("lora.modules_to_save", knobs.modules_to_save, others)
     if model.config.tie_word_embeddings and len(set(EMBEDDINGS) & set(knobs.modules_to_save)) == 1:
         raise Refused(
             f"lora.modules_to_save: {' and '.join(EMBEDDINGS)} are one matrix in this base: name both, or neither"
         )
+
+
+def reaches_experts(knobs: Lora, model: PreTrainedModel) -> bool:
+    """Whether PEFT trains parameters that are no layers, as where a base has the experts of a block in one tensor:
+    https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
+    """
+    config = lora_config(knobs, [])
+    try:
+        convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
+    except ValueError:  # gate_proj is named without up_proj, which are one tensor
+        return True
+    return bool(config.target_parameters)
 
 
 def require_among(parameter: str, names: list[str], known: set[str]) -> None:

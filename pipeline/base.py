@@ -22,6 +22,7 @@ TOKENIZER_FILES = [
 ]
 SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
+MODEL_CARD = "README.md"  # no part of the model: it may change, and be missing
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
@@ -57,7 +58,10 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     if not (folder / "config.json").exists():
         raise Refused(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
     if Path(model).is_dir() and not has_weights(folder):
-        raise Refused(f"base.model {model} has no .safetensors weights, or not all: choose a model that has them")
+        raise Refused(
+            f"base.model {model} has no .safetensors weights, or not all: it needs model.safetensors, or each file "
+            "that model.safetensors.index.json names"
+        )
     template = chat_template(folder)
     if template is None:
         raise Refused(f"base.model {model} has no chat template: choose its instruct or chat variant")
@@ -66,11 +70,20 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
 
 def has_weights(folder: Path) -> bool:
     """Whether all weights are in the folder: a download may have ended between two files."""
+    return all(file.exists() for file in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that Transformers loads: model.safetensors, or else what the index names."""
+    return [folder / name for name in sorted({*weights_index(folder).values()} or {"model.safetensors"})]
+
+
+def weights_index(folder: Path) -> dict[str, str]:
+    """The file of each weight by name; empty beside model.safetensors, and without an index."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return all((folder / file).exists() for file in files)
-    return any(folder.glob("*.safetensors"))
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return {}
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
 
 
 def download(model: str, revision: str | None, files: list[str]) -> Path:
@@ -148,16 +161,15 @@ def chat_template(folder: Path) -> str | None:
     return template if template is None or isinstance(template, str) else json.dumps(template)
 
 
-def license_of(model: str, revision: str | None) -> dict[str, str]:
-    """The license, license_name and license_link of the base's model card, those that it has. No part of the base: the
-    card may change.
+def license_of(folder: Path) -> dict[str, str]:
+    """The license, license_name and license_link of a model card, those that it has.
 
     https://huggingface.co/docs/hub/repositories-licenses
     """
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 
-    card = fetched(model, revision, ["README.md"])[0] / "README.md"
+    card = folder / MODEL_CARD
     try:
         told = metadata_load(card) if card.exists() else None
     except (YAMLError, ValueError):  # no front matter, or a broken one

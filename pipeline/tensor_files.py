@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipeline.base import weight_files, weights_index
 from pipeline.refusal import Refused
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -82,7 +83,7 @@ def weights_by_file(model: Path) -> dict[Path, dict[str, StoredTensor]]:
     """
     files = {file: stored_tensors(file) for file in weight_files(model)}
     names = {name for tensors in files.values() for name in tensors}
-    if missing := sorted(index(model).keys() - names):
+    if missing := sorted(weights_index(model).keys() - names):
         raise Refused(f"{model}: {missing[0]} is in the index, and in none of its files: fetch the model again")
     return files
 
@@ -90,14 +91,3 @@ def weights_by_file(model: Path) -> dict[Path, dict[str, StoredTensor]]:
 def parameter_count(model: Path) -> int:
     """How many weights a model has, tied ones counted once."""
     return sum(math.prod(tensor.shape) for tensors in weights_by_file(model).values() for tensor in tensors.values())
-
-
-def weight_files(model: Path) -> list[Path]:
-    """Those that the index names, or model.safetensors."""
-    return [model / name for name in sorted({*index(model).values()} or {"model.safetensors"})]
-
-
-def index(model: Path) -> dict[str, str]:
-    """The file of each tensor by name; empty if there is but one file."""
-    file = model / "model.safetensors.index.json"
-    return json.loads(file.read_text(encoding="utf-8"))["weight_map"] if file.exists() else {}

@@ -8,13 +8,12 @@ models/base.json, outputs/trained/ -> models/merged/
 import shutil
 from pathlib import Path
 
-from pipeline.base import SMALL_FILES, located, require_same_base
+from pipeline.base import SMALL_FILES, located, require_same_base, weight_files
 from pipeline.disk import room_for
 from pipeline.merging import merge
 from pipeline.outputs import whole
 from pipeline.parameters import load
 from pipeline.refusal import run
-from pipeline.tensor_files import weight_files
 
 TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")

@@ -6,17 +6,20 @@ base.model, base.revision -> models/base.json, models/license.json (by the base'
 fetched into the Hugging Face cache, and stay there; only this stage uses the network, and only for a hub id.
 """
 
-from pipeline.base import DESCRIPTION, LICENSE, describe, license_of
+from pipeline.base import DESCRIPTION, LICENSE, MODEL_CARD, MODEL_FILES, describe, fetched, license_of
 from pipeline.outputs import write_json
 from pipeline.parameters import load
 from pipeline.refusal import run
+from pipeline.tensor_files import weights_by_file
 
 
 def main() -> None:
     parameters = load("prepare_base")
     base = describe(parameters.base.model, parameters.base.revision)
+    folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
+    weights_by_file(folder)  # refuses damaged ones
     write_json(DESCRIPTION, base)
-    write_json(LICENSE, license_of(base["model"], base["revision"]))
+    write_json(LICENSE, license_of(folder))
 
 
 if __name__ == "__main__":

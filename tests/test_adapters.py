@@ -4,6 +4,7 @@
 """
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT, Project
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig
 from trl import SFTConfig, SFTTrainer
 
 from pipeline import hops
@@ -23,6 +24,7 @@ from pipeline.base import copy_tokenizer, located
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
 from pipeline.exam import Question
 from pipeline.llama_cpp import no_gguf_lora, run_script, served
+from pipeline.merging import merge
 from pipeline.models import load_quantized, load_tuned, reproducible
 from pipeline.next_tokens import in_llama_cpp, in_transformers
 from pipeline.parameters import Lora
@@ -205,6 +207,30 @@ def test_what_the_base_cannot_have_is_refused_by_name(changed: dict[str, Any], w
     require_possible(knobs(modules_to_save=["embed_tokens", "lm_head", "norm"]), model)
     with pytest.raises(Refused, match=why):
         require_possible(knobs(**changed), model)
+
+
+def test_an_adapter_on_experts_is_refused_and_one_beside_them_is_merged(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, **experts, vocab_size=512)).save_pretrained(base)
+    model = load_quantized(base, CPU, torch.float32)
+    for targets in ("all-linear", ["q_proj", "down_proj"], ["gate_proj"]):
+        with pytest.raises(Refused, match=r"^lora\.target_modules reaches the experts of base\.model, .*: name layers"):
+            require_possible(knobs(target_modules=targets), model)
+    beside = knobs(target_modules=["q_proj", "v_proj"])
+    require_possible(beside, model)
+    tuned = with_adapter(model, lora_config(beside, []))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data += torch.randn_like(weight)
+    tuned.save_pretrained(adapter, save_embedding_layers=False)
+    shutil.copytree(base, merged)
+    merge(base, adapter, merged, on_nf4=True)
+    ids = torch.arange(1, 100)[None]
+    logits = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+    torch.testing.assert_close(logits, tuned(ids).logits, rtol=0, atol=1e-3)
 
 
 def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:

@@ -11,9 +11,10 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, Project
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.base import describe, license_of, located, require_same_base
+from pipeline.base import describe, license_of, located, require_same_base, weight_files
 from pipeline.chat_template import load_tokenizer
 from pipeline.models import load_quantized
 from pipeline.refusal import Refused
@@ -66,7 +67,7 @@ def test_the_license_is_what_the_model_card_says_and_no_part_of_the_model(
 ) -> None:
     before = describe(TINY, None)
     Path(TINY, "README.md").write_text(card, encoding="utf-8")
-    assert license_of(TINY, None) == license and describe(TINY, None) == before
+    assert license_of(Path(TINY)) == license and describe(TINY, None) == before
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,36 @@ def test_a_folder_that_cannot_be_trained_is_refused_by_what_it_lacks(project: Pr
     Path(TINY, missing).unlink()
     with pytest.raises(Refused, match=line):
         describe(TINY, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "loaded"),
+    [
+        (["model.safetensors", "model.safetensors.index.json", "a.safetensors"], ["model.safetensors"]),
+        (["model.safetensors.index.json", "a.safetensors", "b.safetensors"], ["a.safetensors", "b.safetensors"]),
+        (["model.safetensors.index.json", "a.safetensors"], None),
+        (["weights.safetensors"], None),
+    ],
+)
+def test_the_weights_are_the_files_that_transformers_loads(
+    project: Project, files: list[str], loaded: list[str] | None
+) -> None:
+    weights = load_file(Path(TINY, "model.safetensors"))
+    Path(TINY, "model.safetensors").unlink()
+    for name in files:
+        save_file(weights, Path(TINY, name), {"format": "pt"})
+    if "model.safetensors.index.json" in files:
+        index = {"metadata": {}, "weight_map": {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(weights)}}
+        Path(TINY, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    if loaded is None:
+        with pytest.raises(Refused, match=r"tiny-base has no \.safetensors weights, or not all: it needs model\."):
+            describe(TINY, None)
+        with pytest.raises(OSError):
+            AutoModelForCausalLM.from_pretrained(TINY)
+    else:
+        describe(TINY, None)
+        assert [file.name for file in weight_files(Path(TINY))] == loaded
+        AutoModelForCausalLM.from_pretrained(TINY)
 
 
 class Hub(BaseHTTPRequestHandler):

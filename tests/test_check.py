@@ -67,11 +67,6 @@ def test_what_a_stage_would_refuse_is_refused_in_one_line(
     [
         ("model.safetensors", b"{}", r"base\.model: models/copy/model\.safetensors is damaged \(.*\): fetch it again"),
         ("model.safetensors", None, r"base\.model models/copy has no \.safetensors weights, or not all"),
-        (
-            "model.safetensors.index.json",
-            b'{"weight_map": {"a": "b.safetensors"}}',
-            r"has no \.safetensors weights, or not",
-        ),
         ("tokenizer.json", b"{}", r"base\.model: no tokenizer in models/copy: fetch it again"),
         ("config.json", b"{", r"base\.model: Transformers makes no language model of models/copy/config\.json: "),
         ("config.json", None, r"base\.model models/copy has no config\.json: name the folder or hub id"),
@@ -87,13 +82,16 @@ def test_a_damaged_base_is_refused_in_one_line(project: Project, file: str, cont
     assert "\n" not in str(refusal.value)
 
 
-def test_a_base_that_takes_no_step_without_weights_is_not_refused_for_it(
+def test_a_base_that_takes_no_step_without_weights_is_refused_for_its_experts_alone(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(TINY, "models/experts")
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen3MoeConfig(**shape, moe_intermediate_size=64, num_experts=4, vocab_size=2048).save_pretrained("models/experts")
     project.set(base__model="models/experts")
+    with pytest.raises(Refused, match=r"lora\.target_modules reaches the experts of base\.model"):
+        tool.main()
+    project.set(lora__target_modules=["q_proj", "v_proj"])
     tool.main()
     assert "not foretold: qwen3_moe takes no step without weights" in capsys.readouterr().out
 
