@@ -8,9 +8,11 @@ from transformers import PreTrainedModel
 
 from pipeline.base import DESCRIPTION, located, require_same_base
 from pipeline.chat_template import load_tokenizer
+from pipeline.merging import read_config
 from pipeline.models import load_quantized, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.parameters import Parameters
 from pipeline.refusal import Refused
+from pipeline.tensor_files import stored_tensors
 
 ADAPTER = Path("outputs/adapter")
 
@@ -19,13 +21,15 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     """The base in NF4, with the adapter on it if `tuned`, as it sits the exam; and the base's tokenizer.
 
     Raises:
-        Refused: one of them is missing, or the adapter is of another base.
+        Refused: one of them is missing or damaged, or the adapter is of another base.
     """
     require(DESCRIPTION, "prepare_base")
     folder, base = located()
     if tuned:
         require(ADAPTER / "adapter_model.safetensors", "model_card")
         require_same_base(ADAPTER, base)
+        read_config(ADAPTER)  # refuses a damaged file, as does the next line
+        stored_tensors(ADAPTER / "adapter_model.safetensors")
     device = pick_device(parameters.base.device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     reproducible(0, parameters.threads)

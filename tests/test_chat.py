@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from conftest import ROOT, Project, Terminal, serving
+from peft import LoraConfig
 
 from pipeline.llama_cpp import served
 from pipeline.refusal import Refused
@@ -142,6 +144,12 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     (adapter / "adapter_model.safetensors").touch()
     (adapter / "base.json").write_text('{"model": "another", "fingerprint": "0"}', encoding="utf-8")
     with pytest.raises(Refused, match=r"^outputs/adapter was trained on another"):
+        run(monkeypatch, "Who?")
+    shutil.copy("models/base.json", adapter)
+    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_config\.json is missing or damaged"):
+        run(monkeypatch, "Who?")
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(adapter)
+    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_model\.safetensors is damaged"):
         run(monkeypatch, "Who?")
 
 
