@@ -242,11 +242,3 @@ def test_an_evaluation_cannot_stop_the_quantized_base_from_passing_gradients_on(
     assert len(layers) == 7 * 4
     assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
     assert all(layer.weight.quant_type == "nf4" and layer.weight.quant_state.nested for layer in layers)
-
-
-def test_a_base_whose_weights_are_cut_off_is_refused_before_all_else(project: Project) -> None:
-    weights = Path(TINY, "model.safetensors")
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(Refused, match=r"models/tiny-base/model\.safetensors is damaged"):
-        prepare_base.main()
-    assert not Path("models/base.json").exists()

@@ -236,6 +236,22 @@ def overflow(_: Path) -> None:
     [
         (cut_off, r"models/sharded/model-.*safetensors is damaged \(.*\): fetch or make it again"),
         (lose_a_tensor, r"models/sharded: .*weight is in the index, and in none of its files: fetch the model again"),
+    ],
+)
+def test_a_base_with_damaged_weights_is_refused_before_training(
+    sharded: Path, damage: Callable[[Path], None], why: str
+) -> None:
+    described = Path("models/base.json").read_bytes()
+    damage(sharded)
+    with pytest.raises(Refused, match=why) as refusal:
+        prepare_base.main()
+    assert "\n" not in str(refusal.value)
+    assert Path("models/base.json").read_bytes() == described
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
         (swap_the_adapter, r"outputs/trained: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
         (lose_half_of_a_pair, r"outputs/trained has of model\.layers\.1\.mlp\.up_proj\.weight lora_A\.weight alone: "),
         (add_a_layer, r"outputs/trained: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
