@@ -119,9 +119,9 @@ class Server:
         ids: list[int] = self.post("/tokenize", body)["tokens"]
         return ids
 
-    def complete(self, tokens: list[int], max_new_tokens: int, n_probs: int) -> dict[str, Any]:
-        """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each position."""
-        return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens, "n_probs": n_probs})
+    def complete(self, tokens: list[int], max_new_tokens: int) -> dict[str, Any]:
+        """llama.cpp's reply to a greedy completion."""
+        return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens})
 
     def likeliest(self, tokens: list[int], n_probs: int, end: int) -> dict[int, float]:
         """The `n_probs` likeliest next tokens after `tokens` and their log-probabilities, the highest first; `end` is

@@ -103,7 +103,7 @@ def sit_in_llama_cpp(
     require_same_tokens(server, questions, prompts, name)
     require_same_ends(server, prompts[0], ends, name)
     started = time.monotonic()
-    replies = [server.complete(tokens, length, n_probs=0) for tokens in tqdm(prompts, desc=name, unit="question")]
+    replies = [server.complete(tokens, length) for tokens in tqdm(prompts, desc=name, unit="question")]
     seconds = time.monotonic() - started
     require_ended(replies, questions, ends, name)
     given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]

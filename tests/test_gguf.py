@@ -147,7 +147,7 @@ def test_every_type_is_made_of_the_f16_file_in_its_foretold_size_and_runs(
 ) -> None:
     run_script("quantize.py", base_gguf, tmp_path / "model.gguf", name)
     with served(tmp_path / "model.gguf", context=64, threads=1) as server:
-        assert server.complete([1, 300, 2], 1, 1)["tokens"]
+        assert server.complete([1, 300, 2], 1)["tokens"]
     weights = GGUFReader(tmp_path / "model.gguf").tensors
     bits = 8 * sum(tensor.n_bytes for tensor in weights) / sum(tensor.n_elements for tensor in weights)
     assert bits == pytest.approx(BITS[name], abs=0.3)  # in a model so small, more of the weights are the embeddings'

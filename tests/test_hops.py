@@ -35,7 +35,7 @@ def test_a_file_that_stops_at_other_tokens_than_its_base_is_refused(base_gguf: P
         require_same_ends(server, asked, {2}, "model.gguf")
         with pytest.raises(Refused, match=r"model\.gguf: llama\.cpp does not stop at token 7"):
             require_same_ends(server, asked, {2, 7}, "model.gguf")
-        reply = server.complete(asked, 32, n_probs=0)
+        reply = server.complete(asked, 32)
     require_ended([reply, reply | {"stop_type": "limit", "tokens": [7]}], [question] * 2, {2}, "model-f16.gguf")
     require_ended([reply], [question], {0}, "model-q4_0.gguf")  # a loss, and measured
     with pytest.raises(

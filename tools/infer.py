@@ -116,7 +116,7 @@ def by_llama_cpp(file: Path, conversations: Conversations, length: int, paramete
                     f"{place}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
                     f"{context}: raise it"
                 )
-        replies = [server.complete(prompt, length, n_probs=0) for prompt in tqdm(prompts, disable=len(prompts) == 1)]
+        replies = [server.complete(prompt, length) for prompt in tqdm(prompts, disable=len(prompts) == 1)]
     return [(reply["content"].strip(), reply["stop_type"] != "limit") for reply in replies]
 
 
