@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import boto3
@@ -21,7 +22,7 @@ import psutil
 import pytest
 from conftest import Project, clone, environment
 
-FILES, SIZE = 8, 4 * 2**20  # of the adapter: large enough that a kill comes in the middle
+FILES, SIZE = 6, 4 * 2**20  # of the adapter: large enough that a kill comes in the middle
 BUCKET = "bucket"
 
 
@@ -81,10 +82,9 @@ class Server:
 
 
 class OpenSSH(Server):
-    secret = "a passphrase"
-
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
+        self.secret = token_hex()
         self.url = f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}{self.store}"
         for name, passphrase in {"host": "", "right": self.secret, "wrong": self.secret}.items():
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-f", folder / name], check=True)
