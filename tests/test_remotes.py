@@ -8,6 +8,7 @@ import getpass
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import boto3
 import psutil
 import pytest
-from conftest import Project, clone, environment
+from conftest import ROOT, Project, environment
 
 FILES, SIZE = 6, 4 * 2**20  # of the adapter: large enough that a kill comes in the middle
 BUCKET = "bucket"
@@ -218,8 +219,13 @@ def cut(server: Server, machine: Project, *command: str, moved: Callable[[], int
 
 @pytest.fixture
 def first(tmp_path: Path) -> Project:
-    machine = clone(tmp_path / "first")
+    """With the project's DVC settings and Makefile, and no pipeline, which only takes time."""
+    machine = Project(tmp_path / "first")
     machine.env = {"HOME": str(tmp_path / "first")}
+    for name in ("Makefile", ".dvc/config", ".dvc/.gitignore"):
+        (machine.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, machine.folder / name)
+    machine.run("git", "init", "-q")
     (machine.folder / "adapter").mkdir()
     for number in range(FILES):
         (machine.folder / f"adapter/{number}.safetensors").write_bytes(os.urandom(SIZE))
