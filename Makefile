@@ -39,7 +39,7 @@ serve: setup
 
 # Without verify a damaged object would be pulled and, in silence, taken for what it should be.
 remote: $(VENV)/.remotes
-	@dvc remote add --default --force storage $(URL)
+	@dvc remote add --default --force storage $(or $(URL),$(error make remote URL=/a/folder, ssh://, s3://, webdavs://))
 	@dvc remote modify storage verify true
 
 setup: $(VENV)/.installed
