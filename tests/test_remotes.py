@@ -323,8 +323,10 @@ def test_a_folder_that_was_pushed_to_is_read_over_the_web(
     second = second_machine(first)
     configure(second, url=f"{protocol}://127.0.0.1:{server.port}")
     server.run(*(part.format(port=server.port, store=server.store) for part in command))
-    second.run("dvc", "pull", "adapter")
-    server.kill()
+    try:
+        second.run("dvc", "pull", "adapter")
+    finally:
+        server.kill()
     assert adapter(second) == adapter(first)
 
 
