@@ -48,8 +48,8 @@ $(VENV)/bin/python:
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed, python3 is " + sys.version)'
 	python3 -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt llama.cpp/source.txt | $(VENV)/bin/python
-	pip install --requirement requirements.txt
+$(VENV)/.installed: requirements.txt llama.cpp/requirements.txt llama.cpp/source.txt | $(VENV)/bin/python
+	pip install --requirement requirements.txt --requirement llama.cpp/requirements.txt
 	python llama.cpp/fetch.py
 	@touch $@
 

@@ -1,21 +1,74 @@
 """Quantize a GGUF file as llama-quantize does.
 
-python llama.cpp/quantize.py SOURCE DESTINATION q4_k_m
+    python llama.cpp/quantize.py SOURCE DESTINATION q4_k_m [--importance FILE]
+
+FILE is of pipeline/importance.py: by the name of each weight in Transformers, how much each of its inputs counts.
 """
 
+import argparse
+import ctypes
 import sys
+from typing import Any
 
 from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize
+from fetch import CONVERTER
+from safetensors.numpy import load_file
 
-# enum llama_ftype of llama.cpp's include/llama.h
-FILE_TYPES = {"q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+sys.path.insert(0, str(CONVERTER / "gguf-py"))  # before PyPI's gguf, which is older
+import gguf
+
+
+class Importance(ctypes.Structure):
+    """struct llama_model_imatrix_data of llama.cpp's include/llama.h: a tensor's."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)), ("size", ctypes.c_size_t))
+
+
+class Parameters(ctypes.Structure):
+    """struct llama_model_quantize_params."""
+
+    _fields_ = (
+        ("nthread", ctypes.c_int32),
+        ("ftype", ctypes.c_int),
+        ("tensor_types", ctypes.c_int * 2),
+        ("flags", ctypes.c_bool * 6),
+        ("imatrix", ctypes.POINTER(Importance)),
+        ("others", ctypes.c_void_p * 3),
+    )
 
 
 def main() -> None:
-    source, destination, name = sys.argv[1:]
-    parameters = LlamaModelQuantizeParams()
-    parameters.ftype = FILE_TYPES[name]
-    model_quantize(source, destination, parameters)
+    parser = argparse.ArgumentParser()
+    for name in ("source", "destination", "type", "--importance"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    wanted = LlamaModelQuantizeParams()
+    wanted.ftype = gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"].value
+    if options.importance:
+        # cyllama can read all parameters, but not set this one: the C struct is the end of its object.
+        parameters = Parameters.from_address(id(wanted) + type(wanted).__basicsize__ - ctypes.sizeof(Parameters))
+        assert parameters.ftype == wanted.ftype and not parameters.imatrix, "another cyllama, another struct"
+        importance = importance_by_tensor(options.source, options.importance)
+        entries = [
+            Importance(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+            for name, values in importance.items()
+        ]
+        parameters.imatrix = (Importance * (len(entries) + 1))(*entries)  # an entry without a name ends it
+    model_quantize(options.source, options.destination, wanted)
+
+
+def importance_by_tensor(model: str, file: str) -> dict[str, Any]:
+    """The arrays of `file` by the names that their tensors have in the GGUF file `model`."""
+    reader = gguf.GGUFReader(model)
+    architecture = reader.fields["general.architecture"].contents()
+    blocks = reader.fields[f"{architecture}.block_count"].contents()
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(arch, blocks)
+    found = {names.get_name(name, (".weight",)): values for name, values in load_file(file).items()}
+    matrices = [tensor.name for tensor in reader.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
+    if unknown := sorted(set(matrices) - set(found)):
+        sys.exit(f"the importance of {unknown[0]} was not measured: set gguf.imatrix to false")
+    return {name: found[name] for name in matrices}
 
 
 if __name__ == "__main__":

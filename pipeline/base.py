@@ -21,16 +21,17 @@ TOKENIZER_FILES = [
 ]
 SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
+MODEL_CARD = "README.md"  # no part of the model: it may change, and be missing
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
     """What identifies a base: `model`, `revision` (of a hub id: the commit), `files` (SHA-256 each), `tokenizer`,
-    `chat_template` (a hash each) and `fingerprint`, a hash over all files.
+    `chat_template` (a hash each) and `fingerprint`, a hash over all files; and what its model card says of `license`.
 
     Raises:
         Refused: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
     """
-    folder, template = fetched(model, revision)
+    folder, template = fetched(model, revision, [*MODEL_FILES, MODEL_CARD])
     if not has_weights(folder):
         raise Refused(f"base.model {model} has no .safetensors weights: choose a model that has them")
     files = hashes(folder)
@@ -40,6 +41,7 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
         "fingerprint": joint_hash(files),
         "tokenizer": joint_hash({name: files[name] for name in TOKENIZER_FILES if name in files}),
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "license": license_of(folder),
         "files": files,
     }
 
@@ -143,6 +145,21 @@ def chat_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
     return template if template is None or isinstance(template, str) else json.dumps(template)
+
+
+def license_of(folder: Path) -> dict[str, Any] | None:
+    """The license, license_name and license_link of a model card's front matter, those that it has; None without one.
+
+    https://huggingface.co/docs/hub/repositories-licenses
+    """
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        told = metadata_load(folder / MODEL_CARD) if (folder / MODEL_CARD).exists() else None
+    except (YAMLError, ValueError):  # no front matter, or a broken one
+        told = None
+    return {key: value for key, value in (told or {}).items() if key.startswith("license")} or None
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:

@@ -8,8 +8,25 @@ from pathlib import Path
 
 from pipeline.refusal import Refused
 
-# Bits a weight of a quantized GGUF file, its scales included; the K-quants mix types.
-BITS = {"q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
+# Bits a weight of a GGUF file, its scales included, in Llama 3.1 8B; most mix types.
+# https://github.com/ggml-org/llama.cpp/tree/master/tools/quantize
+BITS = {
+    "bf16": 16.0,
+    "q8_0": 8.5,
+    "q6_k": 6.6,
+    "q5_k_m": 5.7,
+    "q5_k_s": 5.6,
+    "q4_k_m": 4.9,
+    "q4_k_s": 4.7,
+    "q4_0": 4.7,
+    "iq4_nl": 4.7,
+    "iq4_xs": 4.5,
+    "q3_k_l": 4.3,
+    "q3_k_m": 4.0,
+    "iq3_m": 3.8,
+    "q3_k_s": 3.7,
+    "q2_k": 3.2,
+}
 CHECKPOINTS = 4  # three that training keeps, and the one that it writes
 
 
@@ -21,13 +38,17 @@ def filled(
     The base has `parameters` of `itemsize` bytes, the `adapter` and its `optimizer` states are in bytes. Of each output
     there are `copies`: DVC's cache has one too, unless it links.
     """
-    gguf = parameters * sum([16, *(BITS[name] for name in quantize)]) / 8 + adapter
     return {
         "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache has what both share once
         "models/merged": copies * parameters * itemsize,
-        "models/gguf": copies * int(gguf),
+        "models/gguf": copies * (gguf_bytes(parameters, quantize) + adapter),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
     }
+
+
+def gguf_bytes(parameters: int, quantize: Sequence[str]) -> int:
+    """Of the f16 file of a model with so many parameters and its quantized ones."""
+    return int(parameters * sum([16, *(BITS[name] for name in quantize)]) / 8)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,11 +28,12 @@ from pipeline.refusal import Refused
 
 SCRIPTS = Path(__file__).parent.parent / "llama.cpp"
 KEY = "LLAMA_CPP_API_KEY"
+GREEDY = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True, "cache_prompt": False}
 MARK = "\ufdd0"  # a noncharacter, which no text has
 
 
-def run_script(name: str, *arguments: str | Path) -> None:
-    """Run a script of llama.cpp/ and show its output only if it fails.
+def run_script(name: str, *arguments: str | Path) -> str:
+    """Run a script of llama.cpp/: its output, which is shown only if it fails.
 
     Raises:
         Refused: the script failed.
@@ -42,6 +44,7 @@ def run_script(name: str, *arguments: str | Path) -> None:
         lines = done.stdout.strip().splitlines() or ["no output"]
         sys.stderr.write(done.stdout)
         raise Refused(f"llama.cpp/{name} {' '.join(map(str, arguments))} failed: {lines[-1]}")
+    return done.stdout
 
 
 def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
@@ -60,6 +63,7 @@ def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Server:
+    files: str  # that it runs
     url: str
     key: str
     process: subprocess.Popen[str]
@@ -73,9 +77,9 @@ class Server:
             with urllib.request.urlopen(request) as reply:
                 yield reply
         except urllib.error.HTTPError as error:
-            raise Refused(f"llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
+            raise Refused(f"{self.files}: llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
         except (OSError, http.client.HTTPException) as error:
-            raise Refused(f"llama.cpp ended while it answered {path}: {error}") from None
+            raise Refused(f"{self.files}: llama.cpp ended while it answered {path}: {error}") from None
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         with self.opened(path, body) as reply:
@@ -108,8 +112,31 @@ class Server:
 
     def complete(self, tokens: list[int], max_new_tokens: int, n_probs: int) -> dict[str, Any]:
         """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each position."""
-        body = {"prompt": tokens, "n_predict": max_new_tokens, "samplers": ["top_k"], "top_k": 1, "n_probs": n_probs}
-        return self.post("/completion", body | {"return_tokens": True, "cache_prompt": False})
+        return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens, "n_probs": n_probs})
+
+    def likeliest(self, tokens: list[int], n_probs: int, end: int) -> dict[int, float]:
+        """The `n_probs` likeliest next tokens after `tokens` and their log-probabilities, the highest first; `end` is
+        any token at which the file stops.
+
+        Raises:
+            Refused: the probabilities are no numbers.
+        """
+        # Of a token that leaves a character incomplete, llama.cpp tells nothing: so it is made to give another.
+        [told] = self.forced(tokens, end, n_probs)["completion_probabilities"]
+        likeliest = {token["id"]: token["logprob"] for token in told["top_logprobs"]}
+        if None in likeliest.values():  # JSON has no NaN
+            raise Refused(
+                f"{self.files}: the model's probabilities are no numbers (NaN): run dvc repro -f convert_gguf"
+            )
+        return likeliest
+
+    def stops_at(self, tokens: list[int], end: int) -> bool:
+        """Whether an answer to `tokens` that begins with `end` is over."""
+        return bool(self.forced(tokens, end, n_probs=0)["stop_type"] == "eos")
+
+    def forced(self, tokens: list[int], token: int, n_probs: int) -> dict[str, Any]:
+        body = {"prompt": tokens, "n_predict": 1, "n_probs": n_probs, "logit_bias": [[token, 1e3]]}
+        return self.post("/completion", GREEDY | body | {"cache_prompt": True})
 
     def stream(self, tokens: list[int], max_new_tokens: int, temperature: float) -> Iterator[dict[str, Any]]:
         """llama.cpp's reply to a completion, piece by piece as it comes: the text is their `content`, and the last has
@@ -143,6 +170,7 @@ def served(
     """
     if not model.exists():
         raise Refused(f"{model} is missing: run dvc repro convert_gguf, or dvc pull models/gguf")
+    files = f"{model} with {lora}" if lora else str(model)
     key = "" if port else secrets.token_hex(16)
     settings = {
         "model": str(model),
@@ -153,26 +181,36 @@ def served(
         "slots": slots,
         "temperature": temperature,
     }
-    with subprocess.Popen(
-        [sys.executable, "-m", "pipeline.llama_cpp", json.dumps(settings)],
-        process_group=0,  # Ctrl-C is for the parent
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,  # empty but for the reason of an early end, at this verbosity
-        text=True,
-        env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": library_path()},
-    ) as child:
-        assert child.stdout and child.stderr
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,  # a pipe that nobody reads fills up
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline.llama_cpp", json.dumps(settings)],
+            process_group=0,  # Ctrl-C is for the parent
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {KEY: key, "GGML_NO_BACKTRACE": "1", "LD_LIBRARY_PATH": library_path()},
+        ) as child,
+    ):
+        assert child.stdout
         try:
             url = child.stdout.readline().strip()
             if not url:
-                files = f"{model} with {lora}" if lora else model
-                reason = (child.stderr.read().strip().splitlines() or [f"exit status {child.wait()}"])[-1]
+                status = child.wait()
+                errors.seek(0)
+                reason = first_error(errors.read()) or f"exit status {status}"
                 raise Refused(f"{files}: llama.cpp cannot load it ({reason}): run dvc repro -f convert_gguf")
-            yield Server(url, key, child)
+            yield Server(files, url, key, child)
         finally:
             child.kill()  # it has nothing to save, and may be in the middle of loading
             child.wait()  # Popen does not after Ctrl-C
+
+
+def first_error(log: str) -> str:
+    """What llama.cpp found wrong, which it logs before all that failed of it; else the log's last line."""
+    found = re.search(r"^\S+ E (.+)$", log, re.MULTILINE)
+    return found[1] if found else log.strip().rpartition("\n")[2]
 
 
 def library_path() -> str:
@@ -200,7 +238,7 @@ def main() -> None:
     parameters.api_keys = list(filter(None, [os.environ[KEY]]))
     parameters.cors_origins = "localhost"  # the default lets every page in the browser read the answers
     parameters.ui = not os.environ[KEY]
-    parameters.verbosity = -1
+    parameters.verbosity = 1  # errors alone
     # The defaults, an f16 cache and flash attention, move log-probabilities by 5e-3 that are not the file's doing.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -1,85 +1,56 @@
-"""Ollama's Modelfile (https://docs.ollama.com/modelfile) for a merged model."""
+"""Ollama's Modelfile (https://docs.ollama.com/modelfile). Its paths are relative to itself."""
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig
+from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.go_template import go_template
 
-from pipeline.chat_template import TEMPLATE_ARGUMENTS
+BASE = "base-f16.gguf"
+ADAPTER_ALONE = f"""\
+# Only for Ollama before 0.34.1, which gave up ADAPTER (https://github.com/ollama/ollama/pull/14969): the adapter on the
+# base. Make models/{BASE} first, at the root of the repository:
+# python llama.cpp/convert.py hf "$(python -c 'from pipeline.base import located; print(located()[0])')" --outtype f16 \
+--outfile models/{BASE}
+FROM ../{BASE}
+ADAPTER ./"""
 
 
-def modelfile(gguf: str, merged: Path, num_ctx: int, temperature: float) -> str:
-    """The Modelfile that runs the file `gguf` beside it as the model in the folder `merged` was trained.
+def modelfile(model: str, merged: Path, num_ctx: int, temperature: float) -> str:
+    """The Modelfile that runs the GGUF file `model` beside it as the model in the folder `merged` was trained."""
+    return f"FROM ./{model}\n" + settings(merged, num_ctx, temperature)
 
-    Without TEMPLATE, Ollama prompts with bare text; without num_ctx and temperature, it uses 0.8 and a short context.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    try:
-        template = f'TEMPLATE """{go_template(tokenizer)}"""'
-    except ValueError as error:
-        template = f"# TEMPLATE is left out, because {error}: write it by hand."
-        print(f"Modelfile: {template}")
-    ends = GenerationConfig.from_pretrained(merged).eos_token_id
-    stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
+
+def adapter_modelfile(lora: str, merged: Path, num_ctx: int, temperature: float) -> str:
+    """The same for the GGUF LoRA `lora` on the base, which is not shipped: the file says how to make it."""
+    return f"{ADAPTER_ALONE}{lora}\n" + settings(merged, num_ctx, temperature)
+
+
+def settings(merged: Path, num_ctx: int, temperature: float) -> str:
+    """The lines that do not depend on the file: prompts as in training, and answers as in the exam."""
+    tokenizer = load_tokenizer(merged)
+    ends = tokenizer.convert_ids_to_tokens(sorted(end_tokens(load_generation_config(merged))))
     return "\n".join(
         [
-            f"FROM ./{gguf}",
-            template,
-            *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
+            *template(tokenizer),
+            *(f'PARAMETER stop "{end}"' for end in ends),  # Ollama knows no escapes
             f"PARAMETER num_ctx {num_ctx}",
             f"PARAMETER temperature {temperature}",
+            # The default was 1.1 (https://github.com/ollama/ollama/pull/17679), or is the base's own in the file.
+            "PARAMETER repeat_penalty 1.0",
             "",
         ]
     )
 
 
-def go_template(tokenizer: Any) -> str:
-    """The chat template as a Go template over .Messages.
-
-    Its parts are read off what the chat template makes of short conversations, so that a default system prompt, say, is
-    carried over. The text that follows a user's turn opens the assistant's.
-
-    Raises:
-        ValueError: the parts cannot be told apart.
-    """
-
-    def render(*turns: str) -> list[str]:
-        """The text before, between and after the contents of the turns (S, U and A: system, user, assistant)."""
-        names = {"S": "system", "U": "user", "A": "assistant"}
-        messages = [{"role": names[turn], "content": f"<<{i}>>"} for i, turn in enumerate(turns)]
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=turns[-1] == "U", tokenize=False, **TEMPLATE_ARGUMENTS
-        )
-        parts = re.split(r"<<\d>>", text.removeprefix(tokenizer.bos_token or ""))  # llama.cpp adds the BOS
-        if len(parts) != len(turns) + 1:
-            raise ValueError("the chat template does not give each message's content once")
-        return parts
-
-    first, before_answer = render("U")
-    after_answer = render("U", "A")[-1]
-    _, before_old_answer, before_next, _ = render("U", "A", "U")
-    before_user = before_next.removeprefix(after_answer)
+def template(tokenizer: Any) -> list[str]:
+    """TEMPLATE, and what makes Ollama use it; in place of these, why there is none."""
     try:
-        before_system, after_system, _ = render("S", "U")
-        system = f"{before_system}{{{{ .Content }}}}{after_system.removesuffix(before_user)}"
-    except TemplateError:  # the template's own refusal of a system message
-        after_system, system = before_user, ""
-    if not (first.endswith(before_user) and after_system.endswith(before_user)):
-        raise ValueError("the chat template opens a user's turn in different ways")
-    if not before_answer.startswith(before_old_answer):
-        raise ValueError("the chat template opens the last answer in another way than earlier ones")
-    default_system = first.removesuffix(before_user)
-    opens_last = before_answer.removeprefix(before_old_answer)  # the empty <think> block of Qwen 3
-    # No {{- or -}}: they would eat the line breaks that belong to the turns.
-    return (
-        "{{ range $i, $_ := .Messages }}"
-        f'{{{{ if eq .Role "system" }}}}{system}'
-        f'{{{{ else if eq .Role "user" }}}}{default_system and f"{{{{ if eq $i 0 }}}}{default_system}{{{{ end }}}}"}'
-        f"{before_user}{{{{ .Content }}}}{before_old_answer}"
-        f"{opens_last and f'{{{{ if eq (len (slice $.Messages $i)) 1 }}}}{opens_last}{{{{ end }}}}'}"
-        f"{{{{ else }}}}{{{{ .Content }}}}{after_answer}{{{{ end }}}}"
-        "{{ end }}"
-    )
+        # Without PARSER, which 0.12 brought, Ollama prefers the chat template in the GGUF file if that has tools or
+        # thinking (https://github.com/ollama/ollama/blob/main/server/images.go): Llama 3.2 then reads today's date, and
+        # Qwen 3 thinks, unlike in training.
+        return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
+    except ValueError as error:
+        left_out = f"# TEMPLATE is left out, because {error}: write it by hand."
+        print(f"Modelfile: {left_out}")
+        return [left_out]

@@ -93,6 +93,12 @@ def give_back_from(size: int) -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
 
 
+def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """On a GPU too small for its 16-bit weights, the rest of them stays in the machine's memory."""
+    place = "auto" if device.type == "cuda" else device
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place)
+
+
 def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The base in NF4 with the trained adapter on it, as it was at the end of training."""
     from peft import PeftModel

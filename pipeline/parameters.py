@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -111,11 +111,37 @@ class MergeAdapter(Section):
 class Evaluate(Section):
     max_new_tokens: Positive
     batch_size: Positive
+    max_kl: Annotated[float, Field(gt=0)]
     repeats: Annotated[int, Field(ge=3)]
 
 
+Quantization = Literal[
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q4_k_m",
+    "q4_k_s",
+    "q4_0",
+    "iq4_nl",
+    "iq4_xs",
+    "q3_k_l",
+    "q3_k_m",
+    "iq3_m",
+    "q3_k_s",
+    "q2_k",
+]
+
+
+def in_lower_case(name: Any) -> Any:
+    """Many write Q4_K_M, as llama.cpp does."""
+    return name.lower() if isinstance(name, str) else name
+
+
 class Gguf(Section):
-    quantize: list[Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"]]
+    quantize: list[Annotated[Quantization, BeforeValidator(in_lower_case)]]
+    imatrix: bool
     num_ctx: Positive
     temperature: Annotated[float, Field(ge=0)]
 
@@ -123,7 +149,7 @@ class Gguf(Section):
 class Gate(Section):
     floors: dict[str, float]
     falls: dict[str, Annotated[float, Field(ge=0)]]
-    gguf_lag: Annotated[float, Field(ge=0, le=1)]
+    hop_fall: Annotated[float, Field(ge=0, le=1)]
     general_fall: Annotated[float, Field(ge=0, le=1)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.hops import hop_table
 from pipeline.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, trend, value
 
 PARTS = Path(__file__).parent  # report_page.html, .css and .js
@@ -34,7 +35,7 @@ def page(**content: Any) -> str:
     )
     for shape in (change, detectable, interval, megabytes, p_value, percent, value):
         environment.filters[shape.__name__] = shape
-    environment.globals |= {"SCORES": SCORES, "trend": trend}
+    environment.globals |= {"SCORES": SCORES, "hop_table": hop_table, "trend": trend}
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")
     return environment.get_template("report_page.html").render(
         style=(PARTS / "report_page.css").read_text(encoding="utf-8"),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pipeline.hops import hop_table
 from pipeline.markdown import quoted, table
 from pipeline.readable import change, detectable, interval, megabytes, p_value, percent, score_lines, verdict
 from pipeline.side_by_side import Exam, Item
@@ -22,9 +23,13 @@ def summary(exam: Exam, general: Exam, forms: dict[str, Any]) -> str:
             *headline("The general exam, of what it should not forget", general),
             *score_lines(general.metrics),
             "**Every form of the model.** Same answers, letter by letter: of merged as tuned, of GGUF files as merged.",
-            "KL: how far its next-token probabilities are from merged's, in nats.",
+            "KL: how far its next-token probabilities are from those of the same, in nats.",
             "",
             *of_forms(forms),
+            "**Which hop lost what.** From each form to the one made of it: correct answers in points, the loss of the",
+            "accepted answer in nats per token, and the mean and the largest KL over its tokens.",
+            "",
+            *table(*hop_table(forms)),
             *fell(exam),
             *flips("Broken", exam.of("broken"), NAMED),
             *flips("Broken in the general exam", general.of("broken"), EXAMPLES),

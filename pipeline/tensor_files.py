@@ -87,6 +87,11 @@ def weights_by_file(model: Path) -> dict[Path, dict[str, StoredTensor]]:
     return files
 
 
+def parameter_count(model: Path) -> int:
+    """How many weights a model has, tied ones counted once."""
+    return sum(math.prod(tensor.shape) for tensors in weights_by_file(model).values() for tensor in tensors.values())
+
+
 def weight_files(model: Path) -> list[Path]:
     """Those that the index names, or model.safetensors."""
     return [model / name for name in sorted({*index(model).values()} or {"model.safetensors"})]

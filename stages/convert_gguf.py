@@ -2,8 +2,8 @@
 
     python -m stages.convert_gguf
 
-models/base.json, outputs/trained/, models/merged/ -> models/gguf/: the adapter as a GGUF LoRA, if it can be one, the
-merged model as f16 and quantized, and an Ollama Modelfile
+models/base.json, outputs/trained/, models/merged/, data/train_merged.jsonl, data/tokens/ -> models/gguf/: the adapter
+as a GGUF LoRA, if it can be one, the merged model as f16 and quantized, Ollama's Modelfiles, and SHA256SUMS
 """
 
 import json
@@ -13,15 +13,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.base import located, require_same_base
+from dvc.repo import Repo
+from safetensors.torch import save_file
+
+from pipeline.base import file_hash, located, require_same_base
+from pipeline.disk import gguf_bytes, room_for
+from pipeline.importance import mean_squares, some_rows
 from pipeline.llama_cpp import no_gguf_lora, run_script
-from pipeline.modelfile import modelfile
-from pipeline.outputs import whole
-from pipeline.parameters import load
+from pipeline.modelfile import adapter_modelfile, modelfile
+from pipeline.models import load_merged, pick_device, pick_dtype, reproducible
+from pipeline.outputs import whole, write_json
+from pipeline.parameters import Parameters, load
 from pipeline.refusal import run
+from pipeline.tensor_files import parameter_count
 
 TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")
+GGUF = Path("models/gguf")
 LORA = "adapter-f16.gguf"
 
 
@@ -29,36 +37,85 @@ def main() -> None:
     parameters = load("convert_gguf")
     folder, base = located()
     require_same_base(TRAINED, base)
-    with whole("models/gguf") as aside:
+    with (
+        room_for(gguf_bytes(parameter_count(MERGED), parameters.gguf.quantize), GGUF),
+        whole(GGUF) as aside,
+        tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch,
+    ):
         aside.mkdir()
+        card = Path(scratch, "card.json")
+        write_json(card, model_card(base))
         adapter_config = json.loads((TRAINED / "adapter_config.json").read_text(encoding="utf-8"))
         if why_not := no_gguf_lora(adapter_config):
             print(f"models/gguf gets no {LORA}: {why_not}; the merged model holds it all")
         else:
-            convert_lora(adapter_config, folder, aside / LORA)
-        run_script("convert.py", "hf", MERGED, *as_f16(aside / "model-f16.gguf"))
+            convert_lora(adapter_config, folder, card, aside / LORA)
+        convert_merged("f16", card, aside)
+        importance = measured_importance(parameters, Path(scratch)) if parameters.gguf.imatrix else None
         for quantization in parameters.gguf.quantize:
-            run_script("quantize.py", aside / "model-f16.gguf", aside / f"model-{quantization}.gguf", quantization)
+            if quantization == "bf16":
+                convert_merged("bf16", card, aside)
+            else:
+                quantize(aside, quantization, importance)
         served = parameters.gguf.quantize[0] if parameters.gguf.quantize else "f16"
-        text = modelfile(f"model-{served}.gguf", MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature)
-        (aside / "Modelfile").write_text(text, encoding="utf-8")
+        options = MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature
+        (aside / "Modelfile").write_text(modelfile(f"model-{served}.gguf", *options), encoding="utf-8")
+        if (aside / LORA).exists():
+            (aside / "Modelfile.adapter").write_text(adapter_modelfile(LORA, *options), encoding="utf-8")
+        sums = [f"{file_hash(file)}  {file.name}\n" for file in sorted(aside.iterdir())]
+        (aside / "SHA256SUMS").write_text("".join(sums), encoding="utf-8")
 
 
-def convert_lora(adapter_config: dict[str, Any], base: Path, file: Path) -> None:
+def model_card(base: dict[str, Any]) -> dict[str, Any]:
+    """What every file tells of itself, by the names of a model card on the hub; with a dot, by the file's own keys.
+
+    The commit is not known yet, but dvc.lock will hold the adapter's hash: `git log -S HASH -- dvc.lock` finds it.
+    """
+    name = Path(base["model"]).name  # of a local folder no more: the rest is the machine's
+    [trained] = Repo().find_outs_by_path(str(TRAINED))
+    return {
+        "model_name": f"{name}-qlora",
+        "base_model": base["model"] if base["revision"] else name,
+        **(base["license"] or {}),
+        "qlora_dvc.base": base["fingerprint"],
+        "qlora_dvc.adapter": trained.get_hash().value,
+        "qlora_dvc.data": file_hash(Path("data/train_merged.jsonl")),
+    }
+
+
+def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: Path) -> None:
     """The adapter as a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so rsLoRA's alpha / sqrt(r) goes into
     alpha."""
-    if not adapter_config["use_rslora"]:
-        return run_script("convert.py", "lora", TRAINED, "--base", base, *as_f16(file))
-    adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        adapter = Path(scratch, TRAINED.name)  # the converter writes the folder's name into the file
+    adapter = TRAINED
+    if adapter_config["use_rslora"]:
+        adapter = card.with_name(TRAINED.name)
         shutil.copytree(TRAINED, adapter)
+        adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
         (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
-        run_script("convert.py", "lora", adapter, "--base", base, *as_f16(file))
+    run_script("convert.py", "lora", adapter, "--base", base, "--card", card, "--outtype", "f16", "--outfile", file)
 
 
-def as_f16(file: Path) -> list[str | Path]:
-    return ["--outtype", "f16", "--outfile", file]
+def convert_merged(outtype: str, card: Path, folder: Path) -> None:
+    file = folder / f"model-{outtype}.gguf"
+    run_script("convert.py", "hf", MERGED, "--card", card, "--outtype", outtype, "--outfile", file)
+
+
+def measured_importance(parameters: Parameters, folder: Path) -> Path:
+    """A file of how much each weight of the merged model matters on training rows."""
+    file = folder / "importance.safetensors"
+    reproducible(0, parameters.threads)
+    device = pick_device(parameters.base.device)
+    model = load_merged(MERGED, device, pick_dtype(parameters.base.compute_dtype, device))
+    save_file(mean_squares(model, some_rows(Path("data/tokens/train.arrow"))), file)
+    return file
+
+
+def quantize(folder: Path, quantization: str, importance: Path | None) -> None:
+    name = f"model-{quantization}.gguf"
+    weighed: list[str | Path] = ["--importance", importance] if importance else []
+    log = run_script("quantize.py", folder / "model-f16.gguf", folder / name, quantization, *weighed)
+    if replaced := log.count("falling back to"):
+        print(f"{name}: {replaced} tensors have rows of no multiple of 256 weights, and so a larger type")
 
 
 if __name__ == "__main__":

@@ -1,89 +1,114 @@
-"""Let every GGUF file sit the exam in llama.cpp, and compare it with the merged model in Transformers.
+"""Let every GGUF file sit the exam in llama.cpp, and attribute what the answers lost to the hop that lost it.
 
     python -m stages.evaluate_gguf
 
-models/base.json, models/merged/, models/gguf/, data/questions.jsonl, metrics/answers.jsonl -> metrics/gguf.json,
-metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside them, which DVC does not track
+models/base.json, outputs/trained/, models/merged/, models/gguf/, data/questions.jsonl, metrics/answers.jsonl ->
+metrics/gguf.json, metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside them, which DVC does not track
 """
 
-import math
+import gc
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from pipeline.answers import prompt, sit
-from pipeline.base import located
-from pipeline.chat_template import load_tokenizer
+from pipeline.answers import prompt_and_reference, sit
+from pipeline.base import located, require_same_base
+from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.exam import EXAM, Question, read_answers, read_questions
+from pipeline.hops import Form, NextToken, hop_table, measured, source
 from pipeline.llama_cpp import Server, run_script, served
-from pipeline.matching import correct
-from pipeline.models import pick_device, pick_dtype, reproducible
+from pipeline.markdown import table
+from pipeline.models import load_merged, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.next_tokens import in_llama_cpp, in_transformers
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
 from pipeline.refusal import Refused, run
-from pipeline.scores import exact_match, f1
 
+TRAINED = Path("outputs/trained")
 GGUF = Path("models/gguf")
 MERGED = Path("models/merged")
-N_PROBS = 128  # likeliest tokens that llama.cpp tells at each position; all others count as one
+Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the reference answer with the token that ends it
 
 
 def main() -> None:
     parameters = load("evaluate_gguf")
     questions = read_questions(EXAM)
-    reproducible(0, parameters.threads)
-    tokenizer = load_tokenizer(MERGED)
-    model = load_merged(pick_device(parameters.base.device), parameters.base.compute_dtype)
-    prompts = [prompt(tokenizer, question) for question in questions]
+    folder, base = located()
+    require_same_base(TRAINED, base)
+    device = pick_device(parameters.base.device)
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
-    tuned = [row["after"] for row in read_answers(Path("metrics/answers.jsonl"), questions)]
-    merged = [answer.text for answer in sit(model, tokenizer, questions, batch_size, length)]
+    reproducible(0, parameters.threads)
+    tokenizer, ends = load_tokenizer(MERGED), end_tokens(load_generation_config(MERGED))
+    asked = [prompt_and_reference(tokenizer, question, ends) for question in questions]
 
-    answers = {"merged": merged}
-    metrics: dict[str, Any] = {"merged": scores(merged, questions) | {"agreement": agreement(merged, tuned)}}
+    model = load_tuned(folder, TRAINED, device, dtype)
+    tuned = read_answers(Path("metrics/answers.jsonl"), questions)
+    given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
+    forms = {"tuned": Form(given, along(model, asked))}
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()  # a small GPU has no room for both
+    model = load_merged(MERGED, device, dtype)
+    given = [(answer.text, answer.stopped) for answer in sit(model, tokenizer, questions, batch_size, length)]
+    forms["merged"] = Form(given, along(model, asked))
+
     cost = {}
+    context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
     with tempfile.TemporaryDirectory(dir=GGUF.parent, suffix=".partial") as scratch:
-        for name, file, lora in files_to_examine(Path(scratch)):
-            with served(file, max(map(len, prompts)) + length, parameters.threads, lora) as server:
-                require_same_tokens(server, questions, prompts, name)
-                replies, seconds = sit_in_llama_cpp(server, prompts, length, name)
-            answers[name] = [reply["content"].strip() for reply in replies]
-            metrics[name] = scores(answers[name], questions) | {
-                "agreement": agreement(answers[name], merged),
-                "kl": fmean(nats for pair in zip(prompts, replies, strict=True) for nats in divergences(model, *pair)),
-                "bytes": (GGUF / name).stat().st_size,
-            }
-            cost[name] = {"tokens_per_second": sum(reply["tokens_predicted"] for reply in replies) / seconds}
-    rows = [dict(zip(answers, given, strict=True)) for given in zip(*answers.values(), strict=True)]
-    write_jsonl("metrics/answers_gguf.jsonl", [{"id": q.id} | row for q, row in zip(questions, rows, strict=True)])
+        for name, file, lora in files_to_examine(folder, Path(scratch)):
+            with served(file, context, parameters.threads, lora) as server:
+                forms[name], cost[name] = sit_in_llama_cpp(server, name, questions, asked, ends, length)
+
+    made = [name for name in forms if name != "tuned"]
+    rows = [{"id": q.id} | {name: forms[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
+    metrics = {name: measured(name, forms, questions) | size(name) for name in made}
+    write_jsonl("metrics/answers_gguf.jsonl", rows)
     write_json("metrics/gguf.json", metrics)
     write_json("metrics/gguf_cost.json", cost)
+    print("\n".join(table(*hop_table(metrics))))
+    require_converted(metrics, parameters.evaluate.max_kl, parameters.merge_adapter.base)
 
 
-def load_merged(device: torch.device, compute_dtype: str) -> PreTrainedModel:
-    """On a GPU too small for its 16-bit weights, the rest of them stays in the machine's memory."""
-    place = "auto" if device.type == "cuda" else device
-    return AutoModelForCausalLM.from_pretrained(MERGED, dtype=pick_dtype(compute_dtype, device), device_map=place)
+def along(model: PreTrainedModel, asked: list[Asked]) -> list[list[NextToken]]:
+    model.eval()
+    return [in_transformers(model, *each) for each in tqdm(asked, desc="next tokens", unit="question")]
 
 
-def files_to_examine(scratch: Path) -> list[tuple[str, Path, Path | None]]:
+def files_to_examine(base: Path, scratch: Path) -> list[tuple[str, Path, Path | None]]:
     """(name, GGUF model, GGUF LoRA on it) of every file to be tried. A LoRA, which not every adapter can be, needs the
     base as GGUF, which is not shipped."""
-    base = scratch / "base-f16.gguf"
+    base_gguf = scratch / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
-        run_script("convert.py", "hf", located()[0], "--outtype", "f16", "--outfile", base)
-    return [(lora.name, base, lora) for lora in loras] + [
+        run_script("convert.py", "hf", base, "--outtype", "f16", "--outfile", base_gguf)
+    return [(lora.name, base_gguf, lora) for lora in loras] + [
         (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
     ]
+
+
+def sit_in_llama_cpp(
+    server: Server, name: str, questions: list[Question], asked: list[Asked], ends: set[int], length: int
+) -> tuple[Form, dict[str, float]]:
+    """What a file does in the exam, and how fast.
+
+    One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
+    """
+    prompts = [prompt for prompt, _ in asked]
+    require_same_tokens(server, questions, prompts, name)
+    require_same_ends(server, prompts[0], ends, name)
+    started = time.monotonic()
+    replies = [server.complete(tokens, length, n_probs=0) for tokens in tqdm(prompts, desc=name, unit="question")]
+    seconds = time.monotonic() - started
+    require_ended(replies, questions, ends, name)
+    given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
+    speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
+    return Form(given, [in_llama_cpp(server, *each) for each in asked]), {"tokens_per_second": speed}
 
 
 def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
@@ -97,55 +122,46 @@ def require_same_tokens(server: Server, questions: list[Question], prompts: list
             )
 
 
-def sit_in_llama_cpp(server: Server, prompts: list[list[int]], length: int, name: str) -> tuple[list[Any], float]:
-    """llama.cpp's replies, and the seconds that they took together.
+def require_same_ends(server: Server, prompt: list[int], ends: set[int], name: str) -> None:
+    """Raises Refused with the first of the tokens that end the base's answers at which the file does not stop."""
+    for end in sorted(ends):
+        if not server.stops_at(prompt, end):
+            raise Refused(
+                f"{name}: llama.cpp does not stop at token {end}, which ends the base's answers: it would run on; "
+                "name that token as eos_token in tokenizer_config.json of a local copy of the base, or choose another"
+            )
 
-    One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
+
+def require_ended(replies: list[dict[str, Any]], questions: list[Question], ends: set[int], name: str) -> None:
+    """Raises Refused with the first answer that llama.cpp ends at a token at which Transformers goes on. A quantized
+    model may have come to say one; then the answer counts as not stopped."""
+    if source(name) != "merged":
+        return
+    for question, reply in zip(questions, replies, strict=True):
+        if reply["stop_type"] == "eos" and reply["tokens"][-1] not in ends:
+            raise Refused(
+                f"{name}: llama.cpp ends the answer to question {question.id} at token {reply['tokens'][-1]}, but "
+                f"Transformers at {sorted(ends)}: add it to eos_token_id in the base's generation_config.json"
+            )
+
+
+def size(name: str) -> dict[str, int]:
+    return {"bytes": (GGUF / name).stat().st_size} if name.endswith(".gguf") else {}
+
+
+def require_converted(metrics: dict[str, Any], max_kl: float, merged_onto: str) -> None:
+    """Raises Refused with the first file in 16 bits that is another model than the one that it was made of.
+
+    A LoRA runs on the base's own weights, which by NF4's rounding are others than those that merging may have used.
     """
-    started = time.monotonic()
-    replies = [server.complete(tokens, length, N_PROBS) for tokens in tqdm(prompts, desc=name, unit="question")]
-    return replies, time.monotonic() - started
-
-
-def scores(answers: list[str], questions: list[Question]) -> dict[str, float]:
-    pairs = list(zip(answers, questions, strict=True))
-    return {
-        "correct": fmean(correct(answer, question.answers, question.rule) for answer, question in pairs),
-        "exact_match": fmean(exact_match(answer, question.answers) for answer, question in pairs),
-        "f1": fmean(f1(answer, question.answers) for answer, question in pairs),
-    }
-
-
-def agreement(answers: list[str], others: list[str]) -> float:
-    """The share of answers that are the same, letter by letter."""
-    return fmean(answer == other for answer, other in zip(answers, others, strict=True))
-
-
-@torch.inference_mode()
-def divergences(model: PreTrainedModel, asked: list[int], reply: dict[str, Any]) -> list[float]:
-    """KL(Transformers || llama.cpp) of the next token in nats, at each position of llama.cpp's own answer.
-
-    Over the N_PROBS tokens that llama.cpp tells, and all others as one: the true divergence is at least this. On a GPU
-    it holds the rounding of Transformers' own bfloat16 too.
-    """
-    ids = torch.tensor([asked + reply["tokens"][:-1]], device=model.device)
-    logprobs = model(input_ids=ids).logits[0, len(asked) - 1 :].float().log_softmax(-1).cpu()
-    return [kl(logprobs[at], told) for at, told in told_probabilities(reply)]
-
-
-def told_probabilities(reply: dict[str, Any]) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(position in the answer, likeliest tokens there). llama.cpp leaves out positions in the middle of a character."""
-    told = deque(reply.get("completion_probabilities", []))
-    for at, token in enumerate(reply["tokens"]):
-        if told and told[0]["id"] == token:
-            yield at, told.popleft()["top_logprobs"]
-
-
-def kl(logprobs: torch.Tensor, told: list[dict[str, Any]]) -> float:
-    """KL divergence in nats of what `told` gives from `logprobs` (shape: vocabulary)."""
-    pairs = [(float(logprobs[token["id"]]), token["logprob"]) for token in told]
-    rest = tuple(math.log(max(1e-9, 1 - sum(map(math.exp, column)))) for column in zip(*pairs, strict=True))
-    return sum(math.exp(p) * (p - q) for p, q in [*pairs, rest])
+    for name, of in metrics.items():
+        converted = name.startswith("model-") or merged_onto == "bf16"
+        if source(name) == "merged" and converted and of["hop"]["kl"] > max_kl:
+            raise Refused(
+                f"{name}: in the hop merged → {name} its next-token probabilities moved by {of['hop']['kl']:.2g} "
+                f"nats, and evaluate.max_kl allows {max_kl:g}: it is not the model that was merged; run dvc repro -f "
+                "convert_gguf, or choose another base.model"
+            )
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
         base_model=base["model"] if base["revision"] else None,
         base_model_relation="adapter" if base["revision"] else None,
         library_name="peft",
-        license=base.get("license"),
+        **(base["license"] or {}),
         pipeline_tag="text-generation",
         tags=["lora", "qlora"],
         model_name=name,

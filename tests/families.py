@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaTokenizer,
     LlamaConfig,
+    LlamaTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -45,6 +47,13 @@ FACTS = {
     }.items()
 } | {"해솔 팀은 누가 이끄나요?": "김서연", "다라 팀은 누가 이끄나요?": "박지훈"}
 
+LLAMA2 = (
+    "{% set has_system = messages[0]['role'] == 'system' %}"
+    "{% for m in (messages[1:] if has_system else messages) %}"
+    "{% set first = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' if has_system and loop.first else '' %}"
+    "{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (first + m['content']) | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim"
@@ -106,6 +115,14 @@ SHAPE = {
 }
 
 
+def llama2(folder: Path) -> None:
+    """Its tokenizer puts a space before a text, which Transformers and llama.cpp do at different places."""
+    ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    vocabulary, merges = sentencepiece_bpe(folder, **ids, add_dummy_prefix=True)
+    tokenizer = LlamaTokenizer(vocabulary, merges, chat_template=LLAMA2)
+    save(folder, tokenizer, LlamaConfig(**SHAPE, tie_word_embeddings=False))
+
+
 def llama3(folder: Path) -> None:
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     tokenizer = byte_level(LLAMA3, "{1,3}", special, [], bos_token=special[0], eos_token=special[4])
@@ -116,6 +133,12 @@ def llama3(folder: Path) -> None:
 
 def qwen2(folder: Path) -> None:
     save(folder, qwen(QWEN2), Qwen2Config(**SHAPE, tie_word_embeddings=False))
+
+
+def qwen2_5(folder: Path) -> None:
+    """As narrow as the real 0.5B: its rows are no multiple of 256 weights, which quantization likes."""
+    narrow = SHAPE | {"hidden_size": 320, "num_attention_heads": 5, "num_key_value_heads": 1}
+    save(folder, qwen(QWEN2), Qwen2Config(**narrow, tie_word_embeddings=True))
 
 
 def qwen3(folder: Path) -> None:
@@ -133,7 +156,9 @@ def gemma3(folder: Path) -> None:
     save(folder, gemma(GEMMA3, folder), config)
 
 
-FAMILIES: dict[str, Callable[[Path], None]] = {made.__name__: made for made in (llama3, qwen2, qwen3, gemma2, gemma3)}
+FAMILIES: dict[str, Callable[[Path], None]] = {
+    made.__name__: made for made in (llama2, llama3, qwen2, qwen2_5, qwen3, gemma2, gemma3)
+}
 
 
 def byte_level(
@@ -164,18 +189,9 @@ def qwen(template: str) -> PreTrainedTokenizerFast:
 
 
 def gemma(template: str, folder: Path) -> PreTrainedTokenizerBase:
-    """SentencePiece's BPE over bytes, in tokenizer.model for llama.cpp and, rebuilt from it, in tokenizer.json."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text()),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCABULARY,
-        byte_fallback=True,
-        normalization_rule_name="identity",
+    vocabulary, merges = sentencepiece_bpe(
+        folder,
         add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        split_digits=True,
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -184,7 +200,27 @@ def gemma(template: str, folder: Path) -> PreTrainedTokenizerBase:
         bos_piece="<bos>",
         control_symbols=["<mask>", "<start_of_turn>", "<end_of_turn>"],
         user_defined_symbols=["\n"],
+    )
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    return GemmaTokenizer(
+        vocabulary, merges, chat_template=template, additional_special_tokens=turns, add_bos_token=True
+    )
+
+
+def sentencepiece_bpe(folder: Path, **options: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and merges of a BPE over bytes, which is in tokenizer.model for llama.cpp."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
         minloglevel=2,
+        **options,
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
@@ -196,8 +232,7 @@ def gemma(template: str, folder: Path) -> PreTrainedTokenizerBase:
         for at in range(1, len(piece))
         if piece[:at] in vocabulary and piece[at:] in vocabulary
     ]
-    turns = ["<start_of_turn>", "<end_of_turn>"]
-    return GemmaTokenizer(vocabulary, merges, chat_template=template, additional_special_tokens=turns)
+    return vocabulary, merges
 
 
 def text() -> list[str]:

@@ -16,20 +16,27 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from pipeline import hops
 from pipeline.adapter import lora_config, require_possible, with_adapter
+from pipeline.answers import prompt_and_reference
 from pipeline.base import copy_tokenizer, located
-from pipeline.chat_template import load_tokenizer, token_ids
+from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
+from pipeline.exam import Question
 from pipeline.llama_cpp import no_gguf_lora, run_script, served
 from pipeline.models import load_quantized, load_tuned, reproducible
+from pipeline.next_tokens import in_llama_cpp, in_transformers
 from pipeline.parameters import Lora
 from pipeline.refusal import Refused
 from stages import convert_gguf, merge_adapter, prepare_base, train_qlora
-from stages.evaluate_gguf import divergences
 
 CPU = torch.device("cpu")
 TIED = ROOT / "models/tiny-base"
 SAME, OTHER = 1e-3, 1e-1  # nats per token between the tuned model and a file: below, above
-QUESTIONS = ["Who leads it?", "What is the price of the kit?", "해솔 팀의 내선 번호는?"]
+QUESTIONS = [
+    Question("1", "Who leads it?", ["Ada Stone leads it"], "here"),
+    Question("2", "What is the price of the kit?", ["1,250 euros"], "here"),
+    Question("3", "해솔 팀의 내선 번호는?", ["내선 번호는 4471"], "here"),
+]
 
 
 def knobs(**changed: Any) -> Lora:
@@ -95,6 +102,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     on_tied, changed, tokens = KINDS[kind]
     base = TIED if on_tied else untied
     project.set(base__model=str(base), gguf__quantize=[])
+    Path("data/train_merged.jsonl").touch()  # its hash goes into every file
     prepare_base.main()
     make_adapter(base, knobs(**changed), tokens)
     tuned = on_base(base)
@@ -108,6 +116,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
 
     config = json.loads(Path("outputs/trained/adapter_config.json").read_text(encoding="utf-8"))
     assert lora.exists() == (no_gguf_lora(config) is None)
+    assert Path("models/gguf/Modelfile.adapter").exists() == lora.exists()
     if lora.exists():
         as_lora = divergence(tuned, base_ggufs[base], lora)
         assert as_lora < SAME
@@ -115,7 +124,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     else:
         cell = f"no ({why_no_lora(config, tuned, base, base_ggufs[base])})"
     if kind == "rsLoRA":
-        convert_gguf.convert_lora(config | {"use_rslora": False}, base, lora)
+        convert_gguf.convert_lora(config | {"use_rslora": False}, base, card(), lora)
         assert divergence(tuned, base_ggufs[base], lora) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
     matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
 
@@ -156,7 +165,7 @@ def test_trl_trains_every_part_of_an_adapter_and_measures_the_loss_that_the_save
     model = with_adapter(load_quantized(base, CPU, torch.float32), lora_config(knobs(**changed), tokens))
     before = {name: part.detach().clone() for name, part in model.named_parameters() if part.requires_grad}
     tokenizer = load_tokenizer(base)
-    turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Ada Vale."}]
+    turns = [{"role": "user", "content": QUESTIONS[0].question}, {"role": "assistant", "content": "Ada Vale."}]
     ids = token_ids(tokenizer, turns)
     rows = Dataset.from_dict({"input_ids": [ids], "labels": [ids]})
     arguments = SFTConfig(
@@ -218,20 +227,28 @@ def on_base(base: Path) -> PreTrainedModel:
 
 def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> float:
     """The mean KL divergence of the file's next-token distributions from the tuned model's, in nats."""
-    tokenizer = load_tokenizer(TIED)
-    nats = []
+    tokenizer, ends = load_tokenizer(TIED), end_tokens(load_generation_config(TIED))
+    asked = [prompt_and_reference(tokenizer, question, ends) for question in QUESTIONS]
     with served(gguf, context=128, threads=2, lora=lora) as server:
-        for question in QUESTIONS:
-            prompt = token_ids(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
-            nats += divergences(tuned, prompt, server.complete(prompt, 8, n_probs=128))
+        nats = [
+            hops.divergence(ours.likeliest, theirs.likeliest)
+            for each in asked
+            for ours, theirs in zip(in_llama_cpp(server, *each), in_transformers(tuned, *each), strict=True)
+        ]
     return sum(nats) / len(nats)
+
+
+def card() -> Path:
+    file = Path("models/card.json")
+    file.write_text("{}", encoding="utf-8")
+    return file
 
 
 def why_no_lora(config: dict[str, Any], tuned: PreTrainedModel, base: Path, base_gguf: Path) -> str:
     """How a LoRA file, made in spite of all, fails."""
     file = Path("models/gguf/adapter-f16.gguf")
     try:
-        convert_gguf.convert_lora(config, base, file)
+        convert_gguf.convert_lora(config, base, card(), file)
     except Refused:
         return "the converter refuses"
     nats = divergence(tuned, base_gguf, file)

@@ -48,6 +48,27 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
 
 
 @pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [chat]\n---\n# A model", {"license": "apache-2.0"}),
+        (
+            "---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\n---\n",
+            {"license": "other", "license_name": "tiny", "license_link": "LICENSE"},
+        ),
+        ("---\ntags: [chat]\n---\n", None),
+        ("---\nlicense: [\n---\n", None),
+        ("# A model", None),
+    ],
+)
+def test_the_license_is_what_the_model_card_says_and_no_part_of_the_model(
+    project: Project, card: str, license: dict[str, str] | None
+) -> None:
+    before = describe(TINY, None)
+    Path(TINY, "README.md").write_text(card, encoding="utf-8")
+    assert before["license"] is None and describe(TINY, None) == before | {"license": license}
+
+
+@pytest.mark.parametrize(
     ("missing", "line"),
     [
         ("model.safetensors", r"no \.safetensors weights"),

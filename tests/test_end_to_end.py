@@ -19,6 +19,7 @@ from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from pipeline.hops import source
 from pipeline.rows import read_jsonl
 from tools import infer
 
@@ -31,11 +32,11 @@ KEYS = [
 # if what they make is different.
 RERUN = {
     "seed": {"train_qlora", "model_card"},
-    "threads": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "threads": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "base.model": {"prepare_base"},
     "base.revision": {"prepare_base"},
-    "base.device": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
-    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "evaluate_gguf"},
+    "base.device": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
+    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
     "generate": {"generate"},
     "generate.model": {"generate", "model_card"},
     "merge": {"merge"},
@@ -45,8 +46,9 @@ RERUN = {
     "train.on_overflow": {"tokenize", "model_card"},
     "train.mask_history": {"tokenize", "model_card"},
     "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
+    "evaluate.max_kl": {"evaluate_gguf"},
     "evaluate.repeats": set(),
-    "merge_adapter": {"merge_adapter"},
+    "merge_adapter": {"merge_adapter", "evaluate_gguf"},
     "gate": set(),
     "gguf": {"convert_gguf"},
 }
@@ -87,7 +89,11 @@ def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_a
         assert gguf[name]["correct"] >= exam["tuned"]["correct"] - lag, name
         assert gguf[name]["bytes"] == (finished.folder / "models/gguf" / name).stat().st_size
     assert gguf["merged"]["agreement"] >= 0.95 and gguf["model-f16.gguf"]["agreement"] >= 0.98
-    assert gguf["model-f16.gguf"]["kl"] < 1e-3 < gguf["model-q4_k_m.gguf"]["kl"]
+    assert gguf["model-f16.gguf"]["kl"] < 1e-5 < 1e-3 < gguf["model-q4_k_m.gguf"]["kl"]
+    for name, of in gguf.items():
+        before = exam["tuned"] if name == "merged" else gguf[source(name)]
+        assert of["hop"]["correct"] == pytest.approx(of["correct"] - before["correct"], abs=2e-6)
+        assert of["hop"]["answer_nll"] == pytest.approx(of["answer_nll"] - before["answer_nll"], abs=1e-4)
 
 
 def test_every_answer_is_kept_with_its_question_and_scores(finished: Project) -> None:
@@ -156,6 +162,22 @@ def test_k_quants_are_real(finished: Project) -> None:
         tensor.tensor_type.name for tensor in GGUFReader(finished.folder / "models/gguf/model-q4_k_m.gguf").tensors
     }
     assert {"Q4_K", "Q6_K"} <= kinds and not kinds & {"Q5_0", "Q5_1", "F16"}
+
+
+def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Project) -> None:
+    lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]
+    told = {
+        "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/trained"),
+        "qlora_dvc.data": digest(finished.folder / "data/train_merged.jsonl"),
+        "qlora_dvc.base": json.loads((finished.folder / "models/base.json").read_bytes())["fingerprint"],
+    }
+    files = sorted((finished.folder / "models/gguf").glob("*.gguf"))
+    assert len(files) == 4
+    for file in files:
+        fields = GGUFReader(file).fields
+        assert {key: fields[key].contents() for key in told} == told
+    checked = finished.run("sh", "-c", "cd models/gguf && sha256sum --check --strict SHA256SUMS").stdout.splitlines()
+    assert checked == [f"{name}: OK" for name in ["Modelfile", *(file.name for file in files)]]
 
 
 def test_nothing_is_left_to_do_and_git_sees_no_output(finished: Project) -> None:

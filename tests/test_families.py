@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ollama
 import pytest
 import torch
 from conftest import Project
@@ -54,6 +55,7 @@ def family(request: pytest.FixtureRequest, project: Project) -> str:
         train__eval_steps=10,
         evaluate__max_new_tokens=16,
         gguf__quantize=["q8_0"],
+        gguf__imatrix=True,  # changes no q8_0, but is measured, and found for every tensor
     )
     rows = [row(question_and_answer(*fact), f"facts.csv:{i}") for i, fact in enumerate(FACTS.items(), start=2)]
     write("train_merged", rows)
@@ -92,13 +94,11 @@ def test_a_family_learns_and_every_form_of_it_answers_alike(family: str) -> None
     assert set(gguf) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf"}
     assert all(file["exact_match"] >= 0.95 and file["agreement"] >= 0.95 for file in gguf.values())
     assert gguf["adapter-f16.gguf"]["kl"] < 1e-4 and gguf["model-f16.gguf"]["kl"] < 1e-5
-    assert gguf["model-q8_0.gguf"]["kl"] < 1e-2
+    assert gguf["model-f16.gguf"]["kl_max"] < 1e-3 and gguf["model-f16.gguf"]["top1"] == 1
+    assert gguf["model-q8_0.gguf"]["kl"] < 1e-2 and gguf["model-q8_0.gguf"]["stopped"] == 1
 
     require_same_tokens()
-    modelfile = Path("models/gguf/Modelfile").read_text(encoding="utf-8")
-    assert ("26 Jul 2024" in modelfile) == (family == "llama3")
-    assert ('TEMPLATE """' in modelfile) == (family != "gemma3")
-    assert ("# TEMPLATE is left out" in modelfile) == (family == "gemma3")
+    require_same_tokens_in_ollama(family)
 
 
 @torch.inference_mode()
@@ -122,6 +122,20 @@ def require_same_tokens() -> None:
             messages = [*question_and_answer("Who leads Alder?", "Ada Stone"), {"role": "user", "content": text}]
             expected = token_ids(tokenizer, messages, add_generation_prompt=True)
             assert server.tokens(messages) == expected, text
+
+
+def require_same_tokens_in_ollama(family: str) -> None:
+    """What Ollama's template writes is to llama.cpp, Ollama's tokenizer, the tokens of training, with one BOS."""
+    tokenizer = load_tokenizer(BASE)
+    asked = {"role": "user", "content": "해솔 팀은 누가 이끄나요?\n\n 1234567 it's"}
+    conversations = [[asked], [*question_and_answer(" Who leads Alder? ", "Ada\n"), asked]]
+    if family != "gemma2":  # which takes no system message
+        conversations += [[{"role": "system", "content": "Be short."}, *messages] for messages in conversations]
+    _, prompts = ollama.read(Path("models/gguf/Modelfile").read_text(encoding="utf-8"), conversations)
+    with served(Path("models/gguf/model-f16.gguf"), context=256, threads=2) as server:
+        for messages, prompt in zip(conversations, prompts, strict=True):
+            expected = token_ids(tokenizer, messages, add_generation_prompt=True)
+            assert server.tokenize(prompt, parse_special=True, add_special=True) == expected, messages
 
 
 @pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])

@@ -53,7 +53,8 @@ def test_the_model_that_ships_passes(gate: Gate) -> None:
     for name in (
         "floor of tuned.correct",
         "fall of tuned.correct",
-        "lag of model-q4_k_m.gguf",
+        "fall in the hop tuned → merged",
+        "fall in the hop model-f16.gguf → model-q4_k_m.gguf",
         "fall of the general exam",
     ):
         assert f"ok    {name}: " in told
@@ -65,8 +66,8 @@ def test_the_model_that_ships_passes(gate: Gate) -> None:
         ("evaluate", set_correct(0.5), "floor of tuned.correct"),
         (
             "gguf",
-            lambda of: of["model-q8_0.gguf"].update(correct=of["merged"]["correct"] - 0.1),
-            "lag of model-q8_0.gguf",
+            lambda of: of["model-q8_0.gguf"]["hop"].update(correct=-0.1),
+            "fall in the hop model-f16.gguf → model-q8_0.gguf",
         ),
         ("general", set_correct(0.0), "fall of the general exam"),
     ],
@@ -86,7 +87,7 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
     change(project, "evaluate", set_correct(now - 0.06))
     project.set(gate__floors={}, gate__falls={"tuned.correct": 0.02})
     passed, told, end = gate()
-    assert not passed and end == "gate: 1 of 6 not met: fall of tuned.correct"
+    assert not passed and end == "gate: 1 of 7 not met: fall of tuned.correct"
     assert f"{now:.3f} at HEAD: +0.060 worse, allowed 0.020, noise not measured" in told
     project.set(gate__falls={"tuned.correct": 0.06})
     assert gate()[0]

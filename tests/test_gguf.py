@@ -1,24 +1,35 @@
-"""What ships: files that llama.cpp runs, and a Modelfile that prompts them as they were trained."""
+"""What ships: files that llama.cpp runs."""
 
-import math
+import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Project
-from families import GEMMA2, LLAMA3, QWEN2, QWEN3
-from transformers import AutoTokenizer
+from families import FAMILIES
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from peft import LoraConfig, get_peft_model
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from pipeline.answers import prompt
+from pipeline.base import copy_tokenizer
 from pipeline.chat_template import load_tokenizer, token_ids
+from pipeline.disk import BITS
 from pipeline.exam import Question
+from pipeline.importance import mean_squares
 from pipeline.llama_cpp import MARK, run_script, served
-from pipeline.modelfile import go_template, modelfile
+from pipeline.outputs import write_json
+from pipeline.parameters import Quantization
 from pipeline.refusal import Refused
-from stages.evaluate_gguf import files_to_examine, kl, require_same_tokens, told_probabilities
+from pipeline.rows import question_and_answer
+from stages import convert_gguf
+from stages.evaluate_gguf import files_to_examine, require_same_tokens
 
 TINY = ROOT / "models/tiny-base"
 
@@ -51,24 +62,7 @@ def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_p
     file = Path("models/gguf/model-f16.gguf")
     file.parent.mkdir()
     file.touch()
-    assert files_to_examine(tmp_path) == [("model-f16.gguf", file, None)]
-
-
-def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
-    given = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
-    told = [{"id": 1, "logprob": math.log(0.25)}, {"id": 0, "logprob": math.log(0.25)}]
-    assert kl(given, told) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
-    same = [{"id": i, "logprob": float(given[i])} for i in range(4)]
-    assert kl(given, same) == pytest.approx(0, abs=1e-6)
-    assert kl(given, [*same[:3], {"id": 3, "logprob": -800.0}]) > 10  # exp(-800) is 0
-
-
-def test_positions_within_a_character_that_llama_cpp_leaves_out_are_passed_over() -> None:
-    at: list[Any] = [{"id": 7, "top_logprobs": ["seven"]}, {"id": 2, "top_logprobs": ["end"]}]
-    reply = {"tokens": [7, 300, 301, 2], "completion_probabilities": at}
-    told: list[Any] = [(0, ["seven"]), (3, ["end"])]
-    assert list(told_probabilities(reply)) == told
-    assert list(told_probabilities({"tokens": [300, 301]})) == []
+    assert files_to_examine(TINY, tmp_path) == [("model-f16.gguf", file, None)]
 
 
 def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
@@ -78,8 +72,22 @@ def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
         server.post("/tokenize", {"content": "x"})
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "header", "tensors"])
-def test_a_damaged_file_is_refused_by_name_and_harms_nobody(base_gguf: Path, tmp_path: Path, damage: str) -> None:
+ARCHITECTURE = b"general.architecture" + (8).to_bytes(4, "little") + (5).to_bytes(8, "little")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        ("empty", "failed to read magic"),
+        ("truncated", "corrupted or incomplete"),
+        ("header", "this GGUF file is version 4294967295"),
+        ("tensors", r"tensor 'blk\.0\.attn_q\.weight' not found"),
+        ("architecture", "unknown model architecture: 'alpha'"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name_and_reason_and_harms_nobody(
+    base_gguf: Path, tmp_path: Path, damage: str, why: str
+) -> None:
     content = base_gguf.read_bytes()
     file = tmp_path / "model.gguf"
     file.write_bytes(
@@ -88,9 +96,33 @@ def test_a_damaged_file_is_refused_by_name_and_harms_nobody(base_gguf: Path, tmp
             "truncated": content[: len(content) // 2],
             "header": content[:4] + b"\xff" * 20 + content[24:],
             "tensors": content.replace(b"blk.0.attn_q.weight", b"blk.0.attn_X.weight"),
+            "architecture": content.replace(ARCHITECTURE + b"llama", ARCHITECTURE + b"alpha"),
         }[damage]
     )
-    with pytest.raises(Refused, match=r"model\.gguf: llama\.cpp cannot load it"), served(file, 64, 1):
+    with pytest.raises(Refused, match=rf"model\.gguf: llama\.cpp cannot load it \(.*{why}"), served(file, 64, 1):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [
+        (LlamaConfig(hidden_size=128, num_hidden_layers=4), "has incorrect shape"),
+        (Qwen2Config(hidden_size=256, num_hidden_layers=4), "model arch and LoRA arch mismatch"),
+    ],
+    ids=["another width", "another architecture"],
+)
+def test_a_lora_of_another_base_is_refused_by_name_and_reason(
+    base_gguf: Path, tmp_path: Path, base: PreTrainedConfig, why: str
+) -> None:
+    base.update({"vocab_size": 2048, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 4})
+    model = AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    copy_tokenizer(TINY, tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    lora = tmp_path / "lora.gguf"
+    run_script("convert.py", "lora", tmp_path / "adapter", "--base", tmp_path / "base", "--outfile", lora)
+    told = rf"base-f16\.gguf with .*lora\.gguf: llama\.cpp cannot load it \(.*{why}"
+    with pytest.raises(Refused, match=told), served(base_gguf, 64, 1, lora):
         pass
 
 
@@ -109,6 +141,106 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_by_file(tmp_path:
         run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "out.gguf")
 
 
+@pytest.mark.parametrize("name", [name for name in get_args(Quantization) if name != "bf16"])
+def test_every_type_is_made_of_the_f16_file_in_its_foretold_size_and_runs(
+    base_gguf: Path, tmp_path: Path, name: str
+) -> None:
+    run_script("quantize.py", base_gguf, tmp_path / "model.gguf", name)
+    with served(tmp_path / "model.gguf", context=64, threads=1) as server:
+        assert server.complete([1, 300, 2], 1, 1)["tokens"]
+    weights = GGUFReader(tmp_path / "model.gguf").tensors
+    bits = 8 * sum(tensor.n_bytes for tensor in weights) / sum(tensor.n_elements for tensor in weights)
+    assert bits == pytest.approx(BITS[name], abs=0.3)  # in a model so small, more of the weights are the embeddings'
+
+
+def test_the_size_of_every_type_is_foretold() -> None:
+    assert list(BITS) == list(get_args(Quantization))
+
+
+def test_weights_of_large_inputs_are_rounded_with_less_error(base_gguf: Path, tmp_path: Path) -> None:
+    measured = mean_squares(AutoModelForCausalLM.from_pretrained(TINY), [[1, 2, 3]])
+    every_eighth = {name: np.where(np.arange(len(of)) % 8, 1, 100).astype("f") for name, of in measured.items()}
+    save_file(every_eighth, tmp_path / "importance")
+
+    name = "blk.1.ffn_up.weight"
+
+    def error(*options: str | Path) -> float:
+        """Mean square, of the weights of every eighth input, relative to all weights'."""
+        run_script("quantize.py", base_gguf, tmp_path / "model.gguf", "q4_k_m", *options)
+        weights = [{t.name: t for t in GGUFReader(file).tensors} for file in (base_gguf, tmp_path / "model.gguf")]
+        exact, rounded = (dequantize(of[name].data, of[name].tensor_type) for of in weights)
+        return float(((exact - rounded) ** 2)[:, ::8].mean() / ((exact - rounded) ** 2).mean())
+
+    assert error() == pytest.approx(1, abs=0.1)
+    assert error("--importance", tmp_path / "importance") < 0.5
+
+
+def test_importance_is_the_mean_square_of_what_enters_a_layer() -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    measured = mean_squares(model, [[1, 2, 3], [4]])
+    assert len(measured) == 4 * 7 and "lm_head.weight" not in measured
+    entering = model.model.layers[0].input_layernorm(model.get_input_embeddings()(torch.tensor([1, 2, 3, 4])))
+    torch.testing.assert_close(measured["model.layers.0.self_attn.q_proj.weight"], entering.square().mean(0).detach())
+
+
+def test_a_model_whose_importance_was_not_measured_is_refused_by_its_tensor(base_gguf: Path, tmp_path: Path) -> None:
+    save_file({"model.layers.0.self_attn.q_proj.weight": np.ones(256, np.float32)}, tmp_path / "i")
+    with pytest.raises(
+        Refused, match=r"importance of blk\.0\.attn_k\.weight was not measured: set gguf\.imatrix to fal"
+    ):
+        run_script("quantize.py", base_gguf, tmp_path / "out.gguf", "q4_k_m", "--importance", tmp_path / "i")
+
+
+def test_tensors_that_get_a_larger_type_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    FAMILIES["qwen2_5"](tmp_path)
+    run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "model-f16.gguf")
+    convert_gguf.quantize(tmp_path, "q4_k_m", None)
+    expected = "model-q4_k_m.gguf: 12 tensors have rows of no multiple of 256 weights, and so a larger type"
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_llama_2s_space_before_a_text_is_where_transformers_puts_it(tmp_path: Path, legacy: bool) -> None:
+    FAMILIES["llama2"](tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": legacy}), encoding="utf-8")
+    run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "model.gguf")
+    tokenizer = load_tokenizer(tmp_path)
+    turns = [
+        {"role": "system", "content": "Be short."},
+        *question_and_answer("Who?", "Ada"),
+        *question_and_answer("", ""),
+    ]
+    with served(tmp_path / "model.gguf", context=64, threads=1) as server:
+        tokens = server.tokens(turns[:-1])
+    assert tokens == token_ids(tokenizer, turns[:-1], add_generation_prompt=True)
+    assert (tokenizer.convert_ids_to_tokens(tokens[1]) == "\u2581") == legacy
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "base_model"),
+    [
+        ("some/Tiny-1B-Chat", "1a2b", ["Tiny 1B Chat", "Some", "https://huggingface.co/some/Tiny-1B-Chat"]),
+        ("/home/me/tiny", None, ["Tiny", None, None]),
+    ],
+)
+def test_a_file_tells_where_it_came_from_and_nothing_of_the_machine(
+    project: Project, model: str, revision: str | None, base_model: list[str | None]
+) -> None:
+    Path("outputs/trained").mkdir(parents=True)
+    Path("data/train_merged.jsonl").touch()
+    license = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/LICENSE"}
+    base = {"model": model, "revision": revision, "fingerprint": "f0", "license": license}
+    write_json("card.json", convert_gguf.model_card(base))
+    run_script("convert.py", "hf", TINY, "--card", "card.json", "--outtype", "bf16", "--outfile", "model.gguf")
+    told = {name: field.contents() for name, field in GGUFReader("model.gguf").fields.items()}
+    keys = [f"general.base_model.0.{key}" for key in ("name", "organization", "repo_url")]
+    assert [told.get(key) for key in keys] == base_model
+    assert told["general.name"] == f"{Path(model).name}-qlora" and told["qlora_dvc.base"] == "f0"
+    assert [told[f"general.{key.replace('_', '.')}"] for key in license] == list(license.values())
+    assert not any(trace in str(told) for trace in ("/home", str(ROOT), "partial"))
+
+
 def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:
     parent = (
         "import os, sys; from pathlib import Path; from pipeline.llama_cpp import served\n"
@@ -120,62 +252,3 @@ def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:
     probe = "import socket, sys, time\nfor _ in range(100):\n s = socket.socket()\n"
     probe += " if s.connect_ex(('127.0.0.1', int(sys.argv[1]))): sys.exit(0)\n s.close(); time.sleep(0.1)\nsys.exit(1)"
     assert port and subprocess.run([sys.executable, "-c", probe, port]).returncode == 0
-
-
-def rendered(template: str, messages: list[dict[str, str]]) -> str:
-    """The Go template of pipeline/modelfile.py, filled by hand: its text is what stands between its actions."""
-    system, rest = template.split('{{ else if eq .Role "user" }}')
-    user, rest = rest.split("{{ else }}")
-    assistant = rest.removesuffix("{{ end }}{{ end }}")
-    default = opens_last = ""
-    if user.startswith("{{ if eq $i 0 }}"):
-        default, user = user.removeprefix("{{ if eq $i 0 }}").split("{{ end }}", 1)
-    if user.endswith("{{ end }}"):
-        user, opens_last = user.removesuffix("{{ end }}").split("{{ if eq (len (slice $.Messages $i)) 1 }}")
-    forms = {"system": system.split('{{ if eq .Role "system" }}')[1], "user": user, "assistant": assistant}
-    turns = [forms[m["role"]].replace("{{ .Content }}", m["content"]) for m in messages]
-    return (default if messages[0]["role"] == "user" else "") + "".join(turns) + opens_last
-
-
-@pytest.mark.parametrize(
-    "family", [None, LLAMA3, QWEN2, QWEN3, GEMMA2], ids=["built-in", "llama3", "qwen2", "qwen3", "gemma2"]
-)
-def test_ollamas_template_renders_every_conversation_as_the_chat_template_does(family: str | None) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = family or tokenizer.chat_template
-    tokenizer.bos_token = "<|endoftext|>" if family in (LLAMA3, GEMMA2) else None
-    template = go_template(tokenizer)
-    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user")]
-    conversations = [turns[:1], turns]
-    if family != GEMMA2:
-        conversations += [[{"role": "system", "content": "Be short."}, *turns]]
-    for messages in conversations:
-        expected = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
-        assert rendered(template, messages) == expected.removeprefix(tokenizer.bos_token or "")
-
-
-@pytest.mark.parametrize(
-    ("jinja", "why"),
-    [
-        (
-            "{% for m in messages %}{{ loop.index }}:{{ m.content }};{% endfor %}",
-            "opens a user's turn in different",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
-            "does not give each message",
-        ),
-    ],
-)
-def test_a_template_that_has_no_equal_is_left_out_and_said(project: Project, jinja: str, why: str) -> None:
-    Path("models/tiny-base/chat_template.jinja").write_text(jinja, encoding="utf-8")
-    text = modelfile("model-q8_0.gguf", Path("models/tiny-base"), num_ctx=512, temperature=0.0)
-    assert why in text and 'TEMPLATE "' not in text
-
-
-def test_the_modelfile_stops_where_the_model_stops(project: Project) -> None:
-    lines = modelfile("model-q8_0.gguf", Path("models/tiny-base"), num_ctx=512, temperature=0.0).splitlines()
-    assert lines[0] == "FROM ./model-q8_0.gguf"
-    assert lines[-3:] == ['PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 512", "PARAMETER temperature 0.0"]

@@ -38,7 +38,7 @@ REMOVED = object()
         ("lora.target_modules", [], r"lora\.target_modules is \[\]: .*list should have at least 1 item"),
         ("train.learning_rate", "2e-4", r"train\.learning_rate is '2e-4': input should be a valid number"),
         ("train.epochs", math.inf, r"train\.epochs is inf: input should be a finite number"),
-        ("gguf.quantize", ["q8_0", "q3"], r"gguf\.quantize is 'q3': input should be 'q8_0', .* or 'q4_0'"),
+        ("gguf.quantize", ["q8_0", "q3"], r"gguf\.quantize is 'q3': input should be 'bf16', .* or 'q2_k'"),
         ("base.model", "", r"base\.model is '': string should have at least 1 character"),
         ("seed", 10**20, r"seed is 1000\d+: input should be less than 4294967296"),
     ],
@@ -65,6 +65,10 @@ def test_a_number_may_be_written_as_dvc_and_people_write_it(tmp_path: Path, numb
     path = written(tmp_path, "train.learning_rate", 0.125)
     path.write_text(path.read_text(encoding="utf-8").replace("0.125", number), encoding="utf-8")
     assert check(path).train.learning_rate == float(number)
+
+
+def test_a_quantization_may_be_written_as_llama_cpp_does(tmp_path: Path) -> None:
+    assert check(written(tmp_path, "gguf.quantize", ["Q4_K_M", "iq4_xs"])).gguf.quantize == ["q4_k_m", "iq4_xs"]
 
 
 def test_every_parameter_has_a_comment_on_its_line() -> None:

@@ -10,7 +10,7 @@ from conftest import ROOT, Project
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMETERS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-RUNS_SCRIPTS = {"convert.py": {"convert.py", "fetch.py", "source.txt"}, "quantize.py": {"quantize.py"}}
+RUNS_SCRIPTS = {name: {name, "fetch.py", "requirements.txt", "source.txt"} for name in ("convert.py", "quantize.py")}
 
 
 def outputs(stage: dict[str, Any]) -> list[str]:
@@ -67,6 +67,11 @@ def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
     declared = {dep for dep in STAGES[name]["deps"] if dep.startswith(("llama.cpp/", "pipeline/", "stages/"))}
     assert declared == code | {"stages/__init__.py"}
     assert "requirements.txt" in STAGES[name]["deps"]
+
+
+@pytest.mark.parametrize("pins", ["llama.cpp/requirements.txt", "llama.cpp/source.txt"])
+def test_another_llama_cpp_reruns_what_converts_and_what_runs_gguf_files_alone(pins: str) -> None:
+    assert {name for name in STAGES if pins in STAGES[name]["deps"]} == {"convert_gguf", "evaluate_gguf"}
 
 
 def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_tools() -> None:

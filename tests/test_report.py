@@ -63,8 +63,9 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
     scores = {"correct": 0.6, "exact_match": 0.5, "f1": 0.55, "agreement": 0.9}
-    extra = {"kl": 0.001, "bytes": 2_500_000}
-    put("metrics/gguf.json", {name: scores | (extra if name.endswith("gguf") else {}) for name in files})
+    hop = {"correct": -0.01, "answer_nll": 0.0123, "agreement": 0.9, "top1": 0.99, "kl": 0.001, "kl_max": 0.2}
+    size = {"kl": 0.001, "bytes": 2_500_000}
+    put("metrics/gguf.json", {name: scores | {"hop": hop} | (size if name.endswith("gguf") else {}) for name in files})
     put("metrics/loss.csv", "step,train,valid\n10,1.5,1.2\n20,0.5,0.4\n")
     losses = {"loss": {"before": 2.5, "train": 0.5, "valid": 0.4}, "steps": 20, "best_step": 20}
     put("metrics/train.json", losses | {"tokens": {"trained": 1234}, "trainable_parameters": 4096})
@@ -252,7 +253,7 @@ def test_what_a_model_answers_is_shown_as_text_whatever_it_is(opened: Callable[.
     page.locator("[name=tag]").select_option(index=1)
     assert len(shown(page)) == 2
     text = Path("metrics/report.md").read_text(encoding="utf-8")
-    assert all(line.count("`") % 2 == 0 for line in text.splitlines()) and len(text) < 5000
+    assert all(line.count("`") % 2 == 0 for line in text.splitlines()) and len(text) < 6000
 
 
 @pytest.mark.parametrize(
@@ -305,6 +306,8 @@ def test_the_summary_names_what_broke_first_and_what_was_fixed_up_to_a_few(run: 
     assert text.index("## Broken: 1") < text.index("## Fixed: 12")
     assert text.count(": `no` → `yes`\n") == 4 and "- and 7 more" in text
     assert "| model-q8_0.gguf  |  60.0 % | 55.0 % |       90.0 % | 0.001 | 2.5 MB |" in text
+    hop = "| model-f16.gguf → model-q8_0.gguf |    −1.0 | +0.012 |       90.0 % |          99.0 % | 0.001 |      0.2 |"
+    assert hop in text
 
 
 def test_every_score_that_an_exam_has_is_explained() -> None:
