@@ -1,6 +1,6 @@
 """What `pipeline.memory` foretells that the recipes need on a GPU, as the table in recipes/README.md.
 
-    python -m bench.recipes [RECIPE ...]    # all unless told otherwise; some minutes each
+    python -m bench.recipes [RECIPE ...]    # all unless told otherwise; a minute each
 
 Nothing is downloaded: the shapes are those of each model's config.json on the hub.
 """
@@ -67,13 +67,9 @@ def needed(name: str, train: Train, length: int) -> int:
     return sum(parts.values())
 
 
-def fits(size: int, card: int) -> bool:
-    return size <= (1 - SPARE) * card * GIB
-
-
 def largest(sizes: dict[int, int], card: int) -> int:
     """The largest of the keys whose size fits on the card; 0 if none does."""
-    return max((key for key, size in sizes.items() if fits(size, card)), default=0)
+    return max((key for key, size in sizes.items() if size <= (1 - SPARE) * card * GIB), default=0)
 
 
 if __name__ == "__main__":
