@@ -1,11 +1,12 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
+# make use RECIPE=...: the parameters of a real model, from recipes/.
 # make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
 # make chat, make serve: try the model.   make remote URL=...: share it.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check gate noise curate chat serve remote setup requirements
+.PHONY: repro test check use gate noise curate chat serve remote setup requirements
 
 repro: setup
 	@dvc repro
@@ -19,6 +20,9 @@ test: $(VENV)/.dev
 
 check: setup
 	@python -m tools.check
+
+use: setup
+	@python -m tools.use $(RECIPE)
 
 REVISION := HEAD
 gate: setup
