@@ -1,11 +1,12 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
+# make use RECIPE=...: the parameters of a real model, from recipes/.
 # make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
-# make chat, make serve: try the model.
+# make chat, make serve: try the model.   make remote URL=...: share it.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check gate noise curate chat serve setup requirements
+.PHONY: repro test check use gate noise curate chat serve remote setup requirements
 
 repro: setup
 	@dvc repro
@@ -19,6 +20,9 @@ test: $(VENV)/.dev
 
 check: setup
 	@python -m tools.check
+
+use: setup
+	@python -m tools.use $(RECIPE)
 
 REVISION := HEAD
 gate: setup
@@ -37,6 +41,11 @@ chat: setup
 serve: setup
 	@python -m tools.serve $(ARGS)
 
+# Without verify a damaged object would be pulled and, in silence, taken for what it should be.
+remote: $(VENV)/.remotes
+	@dvc remote add --default --force storage $(or $(URL),$(error make remote URL=/a/folder, ssh://, s3://, webdavs://))
+	@dvc remote modify storage verify true
+
 setup: $(VENV)/.installed
 
 $(VENV)/bin/python:
@@ -48,7 +57,11 @@ $(VENV)/.installed: requirements.txt llama.cpp/requirements.txt llama.cpp/source
 	python llama.cpp/fetch.py
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.remotes: $(VENV)/.installed requirements-remotes.txt
+	pip install --requirement requirements-remotes.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt
 	pip install --requirement requirements-dev.txt
 	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit; done; \
 		playwright install chromium
@@ -61,4 +74,5 @@ PIP_COMPILE := pip-compile --quiet --strip-extras --no-header --annotation-style
 requirements: $(VENV)/.dev
 	$(PIP_COMPILE) --allow-unsafe --output-file requirements.txt requirements.in
 	sed -i 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' requirements.txt
+	$(PIP_COMPILE) --output-file requirements-remotes.txt requirements-remotes.in
 	$(PIP_COMPILE) --output-file requirements-dev.txt requirements-dev.in

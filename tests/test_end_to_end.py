@@ -257,6 +257,27 @@ def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_traini
     assert float(scores["small"]) < float(scores["workspace"]) - 0.1
 
 
+def test_an_experiment_comes_to_a_clone_with_its_files_and_nothing_trains_again(
+    finished: Project, tmp_path: Path
+) -> None:
+    storage = ["dvc", "remote", "add", "--local", "--default", "storage", str(tmp_path / "storage")]
+    finished.run(*storage)
+    finished.run("git", "clone", "-q", "--bare", ".", str(tmp_path / "origin"))
+    finished.run("dvc", "exp", "save", "--name", "shared")
+    finished.run("dvc", "exp", "push", str(tmp_path / "origin"), "shared")
+    finished.run("dvc", "exp", "remove", "shared")
+    finished.run("dvc", "remote", "remove", "--local", "storage")
+    elsewhere = Project(tmp_path / "elsewhere")
+    finished.run("git", "clone", "-q", str(tmp_path / "origin"), str(elsewhere.folder))
+    elsewhere.run(*storage)
+    elsewhere.run("dvc", "exp", "pull", "origin", "shared")
+    elsewhere.run("dvc", "exp", "apply", "shared")
+    assert ran(elsewhere.run("dvc", "repro").stdout) == set()
+    adapter = "outputs/adapter/adapter_model.safetensors"
+    assert digest(elsewhere.folder / adapter) == digest(finished.folder / adapter)
+    assert metrics(elsewhere, "evaluate") == metrics(finished, "evaluate")
+
+
 def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_run_twice(finished: Project) -> None:
     kept = {name: (finished.folder / name).read_bytes() for name in ("params.yaml", "metrics/noise.json")}
     finished.set(evaluate__repeats=3, train__epochs=0.5)

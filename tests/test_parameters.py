@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from dvc.utils.serialize import load_yaml
 from ruamel.yaml import YAML
 
 from pipeline.parameters import Parameters, check, load, only, read_yaml
@@ -90,6 +91,14 @@ def test_a_whole_section_or_a_single_key_can_be_declared() -> None:
     parameters = check(ROOT / "params.yaml")
     assert only(parameters, ["lora"]).lora == parameters.lora
     assert only(parameters, ["lora.r"]).lora.r == parameters.lora.r
+
+
+def test_values_are_read_as_dvc_reads_them_by_the_parser_in_c(tmp_path: Path) -> None:
+    assert "clib" in YAML(typ="safe").Parser.__module__  # else dvc repro with nothing to do takes a quarter more
+    path = tmp_path / "params.yaml"
+    for written in ["2e-4", "2.0e-4", "010", "0o10", "yes", "off", "~", "1_000", "12:30:00", "+1", ".5", "1.e+3"]:
+        path.write_text(f"key: {written}\n", encoding="utf-8")
+        assert load_yaml(path) == read_yaml(path)
 
 
 def test_the_schema_is_exactly_what_params_yaml_holds() -> None:

@@ -1,0 +1,76 @@
+"""What `pipeline.memory` foretells that the recipes need on a GPU, as the table in recipes/README.md.
+
+    python -m bench.recipes [RECIPE ...]    # all unless told otherwise; a minute each
+
+Nothing is downloaded: the shapes are those of each model's config.json on the hub.
+"""
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
+
+from bench.gpu_case import MODELS, config
+from pipeline.memory import training
+from pipeline.parameters import Train, check, read_yaml
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+CARDS = [8, 12, 16, 24]  # GB, as they are sold: GiB of memory
+SPARE = 0.1  # of a card, for what the prediction misses and for a desktop
+BATCHES = [1, 2, 4, 8, 16]
+LENGTHS = [1024, 2048, 4096, 8192]
+# Those of gpu_case and, alike, https://huggingface.co/Qwen/Qwen3-4B, .../Qwen3-8B, google/gemma-2-2b-it, gemma-3-1b-it.
+SHAPES = {
+    "qwen2.5-0.5b": MODELS["Qwen2.5 0.5B"],
+    "qwen2.5-7b": MODELS["Qwen2.5 7B"],
+    "qwen3-4b": config(Qwen3Config, 151_936, 2560, 9728, 36, 32, 8, head_dim=128, tie_word_embeddings=True),
+    "qwen3-8b": config(Qwen3Config, 151_936, 4096, 12_288, 36, 32, 8, head_dim=128, tie_word_embeddings=False),
+    "llama-3.1-8b": MODELS["Llama 3.1 8B"],
+    "gemma-2-2b": config(Gemma2Config, 256_000, 2304, 9216, 26, 8, 4, head_dim=256, query_pre_attn_scalar=256),
+    "gemma-2-9b": MODELS["Gemma 2 9B"],
+    "gemma-3-1b": config(Gemma3TextConfig, 262_144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512),
+}
+
+
+def main() -> None:
+    print(f"| recipe | GiB | {' | '.join(f'{card} GB' for card in CARDS)} |")
+    print(f"| --- | ---: |{' --- |' * len(CARDS)}")
+    for name in sys.argv[1:] or SHAPES:
+        train = train_of(name)
+        rows = train.batch_size * train.gradient_accumulation
+        batches = {size: needed(name, of_batches(train, size, rows), train.max_length) for size in BATCHES}
+        lengths = {length: needed(name, of_batches(train, 1, rows), length) for length in LENGTHS}
+        cells = []
+        for card in CARDS:
+            batch, length = largest(batches, card), largest(lengths, card)
+            cells.append(f"{batch} × {rows // batch}, {length}" if batch else "-")
+        print(f"| `{name}` | {batches[train.batch_size] / GIB:.1f} | {' | '.join(cells)} |", flush=True)
+
+
+def train_of(name: str) -> Train:
+    return check(ROOT / "params.yaml").train.model_copy(update=read_yaml(ROOT / f"recipes/{name}.yaml")["train"])
+
+
+def of_batches(train: Train, size: int, rows: int) -> Train:
+    return train.model_copy(update={"batch_size": size, "gradient_accumulation": rows // size})
+
+
+def needed(name: str, train: Train, length: int) -> int:
+    """Bytes on a GPU of training on rows of `length` tokens."""
+    with TemporaryDirectory() as folder:
+        SHAPES[name].save_pretrained(folder)
+        lora = check(ROOT / "params.yaml").lora
+        parts = training(Path(folder), lora, train, [], length, torch.device("cuda"), torch.bfloat16)
+    return sum(parts.values())
+
+
+def largest(sizes: dict[int, int], card: int) -> int:
+    """The largest of the keys whose size fits on the card; 0 if none does."""
+    return max((key for key, size in sizes.items() if size <= (1 - SPARE) * card * GIB), default=0)
+
+
+if __name__ == "__main__":
+    main()

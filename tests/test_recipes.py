@@ -1,0 +1,119 @@
+"""Recipes: params.yaml for real models, and what they need by the prediction."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Project
+
+from bench.recipes import GIB, SHAPES, SPARE
+from pipeline.parameters import read_yaml
+from pipeline.refusal import Refused
+from tools import check
+from tools.use import main, use
+
+RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+
+
+def leaves(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in values.items() for key, value in keys.items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_changes_its_values_and_no_other_character(
+    project: Project, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["use", recipe])
+    old = Path("params.yaml").read_text(encoding="utf-8").splitlines()
+    main()
+    new = Path("params.yaml").read_text(encoding="utf-8").splitlines()
+    wanted = leaves(read_yaml(RECIPES[recipe]))
+    now = read_yaml(Path("params.yaml"))
+    assert {key: now[key.split(".")[0]][key.split(".")[1]] for key in wanted} == wanted
+    changed = 0
+    for before, after in zip(old, new, strict=True):
+        if before != after:
+            (key, value), (_, _, comment) = after.split(" #")[0].strip().split(": "), before.partition("#")
+            assert key in {name.split(".")[1] for name in wanted}
+            assert after == f"  {key}: {value}".ljust(before.index("#") - 1) + f" #{comment}"
+            changed += 1
+    assert 5 < changed <= len(wanted)
+
+
+def test_nothing_of_one_recipe_is_left_after_the_next() -> None:
+    assert len({tuple(leaves(read_yaml(path))) for path in RECIPES.values()}) == 1
+
+
+@pytest.fixture
+def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """What `make check` finds: a recipe in use, its model's config.json without weights, a GPU, RAM and disk enough."""
+
+    def of(recipe: str, card: int) -> None:
+        use(RECIPES[recipe])
+        SHAPES[recipe].save_pretrained("hub")
+        free = {"cuda": int((1 - SPARE) * card * GIB), "cpu": 64 * GIB}
+        monkeypatch.setattr("pipeline.base.fetched", lambda *_: (Path("hub"), ""))
+        monkeypatch.setattr("pipeline.models.pick_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr("pipeline.processes.require_gpus", lambda *_: None)
+        monkeypatch.setattr("pipeline.memory.free", lambda device: free[device.type])
+        monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
+
+    return of
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_fits_its_gpu_with_a_tenth_to_spare_and_needs_what_its_table_says(
+    machine: Callable[[str, int], None], capsys: pytest.CaptureFixture[str], recipe: str
+) -> None:
+    card = re.search(r"for GPUs of (\d+) GB and more", RECIPES[recipe].read_text(encoding="utf-8"))
+    assert card
+    machine(recipe, int(card[1]))
+    check.main()
+    told = capsys.readouterr().out
+    assert "up to 1024 tokens" in told
+    size = re.search(r"GPU memory: train_qlora +([\d.]+) of", told)
+    assert size and f"| `{recipe}` | {size[1]} |" in (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+
+
+def test_a_recipe_for_a_larger_gpu_is_refused_with_what_to_turn(machine: Callable[[str, int], None]) -> None:
+    machine("gemma-2-2b", 6)
+    with pytest.raises(Refused, match=r"set train\.batch_size to 4, train\.gradient_accumulation to 4$"):
+        check.main()
+
+
+def test_a_step_of_every_recipe_has_16_rows() -> None:
+    steps = [read_yaml(path)["train"] for path in RECIPES.values()]
+    assert {step["batch_size"] * step["gradient_accumulation"] for step in steps} == {16}
+
+
+def test_each_recipe_has_a_known_shape() -> None:
+    assert set(RECIPES) == set(SHAPES)
+
+
+@pytest.mark.parametrize("arguments", [[], ["llama"], ["../params"]])
+def test_an_unknown_recipe_is_refused_with_the_list(
+    project: Project, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["use", *arguments])
+    with pytest.raises(Refused, match=r"set it to one of gemma-2-2b, .*, qwen3-8b$"):
+        main()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("train:\n  batch: 2\n", r"mine\.yaml: train\.batch is not a parameter; accepted here: max_length, "),
+        ("lora: 5\n", r"mine\.yaml: lora is 5: "),
+        ("train: {\n", r"mine\.yaml cannot be read as YAML: "),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_its_name_and_changes_nothing(project: Project, text: str, line: str) -> None:
+    Path("mine.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(Refused, match=line) as refusal:
+        use(Path("mine.yaml"))
+    assert "\n" not in str(refusal.value)
+    assert project.run("git", "status", "--porcelain", "params.yaml").stdout == ""

@@ -1,0 +1,63 @@
+"""Put the values of a recipe into params.yaml. Its comments, and what the recipe does not name, stay as they are.
+
+    python -m tools.use RECIPE
+
+recipes/README.md tells which there are; `git diff` shows what changed, `git checkout params.yaml` takes it back.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.outputs import whole
+from pipeline.parameters import check
+from pipeline.refusal import Refused
+
+PARAMETERS = Path("params.yaml")
+
+
+def main() -> None:
+    recipes = {path.stem: path for path in sorted(Path("recipes").glob("*.yaml"))}
+    name = " ".join(sys.argv[1:])
+    if name not in recipes:
+        raise Refused(f"RECIPE is {name!r}: set it to one of {', '.join(recipes)}")
+    use(recipes[name])
+    print(f"{recipes[name]} is in {PARAMETERS}: git diff shows it, make check tells whether this machine suffices")
+
+
+def use(recipe: Path) -> None:
+    """Write the recipe's values into params.yaml.
+
+    Raises:
+        Refused: one of both has an unknown key or a wrong value; params.yaml stays as it is.
+    """
+    check(PARAMETERS)
+    yaml = YAML()
+    yaml.width = 2**16  # no line is folded
+    yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
+    parameters = yaml.load(PARAMETERS)
+    try:
+        put(yaml.load(recipe) or {}, parameters)
+    except YAMLError as error:
+        raise Refused(f"{recipe} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    with whole(PARAMETERS) as aside:
+        yaml.dump(parameters, aside)
+        try:
+            check(aside)
+        except Refused as refusal:
+            raise Refused(str(refusal).replace(str(aside), str(recipe))) from None
+
+
+def put(values: dict[str, Any], into: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            put(value, into[key])
+        else:
+            into[key] = value
+
+
+if __name__ == "__main__":
+    main()
