@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import networkx
 import pytest
 import yaml
-from conftest import ROOT, clone
+from conftest import ROOT, Project, clone
 from dvc.repo import Repo
 
 DOCUMENT = ROOT / "docs/reruns.md"
@@ -24,13 +23,12 @@ OWN = {"dvc.yaml", "dvc.lock"}  # of DVC itself; a changed entry of dvc.yaml is 
 
 @dataclass(frozen=True)
 class Reruns:
-    """The stages in the order of dvc.yaml; for each parameter and file those that depend on it; and for each stage those
-    that take what it makes, directly or not."""
+    """The stages that depend on each parameter and on each file; and for every stage, in the order of dvc.yaml, itself
+    and those whose outputs it takes, directly or not."""
 
-    stages: list[str]
     parameters: dict[str, set[str]]
     files: dict[str, set[str]]
-    after: dict[str, set[str]]
+    stages: dict[str, set[str]]
 
     def of(self, name: str) -> set[str]:
         """The stages that run again whatever comes of it."""
@@ -38,7 +36,7 @@ class Reruns:
 
     def at_most(self, name: str) -> set[str]:
         """And those that run if all of these make other bytes."""
-        return self.of(name).union(*(self.after[stage] for stage in self.of(name)))
+        return {stage for stage, needed in self.stages.items() if needed & self.of(name)}
 
     def marks(self, name: str) -> str:
         return "".join(
@@ -52,32 +50,41 @@ def reruns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reruns]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(project.folder)
         assert modified() == {}, "dvc.lock is not of this code: dvc repro, and commit it"
-        parameters = Path("params.yaml").read_text(encoding="utf-8")
-        by_parameter = {}
-        for section, values in yaml.safe_load(parameters).items():
-            for key in [f"{section}__{name}" for name in values] if isinstance(values, dict) else [section]:
-                project.set(**{key: "changed"})
-                by_parameter[key.replace("__", ".")] = set[str]().union(*modified().values())
-                Path("params.yaml").write_text(parameters, encoding="utf-8")
         with Repo() as repo:
-            graph = repo.index.graph
+            stages = {
+                stage.name: {each.name for each in repo.stage.collect(stage.name, with_deps=True)}
+                for stage in repo.index.stages
+            }
             outputs = {str(Path(out.fs_path).relative_to(project.folder)) for out in repo.index.outs}
-            after = {stage.name: {later.name for later in networkx.ancestors(graph, stage)} for stage in graph}
-            stages = [stage.name for stage in repo.index.stages]
-        files = set(project.run("git", "ls-files").stdout.splitlines()) - outputs - OWN
-        for name in files:
-            Path(name).write_bytes(Path(name).read_bytes() + b"\n")
-        by_dependency = modified()  # each of them is named: one question is enough
-        by_file = {name: by_dependency.get(name, set()) for name in files}
-        for folder in by_dependency.keys() - files:
-            by_file = {name: of for name, of in by_file.items() if not name.startswith(f"{folder}/")}
-            by_file[folder] = by_dependency[folder]
-        yield Reruns(stages, by_parameter, by_file, after)
+        yield Reruns(of_parameters(project), of_files(project, outputs | OWN), stages)
+
+
+def of_parameters(project: Project) -> dict[str, set[str]]:
+    """One is changed at a time: of `params: [lora]` DVC says no more than lora."""
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    found = {}
+    for section, values in yaml.safe_load(text).items():
+        for key in [f"{section}__{name}" for name in values] if isinstance(values, dict) else [section]:
+            project.set(**{key: "changed"})
+            found[key.replace("__", ".")] = set[str]().union(*modified().values())
+            Path("params.yaml").write_text(text, encoding="utf-8")
+    return found
+
+
+def of_files(project: Project, besides: set[str]) -> dict[str, set[str]]:
+    """All are changed at once: DVC names each, or the folder that a stage depends on, which stands for its files."""
+    files = set(project.run("git", "ls-files").stdout.splitlines()) - besides
+    for name in files:
+        with open(name, "ab") as file:
+            file.write(b"\n")
+    found = modified()
+    in_folders = {name for folder in found for name in files if name.startswith(f"{folder}/")}
+    return {name: found.get(name, set()) for name in found.keys() | files - in_folders}
 
 
 def modified() -> dict[str, set[str]]:
-    """The dependencies that are other than in dvc.lock, each with the stages that `dvc repro` runs for it. Those are left
-    out that the clone does not have: no stage has run there."""
+    """The dependencies that are other than in dvc.lock, each with the stages that `dvc repro` runs for it. Those that
+    the clone lacks, where no stage has run, are left out."""
     found = defaultdict(set)
     with Repo() as repo:  # a dvc process of its own takes seconds to start
         for stage, changes in repo.status().items():
