@@ -1,4 +1,4 @@
-"""Two branches that both ran the pipeline, merged as docs/remotes.md says on a machine that ran neither.
+"""What one machine ran on two branches is not run again on another: merged, or gone back to, as docs/remotes.md says.
 
 The pipeline is a small one of the real one's shape: DVC keeps what a stage makes, git its metrics.
 """
@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT, Project
+
+from pipeline.refusal import Refused
+from tools import push_runs
 
 PIPELINE = """
 stages:
@@ -63,7 +66,6 @@ def branch(machine: Project, name: str, rows: str = "", **parameters: object) ->
 
 def elsewhere(machine: Project, *branches: str) -> Project:
     """A clone with the branches, and a cache of its own."""
-    machine.run("dvc", "push", "--all-branches")
     machine.run("git", "checkout", "-q", "main")
     second = Project(machine.folder.with_name("second"))
     machine.run("git", "clone", "-q", ".", str(second.folder))
@@ -82,6 +84,7 @@ def documented() -> list[str]:
 def test_the_documented_commands_keep_the_training_of_one_and_run_what_is_new(first: Project) -> None:
     branch(first, "smaller", lora__r=8)
     branch(first, "quantize", gguf__quantize="q4_k_m")
+    first.run("dvc", "push", "--all-branches")
     second = elsewhere(first, "smaller", "quantize")
     ran = []
     for command in documented():
@@ -104,3 +107,25 @@ def test_git_mixes_no_lock_that_no_run_made(first: Project) -> None:
     assert merged.returncode == 1 and "Merge conflict in dvc.lock" in merged.stdout
     assert (first.folder / "dvc.lock").read_bytes() == lock
     assert "changed" in first.run("dvc", "status").stdout
+
+
+def test_earlier_parameters_are_enough_on_another_machine_once_the_runs_are_sent(
+    first: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    branch(first, "smaller", lora__r=8)
+    monkeypatch.chdir(first.folder)
+    push_runs.main()
+    assert "runs" in capsys.readouterr().out
+    second = elsewhere(first)
+    second.set(lora__r=8)
+    assert "Running stage" not in second.run("dvc", "repro", "--pull").stdout
+    assert second.run("git", "diff", "origin/smaller").stdout == ""
+    assert (second.folder / "gguf").read_text(encoding="utf-8") == "q8_0\nr 8\na\nbb\n"
+    assert "up to date" in second.run("dvc", "status").stdout
+
+
+def test_runs_that_cannot_be_sent_are_refused_in_one_line(first: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    first.run("dvc", "remote", "remove", "storage")
+    monkeypatch.chdir(first.folder)
+    with pytest.raises(Refused, match=r"^there is no remote.*: make remote URL=\.\.\.$"):
+        push_runs.main()
