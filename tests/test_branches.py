@@ -124,8 +124,11 @@ def test_earlier_parameters_are_enough_on_another_machine_once_the_runs_are_sent
     assert "up to date" in second.run("dvc", "status").stdout
 
 
-def test_runs_that_cannot_be_sent_are_refused_in_one_line(first: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    first.run("dvc", "remote", "remove", "storage")
+@pytest.mark.parametrize("remote", [["remove", "storage"], ["modify", "storage", "url", "/dev/null/storage"]])
+def test_runs_that_cannot_be_sent_are_refused_in_one_line(
+    first: Project, monkeypatch: pytest.MonkeyPatch, remote: list[str]
+) -> None:
+    first.run("dvc", "remote", *remote)
     monkeypatch.chdir(first.folder)
-    with pytest.raises(Refused, match=r"^there is no remote.*: make remote URL=\.\.\.$"):
+    with pytest.raises(Refused, match=r"^the runs are not sent: .*: docs/remotes.md tells how to set up a remote$"):
         push_runs.main()

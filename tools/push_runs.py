@@ -6,22 +6,23 @@
 metrics that git keeps. Where one of a run's files is missing, `dvc repro --pull` runs the stage again.
 """
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc.stage.cache import RunCacheNotSupported
 
 from pipeline.refusal import Refused
 
 
 def main() -> None:
-    with Repo() as repo:
-        try:
+    try:
+        with Repo() as repo:
             runs = repo.stage_cache.push(remote=None)
-        except RunCacheNotSupported:
-            raise Refused("there is no remote that runs can be sent to: make remote URL=...") from None
-        sent = [repo.cloud.push(objects) for objects in repo.stage_cache.get_used_objs(runs).values()]
+            sent = [repo.cloud.push(objects) for objects in repo.stage_cache.get_used_objs(runs).values()]
+    except (DvcException, OSError) as error:
+        why = " ".join(str(error).split())
+        raise Refused(f"the runs are not sent: {why}: docs/remotes.md tells how to set up a remote") from None
     failed = sum(len(result.failed) for result in sent)
     if failed:
-        raise Refused(f"{failed} files were not sent: repeat python -m tools.push_runs")
+        raise Refused(f"{failed} files are not sent: repeat python -m tools.push_runs, which sends the rest")
     print(f"{len(runs)} runs, {sum(len(result.transferred) for result in sent)} files sent")
 
 
