@@ -53,8 +53,8 @@ def main() -> None:
 
 def change(file: Path, key: str, value: object) -> None:
     parameters = yaml.safe_load(file.read_text(encoding="utf-8"))
-    section, name = key.split(".")
-    parameters[section][name] = value
+    *section, name = key.split(".")
+    (parameters[section[0]] if section else parameters)[name] = value
     file.write_text(yaml.safe_dump(parameters), encoding="utf-8")
 
 

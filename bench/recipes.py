@@ -13,6 +13,7 @@ import torch
 from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from bench.gpu_case import MODELS, config
+from bench.gpu_qlora import flops_of_a_token
 from pipeline.memory import training
 from pipeline.parameters import Train, check, read_yaml
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 GIB = 2**30
 CARDS = [8, 12, 16, 24]  # GB, as they are sold: GiB of memory
 SPARE = 0.1  # of a card, for what the prediction misses and for a desktop
+FLOP_PER_SECOND = 50e12  # what training is assumed to get: 30 % of the 165e12 in bfloat16 of an RTX 4090
 BATCHES = [1, 2, 4, 8, 16]
 LENGTHS = [1024, 2048, 4096, 8192]
 # Those of gpu_case and, alike, https://huggingface.co/Qwen/Qwen3-4B, .../Qwen3-8B, google/gemma-2-2b-it, gemma-3-1b-it.
@@ -36,8 +38,8 @@ SHAPES = {
 
 
 def main() -> None:
-    print(f"| recipe | GiB | {' | '.join(f'{card} GB' for card in CARDS)} |")
-    print(f"| --- | ---: |{' --- |' * len(CARDS)}")
+    print(f"| recipe | GiB | tokens/s | {' | '.join(f'{card} GB' for card in CARDS)} |")
+    print(f"| --- | ---: | ---: |{' --- |' * len(CARDS)}")
     for name in sys.argv[1:] or SHAPES:
         train = train_of(name)
         rows = train.batch_size * train.gradient_accumulation
@@ -47,7 +49,9 @@ def main() -> None:
         for card in CARDS:
             batch, length = largest(batches, card), largest(lengths, card)
             cells.append(f"{batch} × {rows // batch}, {length}" if batch else "-")
-        print(f"| `{name}` | {batches[train.batch_size] / GIB:.1f} | {' | '.join(cells)} |", flush=True)
+        gib = batches[train.batch_size] / GIB
+        speed = round(FLOP_PER_SECOND / flops_of_a_token(SHAPES[name], train.max_length), -2)
+        print(f"| `{name}` | {gib:.1f} | {speed:,.0f} | {' | '.join(cells)} |", flush=True)
 
 
 def train_of(name: str) -> Train:
