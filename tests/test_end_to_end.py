@@ -1,4 +1,4 @@
-"""The real dvc.yaml, from nothing to proven GGUF files, and what reruns when something changes."""
+"""The real dvc.yaml, from nothing to proven GGUF files."""
 
 import csv
 import hashlib
@@ -13,8 +13,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from conftest import ROOT, Project, Terminal, serving
-from dvc.repo import Repo
+from conftest import Project, Terminal, serving
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -22,37 +21,6 @@ from safetensors import safe_open
 from pipeline.hops import source
 from pipeline.rows import read_jsonl
 from tools import infer
-
-KEYS = [
-    f"{section}.{key}" if isinstance(values, dict) else section
-    for section, values in yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")).items()
-    for key in (values if isinstance(values, dict) else [None])
-]
-# Which stages `dvc status` names, and `dvc repro` runs, for a change of a key: those that read it. Those after them run
-# if what they make is different.
-RERUN = {
-    "seed": {"train_qlora", "model_card"},
-    "threads": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
-    "base.model": {"prepare_base"},
-    "base.revision": {"prepare_base"},
-    "base.device": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
-    "base.compute_dtype": {"train_qlora", "evaluate_base", "evaluate", "convert_gguf", "evaluate_gguf"},
-    "generate": {"generate"},
-    "generate.model": {"generate", "model_card"},
-    "merge": {"merge"},
-    "lora": {"train_qlora", "model_card"},
-    "train": {"train_qlora", "model_card"},
-    "train.max_length": {"tokenize", "model_card"},
-    "train.on_overflow": {"tokenize", "model_card"},
-    "train.mask_history": {"tokenize", "model_card"},
-    "evaluate": {"evaluate_base", "evaluate", "evaluate_gguf"},
-    "evaluate.max_kl": {"evaluate_gguf"},
-    "evaluate.repeats": set(),
-    "merge_adapter": {"merge_adapter", "evaluate_gguf"},
-    "gate": set(),
-    "gguf": {"convert_gguf"},
-}
-SHOWS = {"report"}  # params.yaml as it stands: it runs for a change of any key
 
 
 def metrics(project: Project, name: str) -> Any:
@@ -212,22 +180,14 @@ def test_metrics_plots_and_the_graph_show_what_a_dvc_user_expects(finished: Proj
     assert "world" not in graph
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_a_parameter_reruns_exactly_the_stages_that_read_it(
-    finished: Project, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(finished.folder)
-    path = finished.folder / "params.yaml"
-    before = path.read_text(encoding="utf-8")
-    parameters = yaml.safe_load(before)
-    section, _, name = key.partition(".")
-    owner, name = (parameters[section], name) if name else (parameters, section)
-    owner[name] = "changed"
-    path.write_text(yaml.safe_dump(parameters), encoding="utf-8")
-    with Repo() as repo:  # a dvc process of its own takes seconds to start
-        changed = set(repo.status())
-    path.write_text(before, encoding="utf-8")
-    assert changed == RERUN.get(key, RERUN.get(section, set())) | SHOWS
+def test_a_stage_that_makes_the_same_again_reruns_no_other(finished: Project) -> None:
+    code = finished.folder / "stages/merge.py"
+    before = code.read_text(encoding="utf-8")
+    code.write_text(f"{before}# a comment\n", encoding="utf-8")
+    assert ran(finished.run("dvc", "repro").stdout) == {"merge"}
+    code.write_text(before, encoding="utf-8")
+    done = finished.run("dvc", "repro")
+    assert "Stage 'merge' is cached" in done.stdout and not ran(done.stdout)
 
 
 def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_training_scores_lower(

@@ -1,0 +1,179 @@
+"""What runs again when something changes: the tables of docs/reruns.md, and what the design promises of them.
+
+DVC itself is asked, in a clone in which every parameter and every file of git is really changed. It needs no training:
+dvc.lock knows what the outputs were made of.
+"""
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Project, clone
+from dvc.repo import Repo
+
+DOCUMENT = ROOT / "docs/reruns.md"
+OWN = {"dvc.yaml", "dvc.lock"}  # of DVC itself; a changed entry of dvc.yaml is another stage
+
+
+@dataclass(frozen=True)
+class Reruns:
+    """The stages that depend on each parameter and on each file; and for every stage, in the order of dvc.yaml, itself
+    and those whose outputs it takes, directly or not."""
+
+    parameters: dict[str, set[str]]
+    files: dict[str, set[str]]
+    stages: dict[str, set[str]]
+
+    def of(self, name: str) -> set[str]:
+        """The stages that run again whatever comes of it."""
+        return self.parameters[name] if name in self.parameters else self.files[name]
+
+    def at_most(self, name: str) -> set[str]:
+        """And those that run if all of these make other bytes."""
+        return {stage for stage, needed in self.stages.items() if needed & self.of(name)}
+
+    def marks(self, name: str) -> str:
+        return "".join(
+            "●" if stage in self.of(name) else "○" if stage in self.at_most(name) else " " for stage in self.stages
+        )
+
+
+@pytest.fixture(scope="module")
+def reruns(tmp_path_factory: pytest.TempPathFactory) -> Reruns:
+    project = clone(tmp_path_factory.mktemp("reruns"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(project.folder)
+        assert modified() == {}, "dvc.lock is not of this code: dvc repro, and commit it"
+        with Repo() as repo:
+            stages = {
+                stage.name: {each.name for each in repo.stage.collect(stage.name, with_deps=True)}
+                for stage in repo.index.stages
+            }
+            outputs = {str(Path(out.fs_path).relative_to(project.folder)) for out in repo.index.outs}
+        return Reruns(of_parameters(project), of_files(project, outputs | OWN), stages)
+
+
+def of_parameters(project: Project) -> dict[str, set[str]]:
+    """One is changed at a time: of `params: [lora]` DVC says no more than lora."""
+    text = Path("params.yaml").read_text(encoding="utf-8")
+    found = {}
+    for section, values in yaml.safe_load(text).items():
+        for key in [f"{section}__{name}" for name in values] if isinstance(values, dict) else [section]:
+            project.set(**{key: "changed"})
+            found[key.replace("__", ".")] = set[str]().union(*modified().values())
+            Path("params.yaml").write_text(text, encoding="utf-8")
+    return found
+
+
+def of_files(project: Project, besides: set[str]) -> dict[str, set[str]]:
+    """All are changed at once: DVC names each, or the folder that a stage depends on, which stands for its files."""
+    files = set(project.run("git", "ls-files").stdout.splitlines()) - besides
+    for name in files:
+        with open(name, "ab") as file:
+            file.write(b"\n")
+    found = modified()
+    in_folders = {name for folder in found for name in files if name.startswith(f"{folder}/")}
+    return {name: found.get(name, set()) for name in found.keys() | files - in_folders}
+
+
+def modified() -> dict[str, set[str]]:
+    """The dependencies that are other than in dvc.lock, each with the stages that `dvc repro` runs for it. Those that
+    the clone lacks, where no stage has run, are left out."""
+    found = defaultdict(set)
+    with Repo() as repo:  # a dvc process of its own takes seconds to start
+        for stage, changes in repo.status().items():
+            for change in changes:
+                for name, how in change.get("changed deps", {}).items():
+                    if how != "deleted":
+                        found[name].add(stage)
+    return dict(found)
+
+
+def test_the_document_tells_what_dvc_does(reruns: Reruns, tmp_path: Path) -> None:
+    tables = iter([table("parameter", parameter_rows(reruns), reruns), table("file", file_rows(reruns), reruns)])
+    before = DOCUMENT.read_text(encoding="utf-8")
+    now = re.sub(r"(?m)(^\|.*\n)+", lambda _: next(tables), before)
+    (tmp_path / "reruns.md").write_text(now, encoding="utf-8")
+    difference = "".join(difflib.unified_diff(before.splitlines(True), now.splitlines(True), "documented", "true", n=0))
+    assert not difference, f"\n{difference}\nIf this is meant: cp {tmp_path}/reruns.md {DOCUMENT}"
+    assert next(tables, None) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "never"),
+    [
+        ("lora", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
+        ("train", {"prepare_base", "generate", "merge", "evaluate_base"}),
+        ("base", {"generate", "merge"}),
+        ("generate", {"prepare_base", "evaluate_base"}),
+        ("merge", {"prepare_base", "generate", "evaluate_base"}),
+        ("evaluate", {"train_qlora", "merge_adapter", "convert_gguf"}),
+        ("gguf", {"train_qlora", "evaluate", "model_card", "merge_adapter"}),
+    ],
+)
+def test_no_parameter_of_a_section_ever_reruns(reruns: Reruns, section: str, never: set[str]) -> None:
+    names = [name for name in reruns.parameters if name.startswith(f"{section}.")]
+    assert names and not any(reruns.at_most(name) & never for name in names)
+
+
+def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
+    for name in ("stages/evaluate.py", "pipeline/scores.py", "llama.cpp/source.txt", "stages/model_card.md"):
+        assert "train_qlora" not in reruns.at_most(name), name
+    for name in ("gate.floors", "evaluate.repeats", "params.yaml", "stages/report.py"):  # params.yaml: a comment there
+        assert reruns.at_most(name) == {"report"}, name
+    for name in ("README.md", "tools/gate.py", "tests/conftest.py", "requirements-dev.txt", "pipeline/memory.py"):
+        assert reruns.at_most(name) == set(), name
+
+
+def test_what_must_run_again(reruns: Reruns) -> None:
+    assert reruns.of("requirements.txt") == set(reruns.stages)
+    assert reruns.of("lora.r") == {"train_qlora", "model_card", "report"}
+    assert reruns.of("train.max_length") == {"tokenize", "model_card", "report"}  # a limit that cuts no row trains not
+    assert reruns.of("llama.cpp/source.txt") == {"convert_gguf", "evaluate_gguf"}
+    assert reruns.of("data/questions.jsonl") == {"merge", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
+    assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}
+    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate", "merge"}
+
+
+def parameter_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:
+    """A label and the marks, for the parameters of a section that act alike."""
+    for section, group in groupby(reruns.parameters, key=lambda name: name.partition(".")[0]):
+        names = list(group)
+        for marks, alike in by_marks(reruns, names).items():
+            others = [name for name in names if name not in alike]
+            but = f", but for {listed(others)}" if others else ""
+            yield listed(alike) if len(alike) <= len(others) else f"`{section}`{but}", marks
+
+
+def file_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:
+    for marks, alike in sorted(by_marks(reruns, sorted(reruns.files)).items(), reverse=True):
+        yield "every other file of git" if marks.isspace() else listed_by_folder(alike), marks
+
+
+def by_marks(reruns: Reruns, names: Iterable[str]) -> dict[str, list[str]]:
+    alike = defaultdict(list)
+    for name in names:
+        alike[reruns.marks(name)].append(name)
+    return alike
+
+
+def listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def listed_by_folder(paths: list[str]) -> str:
+    """pipeline/facts.py, words.py"""
+    folders = groupby(map(Path, paths), key=lambda path: path.parent)
+    return listed(f"{next(group)}{''.join(f', {path.name}' for path in group)}" for _, group in folders)
+
+
+def table(of: str, rows: Iterable[tuple[str, str]], reruns: Reruns) -> str:
+    heads = [stage.replace("_", "<br>") for stage in reruns.stages]
+    lines = [[of, *heads], ["---", *[":-:"] * len(heads)], *([label, *marks] for label, marks in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
