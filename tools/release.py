@@ -1,0 +1,100 @@
+"""Register this commit's artifacts (dvc.yaml names them) as a version, if they are good enough.
+
+    python -m tools.release VERSION
+
+VERSION is SemVer, higher than the last. All must be committed, up to date and in DVC's remote, and the gate must pass
+against the last version -> a GTO tag for each artifact, with `dvc metrics diff` against the last version as its message;
+or none at all. Pushes nothing.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gto.api
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from gto.exceptions import GTOException
+from gto.tag import parse_name
+from gto.versions import SemVer
+
+from pipeline.parameters import read_yaml
+from pipeline.refusal import Refused
+
+METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]  # which the gate judges
+
+
+def main() -> None:
+    version, artifacts = f"v{' '.join(sys.argv[1:])}", list(read_yaml(Path("dvc.yaml"))["artifacts"])
+    last = last_release(artifacts)
+    require_higher(version, last)
+    require_shared()
+    if subprocess.run([sys.executable, "-m", "tools.gate", *([last] if last else [])]).returncode:
+        raise Refused("release: the gate does not let it pass, see above; nothing is registered")
+    tags = register(artifacts, version, changelog(last) if last else "The first version.")
+    print(f"registered {', '.join(tags)}: git push origin {' '.join(tags)}")
+
+
+def last_release(artifacts: list[str]) -> str | None:
+    """The tag of the highest version that any of them has."""
+    tags = git("tag", "--list", *(f"{artifact}@v*" for artifact in artifacts)).split()
+    return max(tags, key=lambda tag: SemVer(parse_name(tag)["version"]), default=None)
+
+
+def require_higher(version: str, last: str | None) -> None:
+    if not SemVer.is_valid(version):
+        raise Refused(f"VERSION is {version[1:]!r}: set it to a semantic version such as 1.2.0")
+    if last and SemVer(version) <= SemVer(parse_name(last)["version"]):
+        raise Refused(f"VERSION is {version[1:]}, and {last} is registered: choose a higher one")
+
+
+def require_shared() -> None:
+    """Raises Refused unless others can have all of what is released: it is committed, up to date, and in the remote."""
+    if git("status", "--porcelain"):
+        raise Refused("release: there are changes that are not committed: git commit or git stash them")
+    try:
+        with Repo() as repo:
+            if stale := repo.status():
+                raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
+            if absent := repo.data_status(not_in_remote=True)["not_in_remote"]:
+                raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
+    except DvcException as error:
+        raise Refused(f"release: {error}") from None
+
+
+def changelog(last: str) -> str:
+    """The metrics that changed since the last version, as a Markdown table."""
+    diff = [sys.executable, "-m", "dvc", "metrics", "diff", "--md", last, "HEAD", "--targets", *METRICS]
+    return subprocess.run(diff, check=True, capture_output=True, text=True).stdout.strip() or "No metric changed."
+
+
+def register(artifacts: list[str], version: str, message: str) -> list[str]:
+    """All tags or none: they are made in a clone, and come from there in one transaction.
+
+    Raises:
+        Refused: GTO or git refuses one of them.
+    """
+    author, _, email = git("var", "GIT_COMMITTER_IDENT").rpartition(">")[0].partition(" <")
+    commit = git("rev-parse", "HEAD")
+    with TemporaryDirectory() as scratch:
+        git("clone", "--quiet", "--shared", "--no-checkout", ".", scratch)
+        try:
+            for artifact in artifacts:
+                gto.api.register(scratch, artifact, commit, version, message, author=author, author_email=email)
+        except GTOException as error:
+            raise Refused(f"release: {error}") from None
+        tags = [f"{artifact}@{version}" for artifact in artifacts]
+        git("fetch", "--quiet", "--atomic", scratch, *(f"refs/tags/{tag}:refs/tags/{tag}" for tag in tags))
+    return tags
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise Refused(f"release: git {arguments[0]} failed: {' '.join(done.stderr.split())}")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
