@@ -2,9 +2,9 @@
 
     python -m tools.release VERSION
 
-VERSION is SemVer, higher than the last. All must be committed, up to date and in DVC's remote, and the gate must pass
-against the last version -> a GTO tag for each artifact, with `dvc metrics diff` against the last version as its message;
-or none at all. Pushes nothing.
+VERSION is SemVer, and higher than the last. All must be committed, up to date and in DVC's remote, and the gate must
+pass against the last version -> a GTO tag for each artifact, whose message is `dvc metrics diff` against the last
+version; or no tag at all. Pushes nothing.
 """
 
 import subprocess
@@ -17,7 +17,7 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from gto.exceptions import GTOException
 from gto.tag import parse_name
-from gto.versions import SemVer
+from semver import Version
 
 from pipeline.parameters import read_yaml
 from pipeline.refusal import Refused
@@ -26,27 +26,31 @@ METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]
 
 
 def main() -> None:
-    version, artifacts = f"v{' '.join(sys.argv[1:])}", list(read_yaml(Path("dvc.yaml"))["artifacts"])
+    version, artifacts = " ".join(sys.argv[1:]), list(read_yaml(Path("dvc.yaml"))["artifacts"])
     last = last_release(artifacts)
     require_higher(version, last)
     require_shared()
     if subprocess.run([sys.executable, "-m", "tools.gate", *([last] if last else [])]).returncode:
         raise Refused("release: the gate does not let it pass, see above; nothing is registered")
-    tags = register(artifacts, version, changelog(last) if last else "The first version.")
+    tags = register(artifacts, f"v{version}", changelog(last) if last else "The first version.")
     print(f"registered {', '.join(tags)}: git push origin {' '.join(tags)}")
 
 
 def last_release(artifacts: list[str]) -> str | None:
     """The tag of the highest version that any of them has."""
     tags = git("tag", "--list", *(f"{artifact}@v*" for artifact in artifacts)).split()
-    return max(tags, key=lambda tag: SemVer(parse_name(tag)["version"]), default=None)
+    return max(tags, key=version_of, default=None)
+
+
+def version_of(tag: str) -> Version:
+    return Version.parse(parse_name(tag)["version"].removeprefix("v"))
 
 
 def require_higher(version: str, last: str | None) -> None:
-    if not SemVer.is_valid(version):
-        raise Refused(f"VERSION is {version[1:]!r}: set it to a semantic version such as 1.2.0")
-    if last and SemVer(version) <= SemVer(parse_name(last)["version"]):
-        raise Refused(f"VERSION is {version[1:]}, and {last} is registered: choose a higher one")
+    if not Version.is_valid(version):
+        raise Refused(f"VERSION is {version!r}: set it to a semantic version such as 1.2.0")
+    if last and Version.parse(version) <= version_of(last):
+        raise Refused(f"VERSION is {version}, and {last} is registered: choose a higher one")
 
 
 def require_shared() -> None:
@@ -57,7 +61,7 @@ def require_shared() -> None:
         with Repo() as repo:
             if stale := repo.status():
                 raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
-            if absent := repo.data_status(not_in_remote=True)["not_in_remote"]:
+            if absent := repo.data_status(not_in_remote=True, remote_refresh=True)["not_in_remote"]:
                 raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
     except DvcException as error:
         raise Refused(f"release: {error}") from None
@@ -65,8 +69,9 @@ def require_shared() -> None:
 
 def changelog(last: str) -> str:
     """The metrics that changed since the last version, as a Markdown table."""
-    diff = [sys.executable, "-m", "dvc", "metrics", "diff", "--md", last, "HEAD", "--targets", *METRICS]
-    return subprocess.run(diff, check=True, capture_output=True, text=True).stdout.strip() or "No metric changed."
+    revisions = [last, git("rev-parse", "--short", "HEAD")]
+    diff = [sys.executable, "-m", "dvc", "metrics", "diff", "--md", *revisions, "--targets", *METRICS]
+    return subprocess.run(diff, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def register(artifacts: list[str], version: str, message: str) -> list[str]:
@@ -83,7 +88,7 @@ def register(artifacts: list[str], version: str, message: str) -> list[str]:
             for artifact in artifacts:
                 gto.api.register(scratch, artifact, commit, version, message, author=author, author_email=email)
         except GTOException as error:
-            raise Refused(f"release: {error}") from None
+            raise Refused(f"release: {error}; nothing is registered") from None
         tags = [f"{artifact}@{version}" for artifact in artifacts]
         git("fetch", "--quiet", "--atomic", scratch, *(f"refs/tags/{tag}:refs/tags/{tag}" for tag in tags))
     return tags
