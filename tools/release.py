@@ -7,14 +7,13 @@ pass against the last version -> a GTO tag for each artifact, whose message is `
 version; or no tag at all. Pushes nothing.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import gto.api
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
 from gto.exceptions import GTOException
 from gto.tag import parse_name
 from semver import Version
@@ -39,7 +38,7 @@ def main() -> None:
 def last_release(artifacts: list[str]) -> str | None:
     """The tag of the highest version that any of them has."""
     tags = git("tag", "--list", *(f"{artifact}@v*" for artifact in artifacts)).split()
-    return max(tags, key=version_of, default=None)
+    return max((tag for tag in tags if parse_name(tag, raise_on_fail=False)), key=version_of, default=None)
 
 
 def version_of(tag: str) -> Version:
@@ -57,21 +56,16 @@ def require_shared() -> None:
     """Raises Refused unless others can have all of what is released: it is committed, up to date, and in the remote."""
     if git("status", "--porcelain"):
         raise Refused("release: there are changes that are not committed: git commit or git stash them")
-    try:
-        with Repo() as repo:
-            if stale := repo.status():
-                raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
-            if absent := repo.data_status(not_in_remote=True, remote_refresh=True)["not_in_remote"]:
-                raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
-    except DvcException as error:
-        raise Refused(f"release: {error}") from None
+    if stale := json.loads(dvc("status", "--json")):
+        raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
+    if absent := json.loads(dvc("data", "status", "--not-in-remote", "--json")).get("not_in_remote"):
+        raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
 
 
 def changelog(last: str) -> str:
     """The metrics that changed since the last version, as a Markdown table."""
     revisions = [last, git("rev-parse", "--short", "HEAD")]
-    diff = [sys.executable, "-m", "dvc", "metrics", "diff", "--md", *revisions, "--targets", *METRICS]
-    return subprocess.run(diff, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    return dvc("metrics", "diff", "--md", *revisions, "--targets", *METRICS)
 
 
 def register(artifacts: list[str], version: str, message: str) -> list[str]:
@@ -95,9 +89,18 @@ def register(artifacts: list[str], version: str, message: str) -> list[str]:
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+    return output("git", *arguments)
+
+
+def dvc(*arguments: str) -> str:
+    return output(sys.executable, "-m", "dvc", *arguments)
+
+
+def output(*command: str) -> str:
+    """Raises Refused after what the command itself says of its failure."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
-        raise Refused(f"release: git {arguments[0]} failed: {' '.join(done.stderr.split())}")
+        raise Refused("release: stopped, see above; nothing is registered")
     return done.stdout.strip()
 
 
