@@ -11,7 +11,7 @@ from dvc.repo import Repo
 
 import tools.release
 
-ARTIFACTS = {"adapter": "outputs/adapter", "merged": "models/merged", "gguf": "models/gguf"}
+ARTIFACTS = ("adapter", "merged", "gguf")
 Release = Callable[[str], str]
 
 
@@ -57,11 +57,13 @@ def share(project: Project) -> None:
     project.run("git", "commit", "-qm", "a model")
 
 
-def set_correct(value: float) -> None:
+def set_correct(value: float) -> float:
+    """The share of correct answers that it was before."""
     path = Path("metrics/evaluate.json")
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    metrics["tuned"]["correct"] = value
+    before, metrics["tuned"]["correct"] = metrics["tuned"]["correct"], value
     path.write_text(json.dumps(metrics), encoding="utf-8")
+    return before
 
 
 def tags(project: Project) -> set[str]:
@@ -76,16 +78,15 @@ def test_a_version_is_what_anybody_gets_by_its_stage_and_its_tag_tells_what_chan
     assert release("1.9.0") == ""
     project.run("gto", "assign", "adapter", "--version", "v1.9.0", "--stage", "prod")
     write(Path("outputs/adapter/file"), "better")
-    set_correct(0.99)
+    before = set_correct(0.99)
     share(project)
     assert release("1.10.0") == ""
-    assert tags(project) == {f"{name}@v{number}" for name in ARTIFACTS for number in ("1.9.0", "1.10.0")} | {
-        "adapter#prod#1"
-    }
+    versions = {f"{name}@{version}" for name in ARTIFACTS for version in ("v1.9.0", "v1.10.0")}
+    assert tags(project) == {*versions, "adapter#prod#1"}
     for name in ARTIFACTS:
         told = project.run("git", "for-each-ref", "--format=%(objecttype) %(contents)", f"refs/tags/{name}@v1.10.0")
         [row] = [line for line in told.stdout.splitlines() if "| tuned.correct " in line]
-        assert told.stdout.startswith("tag ") and [cell.strip() for cell in row.split("|")][3:5] == ["0.95098", "0.99"]
+        assert told.stdout.startswith("tag ") and row.split()[5:8:2] == [f"{before:.5f}", "0.99"]
 
     assert Project(origin).run("git", "tag").stdout == ""  # nothing is pushed unasked
     project.run("git", "push", "-q", "--tags", str(origin))
@@ -116,14 +117,16 @@ def test_what_is_no_higher_version_of_something_shared_is_refused_by_name(projec
     assert tags(project) == {"gguf@v1.10.0"}
 
 
-def test_a_model_that_the_gate_does_not_let_pass_becomes_no_version(project: Project, release: Release) -> None:
+def test_a_model_that_is_worse_than_the_last_version_becomes_none(
+    project: Project, release: Release, capfd: pytest.CaptureFixture[str]
+) -> None:
+    project.run("gto", "register", "adapter", "--version", "v1.0.0")
     project.set(gate__floors={}, gate__falls={"tuned.correct": 0.02})
+    before = set_correct(0.9)
     share(project)
-    assert release("1.0.0") == ""
-    set_correct(0.90)
-    share(project)
-    assert "the gate does not let it pass" in release("1.1.0")
-    assert tags(project) == {f"{name}@v1.0.0" for name in ARTIFACTS}
+    assert release("1.1.0") == "release: the gate does not let it pass, see above; nothing is registered"
+    assert f"FAIL  fall of tuned.correct: 0.900, {before:.3f} at adapter@v1.0.0" in capfd.readouterr().out
+    assert tags(project) == {"adapter@v1.0.0"}
 
 
 def test_a_release_that_fails_at_its_last_tag_leaves_none(project: Project, release: Release) -> None:
