@@ -1,12 +1,12 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
 # make use RECIPE=...: the parameters of a real model, from recipes/.
 # make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
-# make chat, make serve: try the model.   make remote URL=...: share it.
+# make chat, make serve: try the model.   make remote URL=..., make release VERSION=...: share it.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check use gate noise curate chat serve remote setup requirements
+.PHONY: repro test check use gate noise curate chat serve remote release setup requirements
 
 repro: setup
 	@dvc repro
@@ -46,6 +46,9 @@ remote: $(VENV)/.remotes
 	@dvc remote add --default --force storage $(or $(URL),$(error make remote URL=/a/folder, ssh://, s3://, webdavs://))
 	@dvc remote modify storage verify true
 
+release: setup
+	@python -m tools.release $(VERSION)
+
 setup: $(VENV)/.installed
 
 $(VENV)/bin/python:
@@ -73,6 +76,7 @@ PIP_COMPILE := pip-compile --quiet --strip-extras --no-header --annotation-style
 
 requirements: $(VENV)/.dev
 	$(PIP_COMPILE) --allow-unsafe --output-file requirements.txt requirements.in
-	sed -i 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' requirements.txt
+	$(PIP_COMPILE) --allow-unsafe --output-file requirements-infer.txt requirements-infer.in
+	sed -i 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' requirements.txt requirements-infer.txt
 	$(PIP_COMPILE) --output-file requirements-remotes.txt requirements-remotes.in
 	$(PIP_COMPILE) --output-file requirements-dev.txt requirements-dev.in

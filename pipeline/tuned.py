@@ -1,15 +1,17 @@
 """The tuned model and its base, loaded by Transformers to answer people."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
 
-from pipeline.base import DESCRIPTION, located, require_same_base
+from pipeline.base import DESCRIPTION, describe, located, require_same_base
 from pipeline.chat_template import load_tokenizer
 from pipeline.merging import read_config
 from pipeline.models import load_quantized, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.outputs import write_json
 from pipeline.parameters import Parameters
 from pipeline.refusal import Refused
 from pipeline.tensor_files import stored_tensors
@@ -23,10 +25,13 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     Raises:
         Refused: one of them is missing or damaged, or the adapter is of another base.
     """
+    if tuned:
+        require(ADAPTER / "adapter_model.safetensors", "model_card")
+        if not DESCRIPTION.exists():  # DVC brought the adapter alone
+            fetch_base()
     require(DESCRIPTION, "prepare_base")
     folder, base = located()
     if tuned:
-        require(ADAPTER / "adapter_model.safetensors", "model_card")
         require_same_base(ADAPTER, base)
         read_config(ADAPTER)  # refuses a damaged file, as does the next line
         stored_tensors(ADAPTER / "adapter_model.safetensors")
@@ -36,6 +41,12 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     transformers.utils.logging.disable_progress_bar()
     model = load_tuned(folder, ADAPTER, device, dtype) if tuned else load_quantized(folder, device, dtype)
     return model.eval(), load_tokenizer(folder)
+
+
+def fetch_base() -> None:
+    """Fetch the base that the adapter names, and describe what is here as prepare_base does."""
+    trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
+    write_json(DESCRIPTION, describe(trained_on["model"], trained_on["revision"]))
 
 
 def require(file: Path, stage: str) -> None:

@@ -135,13 +135,17 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     with pytest.raises(Refused, match=r"^nothing\.jsonl: No such file"):
         run(monkeypatch, "--rows", "nothing.jsonl")
     with pytest.raises(Refused, match=r"^models/base\.json is missing: run dvc repro prepare_base"):
-        run(monkeypatch, "Who?")
-    prepare_base.main()
+        run(monkeypatch, "--base", "Who?")
     with pytest.raises(Refused, match=r"^outputs/adapter/adapter_model\.safetensors is missing: run dvc repro model_c"):
         run(monkeypatch, "Who?")
     adapter = Path("outputs/adapter")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").touch()
+    of_other_files = '{"model": "models/tiny-base", "revision": null, "fingerprint": "0"}'
+    (adapter / "base.json").write_text(of_other_files, encoding="utf-8")
+    with pytest.raises(Refused, match=r"^outputs/adapter: models/tiny-base is not as it was trained on"):
+        run(monkeypatch, "Who?")
+    prepare_base.main()
     (adapter / "base.json").write_text('{"model": "another", "fingerprint": "0"}', encoding="utf-8")
     with pytest.raises(Refused, match=r"^outputs/adapter was trained on another"):
         run(monkeypatch, "Who?")

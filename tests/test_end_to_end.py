@@ -4,9 +4,12 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +239,43 @@ def test_an_experiment_comes_to_a_clone_with_its_files_and_nothing_trains_again(
     adapter = "outputs/adapter/adapter_model.safetensors"
     assert digest(elsewhere.folder / adapter) == digest(finished.folder / adapter)
     assert metrics(elsewhere, "evaluate") == metrics(finished, "evaluate")
+
+
+def test_the_adapter_alone_answers_on_another_machine_that_has_not_what_training_needs(
+    finished: Project, tmp_path: Path
+) -> None:
+    elsewhere = Project(tmp_path / "elsewhere")
+    finished.run("git", "clone", "-q", ".", str(elsewhere.folder))
+    shutil.copy(finished.folder / "dvc.lock", elsewhere.folder)
+    elsewhere.run("dvc", "remote", "add", "--default", "storage", str(finished.folder / ".dvc/cache"))
+    elsewhere.run("dvc", "pull", "outputs/adapter")
+    # Python finds what requirements-infer.txt names, and nothing that other requirements alone name.
+    wanted = pinned(ROOT / "requirements-infer.txt")
+    others = set[str]().union(*map(pinned, ROOT.glob("requirements*.txt"))) - wanted
+    hidden = {name for package in others for name in installed(package)}
+    hidden -= {name for package in wanted for name in installed(package)}  # a folder may be of several packages
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name not in hidden:
+            (packages / entry.name).symlink_to(entry)
+    elsewhere.env = {"PYTHONPATH": str(packages)}
+    python = [sys.executable, "-S"]  # without what is installed
+    assert "No module named 'dvc'" in elsewhere.run(*python, "-c", "import dvc", check=False).stderr
+    row = read_jsonl(finished.folder / "metrics/answers.jsonl")[0]
+    assert elsewhere.run(*python, "-m", "tools.infer", row["question"]).stdout.strip() == row["after"]
+    chat = elsewhere.run("sh", "-c", 'echo "$0" | "$@" -m tools.chat', row["question"], *python)
+    assert f"> {row['after']}\n" in chat.stdout
+
+
+def pinned(requirements: Path) -> set[str]:
+    lines = requirements.read_text(encoding="utf-8").splitlines()
+    return {line.partition("==")[0] for line in lines if "==" in line}
+
+
+def installed(package: str) -> set[str]:
+    """What it has in site-packages, at the top."""
+    return {file.parts[0] for file in distribution(package).files or []}
 
 
 def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_run_twice(finished: Project) -> None:

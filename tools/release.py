@@ -1,0 +1,108 @@
+"""Register this commit's artifacts (dvc.yaml names them) as a version, if they are good enough.
+
+    python -m tools.release VERSION
+
+VERSION is SemVer, and higher than the last. All must be committed, up to date and in DVC's remote, and the gate must
+pass against the last version -> a GTO tag for each artifact, whose message is `dvc metrics diff` against the last
+version; or no tag at all. Pushes nothing.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import gto.api
+from gto.exceptions import GTOException
+from gto.tag import parse_name
+from semver import Version
+
+from pipeline.parameters import read_yaml
+from pipeline.refusal import Refused
+
+METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]  # which the gate judges
+
+
+def main() -> None:
+    version, artifacts = " ".join(sys.argv[1:]), list(read_yaml(Path("dvc.yaml"))["artifacts"])
+    last = last_release(artifacts)
+    require_higher(version, last)
+    require_shared()
+    if subprocess.run([sys.executable, "-m", "tools.gate", *([last] if last else [])]).returncode:
+        raise Refused("release: the gate does not let it pass, see above; nothing is registered")
+    tags = register(artifacts, f"v{version}", changelog(last) if last else "The first version.")
+    print(f"registered {', '.join(tags)}: git push origin {' '.join(tags)}")
+
+
+def last_release(artifacts: list[str]) -> str | None:
+    """The tag of the highest version that any of them has."""
+    tags = git("tag", "--list", *(f"{artifact}@v*" for artifact in artifacts)).split()
+    return max((tag for tag in tags if parse_name(tag, raise_on_fail=False)), key=version_of, default=None)
+
+
+def version_of(tag: str) -> Version:
+    return Version.parse(parse_name(tag)["version"].removeprefix("v"))
+
+
+def require_higher(version: str, last: str | None) -> None:
+    if not Version.is_valid(version):
+        raise Refused(f"VERSION is {version!r}: set it to a semantic version such as 1.2.0")
+    if last and Version.parse(version) <= version_of(last):
+        raise Refused(f"VERSION is {version}, and {last} is registered: choose a higher one")
+
+
+def require_shared() -> None:
+    """Raises Refused unless others can have all of what is released: it is committed, up to date, and in the remote."""
+    if git("status", "--porcelain"):
+        raise Refused("release: there are changes that are not committed: git commit or git stash them")
+    if stale := json.loads(dvc("status", "--json")):
+        raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
+    if absent := json.loads(dvc("data", "status", "--not-in-remote", "--json")).get("not_in_remote"):
+        raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
+
+
+def changelog(last: str) -> str:
+    """The metrics that changed since the last version, as a Markdown table."""
+    revisions = [last, git("rev-parse", "--short", "HEAD")]
+    return dvc("metrics", "diff", "--md", *revisions, "--targets", *METRICS)
+
+
+def register(artifacts: list[str], version: str, message: str) -> list[str]:
+    """All tags or none: they are made in a clone, and come from there in one transaction.
+
+    Raises:
+        Refused: GTO or git refuses one of them.
+    """
+    author, _, email = git("var", "GIT_COMMITTER_IDENT").rpartition(">")[0].partition(" <")
+    commit = git("rev-parse", "HEAD")
+    with TemporaryDirectory() as scratch:
+        git("clone", "--quiet", "--shared", "--no-checkout", ".", scratch)
+        try:
+            for artifact in artifacts:
+                gto.api.register(scratch, artifact, commit, version, message, author=author, author_email=email)
+        except GTOException as error:
+            raise Refused(f"release: {error}; nothing is registered") from None
+        tags = [f"{artifact}@{version}" for artifact in artifacts]
+        git("fetch", "--quiet", "--atomic", scratch, *(f"refs/tags/{tag}:refs/tags/{tag}" for tag in tags))
+    return tags
+
+
+def git(*arguments: str) -> str:
+    return output("git", *arguments)
+
+
+def dvc(*arguments: str) -> str:
+    return output(sys.executable, "-m", "dvc", *arguments)
+
+
+def output(*command: str) -> str:
+    """Raises Refused after what the command itself says of its failure."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    if done.returncode:
+        raise Refused("release: stopped, see above; nothing is registered")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()
