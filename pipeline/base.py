@@ -102,8 +102,10 @@ def located() -> tuple[Path, dict[str, Any]]:
     """The folder of the base that models/base.json describes, and the description. Never uses the network.
 
     Raises:
-        Refused: the folder's files are not the described ones any more, or the cache lost them.
+        Refused: nothing is described, the folder's files are not the described ones any more, or the cache lost them.
     """
+    if not DESCRIPTION.exists():
+        raise Refused(f"{DESCRIPTION} is missing: run dvc repro prepare_base, or dvc pull")
     described = json.loads(DESCRIPTION.read_text(encoding="utf-8"))
     if described["revision"] is None:
         folder = Path(described["model"])

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 import orjson
-import pyarrow
-from pyarrow import parquet
 
 from pipeline.parameters import Column
 from pipeline.rows import Message, question_and_answer
@@ -65,7 +63,7 @@ def records(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
         for number, record in found:
             too_large = isinstance(record, bytes) and len(record) > LARGEST
             yield number, oversize() if too_large else record
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error) as error:
         yield number + 1, unreadable(error)
 
 
@@ -130,28 +128,31 @@ def csv_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
 
 
 def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
-    with opened(file) as binary:
-        table = parquet.ParquetFile(binary)
-        names = table.schema_arrow.names
-        wanted = [name for name in names if name in KEYS or name in columns.values()]
-        if len(set(wanted)) < len(wanted):
-            yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
-            return
-        if not wanted:
-            yield from (
-                (number, unknown_format(dict.fromkeys(names))) for number in range(1, table.metadata.num_rows + 1)
-            )
-            return
-        number = 0
-        for batch in table.iter_batches(batch_size=64, columns=wanted):
-            for at in range(batch.num_rows):
-                number += 1
-                try:
-                    yield number, dumped(renamed({name: batch[name][at].as_py() for name in wanted}, columns))
-                except UnicodeDecodeError:
-                    yield number, not_utf8()
-                except (ValueError, OverflowError, KeyError) as error:
-                    yield number, unreadable(error)
+    import pyarrow  # 170 MB, which who answers with an adapter does not need
+    from pyarrow import parquet
+
+    try:
+        with opened(file) as binary:
+            table = parquet.ParquetFile(binary)
+            names = table.schema_arrow.names
+            wanted = [name for name in names if name in KEYS or name in columns.values()]
+            if len(set(wanted)) < len(wanted):
+                yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
+            elif not wanted:
+                rows = range(1, table.metadata.num_rows + 1)
+                yield from ((number, unknown_format(dict.fromkeys(names))) for number in rows)
+            else:
+                batches = table.iter_batches(batch_size=64, columns=wanted)
+                cells = ((batch, at) for batch in batches for at in range(batch.num_rows))
+                for number, (batch, at) in enumerate(cells, start=1):
+                    try:
+                        yield number, dumped(renamed({name: batch[name][at].as_py() for name in wanted}, columns))
+                    except UnicodeDecodeError:
+                        yield number, not_utf8()
+                    except (ValueError, OverflowError, KeyError) as error:
+                        yield number, unreadable(error)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
 
 
 def renamed(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def evaluating_gguf(model: PreTrainedModel, device: torch.device, dtype: torch.d
     merged = parameters * dtype.itemsize
     if device.type == "cuda":  # what the GPU has no room for stays here
         merged = max(0, merged - free(device))
-    return PROCESS["cpu"] + merged + parameters * 2  # llama.cpp has the f16 file in memory beside it
+    return PROCESS["cpu"] + max(merged, parameters * 2)  # llama.cpp has the f16 file in memory after it
 
 
 def free(device: torch.device) -> int:

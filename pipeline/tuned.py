@@ -26,10 +26,10 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
         Refused: one of them is missing or damaged, or the adapter is of another base.
     """
     if tuned:
-        require(ADAPTER / "adapter_model.safetensors", "model_card")
+        if not (ADAPTER / "adapter_model.safetensors").exists():
+            raise Refused(f"{ADAPTER}/adapter_model.safetensors is missing: run dvc repro model_card, or dvc pull")
         if not DESCRIPTION.exists():  # DVC brought the adapter alone
             fetch_base()
-    require(DESCRIPTION, "prepare_base")
     folder, base = located()
     if tuned:
         require_same_base(ADAPTER, base)
@@ -47,8 +47,3 @@ def fetch_base() -> None:
     """Fetch the base that the adapter names, and describe what is here as prepare_base does."""
     trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
     write_json(DESCRIPTION, describe(trained_on["model"], trained_on["revision"]))
-
-
-def require(file: Path, stage: str) -> None:
-    if not file.exists():
-        raise Refused(f"{file} is missing: run dvc repro {stage}, or dvc pull")

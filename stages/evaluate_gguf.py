@@ -52,11 +52,12 @@ def main() -> None:
     given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
     forms = {"tuned": Form(given, along(model, asked))}
     del model
-    gc.collect()
-    torch.cuda.empty_cache()  # a small GPU has no room for both
+    release_memory()  # a small GPU has no room for both
     model = load_merged(MERGED, device, dtype)
     given = [(answer.text, answer.stopped) for answer in sit(model, tokenizer, questions, batch_size, length)]
     forms["merged"] = Form(given, along(model, asked))
+    del model
+    release_memory()  # nor has a small machine for it and llama.cpp's f16 file
 
     cost = {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
@@ -73,6 +74,11 @@ def main() -> None:
     write_json("metrics/gguf_cost.json", cost)
     print("\n".join(table(*hop_table(metrics))))
     require_converted(metrics, parameters.evaluate.max_kl, parameters.merge_adapter.base)
+
+
+def release_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def along(model: PreTrainedModel, asked: list[Asked]) -> list[list[NextToken]]:

@@ -16,7 +16,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from conftest import Project, Terminal, serving
+from conftest import ROOT, Project, Terminal, serving
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import safe_open
