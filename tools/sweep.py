@@ -112,11 +112,10 @@ def work(queue: Any, devices: list[str]) -> None:
         workers = [start_worker(queue, number, device) for number, device in enumerate(devices, 1)]
         try:
             codes = [worker.wait() for worker in workers]
-        except KeyboardInterrupt:  # theirs too: they end what runs
+        finally:
             for worker in workers:
-                worker.wait()
-            raise
-        bury_lost(queue)
+                worker.kill()  # after Ctrl-C, which alone would end what runs and begin the next
+            bury_lost(queue)
         if max(codes) > 0:
             raise Refused(f"sweep: a worker failed: {queue.wdir}/sweep-*.out tells why")
 
@@ -129,13 +128,12 @@ def start_worker(queue: Any, number: int, device: str) -> subprocess.Popen[bytes
 
 
 def bury_lost(queue: Any) -> None:
-    """Kill and remove from the queue what runs without a worker, or to DVC still does. No worker may be alive."""
-    lost = list(queue.iter_active())
-    runs = {queue.get_infofile_path(entry.stash_rev) for entry in lost}
-    for process in psutil.process_iter(["cmdline"]):
-        if runs.intersection(process.info["cmdline"] or []):
-            process.kill()
-    remove_tasks(queue, lost)
+    """Kill what runs without a worker, and count as failed what to DVC runs for ever. No worker may be alive."""
+    for lost, entry in list(queue._iter_active_tasks()):
+        for process in psutil.process_iter(["cmdline"]):  # by its number alone, as dvc queue kill, it may be another
+            if queue.get_infofile_path(entry.stash_rev) in (process.info["cmdline"] or []):
+                process.kill()
+        queue.celery.backend.mark_as_failure(lost.id, None)
 
 
 def show(parameters: list[str]) -> None:
