@@ -30,8 +30,8 @@ from pipeline.parameters import check
 from pipeline.refusal import Refused
 
 PARAMETERS = Path("params.yaml")
-SHOWN = ["Experiment", "State", "tuned.correct", "tuned.f1", "tuned.answer_nll"]
 BEST_FIRST = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
+COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|State|tuned\.correct|tuned\.f1)$"]
 
 
 def main() -> None:
@@ -46,14 +46,15 @@ def main() -> None:
             raise Refused("sweep: there are changes that are not committed: a sweep is of a commit")
         if queue.worker_status():
             raise Refused("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
+        commit = repo.scm.get_rev()  # the next may come while they run
         bury_lost(queue)
         remove_tasks(queue, [entry for entry, _ in queue.iter_failed()])
-        put(repo, members)
+        put(repo, members, commit)
         tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
         print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
         work(queue, devices)
-        show([setting.partition("=")[0] for setting in settings])
-        failed = [name for name in tasks if name not in experiments(repo)]
+        subprocess.run(["dvc", "exp", "show", "--no-pager", "--rev", commit, *BEST_FIRST, *COLUMNS], check=True)
+        failed = [name for name in tasks if name not in experiments(repo, commit)]
         for name in failed:
             print(f"{name} failed:\n{end_of_log(queue, tasks[name])}", file=sys.stderr)
     if failed:
@@ -92,18 +93,18 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
     return {re.sub(r"[^\w.,=+-]+", "_", ",".join(member)): member for member in members}
 
 
-def put(repo: Any, members: dict[str, list[str]]) -> None:
+def put(repo: Any, members: dict[str, list[str]], commit: str) -> None:
     """Queue those that are neither done nor queued."""
-    known = {*experiments(repo), *(entry.name for entry in repo.experiments.celery_queue.iter_queued())}
+    known = {*experiments(repo, commit), *(entry.name for entry in repo.experiments.celery_queue.iter_queued())}
     for name, member in members.items():
         if name not in known:
             with redirect_stdout(StringIO()):
                 repo.experiments.run(targets=["evaluate"], params=member, queue=True, name=name)
 
 
-def experiments(repo: Any) -> set[str]:
-    """Those that are done, of the last commit."""
-    return {name for of_commit in repo.experiments.ls().values() for name, _ in of_commit}
+def experiments(repo: Any, commit: str) -> set[str]:
+    """Those that are done, by their names."""
+    return {name for name, _ in repo.experiments.ls(commit)[commit]}
 
 
 def work(queue: Any, devices: list[str]) -> None:
@@ -134,11 +135,6 @@ def bury_lost(queue: Any) -> None:
             if queue.get_infofile_path(entry.stash_rev) in (process.info["cmdline"] or []):
                 process.kill()
         queue.celery.backend.mark_as_failure(lost.id, None)
-
-
-def show(parameters: list[str]) -> None:
-    keep = "|".join(f"{re.escape(column)}$" for column in [*SHOWN, *parameters])
-    subprocess.run(["dvc", "exp", "show", "--no-pager", *BEST_FIRST, "--drop", ".*", "--keep", keep], check=True)
 
 
 def end_of_log(queue: Any, task: str) -> str:
