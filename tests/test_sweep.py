@@ -65,9 +65,9 @@ def sweep(small: Project, *settings: str) -> subprocess.CompletedProcess[str]:
 
 
 def table(small: Project) -> dict[str, dict[str, str]]:
-    """The rows of the experiments, by their names."""
+    """The rows of the experiments, by their names after that of the commit."""
     rows = csv.DictReader(small.run("dvc", "exp", "show", "--csv").stdout.splitlines())
-    return {row["Experiment"]: row for row in rows if row["typ"] != "baseline"}
+    return {row["Experiment"].partition("-")[2]: row for row in rows if row["typ"] != "baseline"}
 
 
 def test_a_member_that_fails_is_named_with_the_end_of_its_log_and_the_others_are_compared_best_first(
@@ -79,7 +79,7 @@ def test_a_member_that_fails_is_named_with_the_end_of_its_log_and_the_others_are
     at = [done.stdout.index(name) for name in names]
     assert at[0] < at[1] and [table(small)[name]["State"] for name in names] == ["Success", "Success", "Failed"]
     assert "thirteen is not trained" in done.stderr
-    assert done.stderr.endswith(f"sweep: 1 of 3 failed: {names[2]}\n")
+    assert done.stderr.endswith(f"-{names[2]}\n") and "\nsweep: 1 of 3 failed: " in done.stderr
 
     (small.folder / ".dvc/tmp/exps/celery/sweep-1.out").unlink()
     again = sweep(small, "lora.r=3,5", "train.epochs=1")
@@ -97,7 +97,7 @@ def test_a_killed_worker_loses_what_it_was_at_and_the_same_command_goes_on(small
     stage = worker.children(recursive=True)[-1]
     worker.kill()
     told = running.communicate()[0].decode()
-    assert running.returncode == 1 and told.endswith("sweep: 1 of 2 failed: lora.r=2\n"), told
+    assert running.returncode == 1 and "sweep: 1 of 2 failed: " in told and told.endswith("-lora.r=2\n"), told
     assert not stage.is_running()
     assert {name: row["State"] for name, row in table(small).items()} == {"lora.r=2": "Failed", "lora.r=3": "Success"}
     again = sweep(small, "lora.r=2,3")

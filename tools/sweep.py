@@ -31,7 +31,7 @@ from pipeline.refusal import Refused
 
 PARAMETERS = Path("params.yaml")
 BEST_FIRST = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
-COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|State|tuned\.correct|tuned\.f1)$"]
+COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|tuned\.correct|tuned\.f1)$"]
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         commit = repo.scm.get_rev()  # the next may come while they run
         bury_lost(queue)
         remove_tasks(queue, [entry for entry, _ in queue.iter_failed()])
-        put(repo, members, commit)
+        put(repo, {f"{commit[:7]}-{name}": member for name, member in members.items()}, commit)
         tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
         print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
         work(queue, devices)
