@@ -49,12 +49,12 @@ def main() -> None:
         commit = repo.scm.get_rev()  # the next may come while they run
         bury_lost(queue)
         remove_tasks(queue, [entry for entry, _ in queue.iter_failed()])
-        put(repo, {f"{commit[:7]}-{name}": member for name, member in members.items()}, commit)
+        put(repo, {f"{commit[:7]}-{name}": member for name, member in members.items()})
         tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
         print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
         work(queue, devices)
         subprocess.run(["dvc", "exp", "show", "--no-pager", "--rev", commit, *BEST_FIRST, *COLUMNS], check=True)
-        failed = [name for name in tasks if name not in experiments(repo, commit)]
+        failed = [name for name in tasks if name not in experiments(repo)]
         for name in failed:
             print(f"{name} failed:\n{end_of_log(queue, tasks[name])}", file=sys.stderr)
     if failed:
@@ -93,18 +93,18 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
     return {re.sub(r"[^\w.,=+-]+", "_", ",".join(member)): member for member in members}
 
 
-def put(repo: Any, members: dict[str, list[str]], commit: str) -> None:
+def put(repo: Any, members: dict[str, list[str]]) -> None:
     """Queue those that are neither done nor queued."""
-    known = {*experiments(repo, commit), *(entry.name for entry in repo.experiments.celery_queue.iter_queued())}
+    known = {*experiments(repo), *(entry.name for entry in repo.experiments.celery_queue.iter_queued())}
     for name, member in members.items():
         if name not in known:
             with redirect_stdout(StringIO()):
                 repo.experiments.run(targets=["evaluate"], params=member, queue=True, name=name)
 
 
-def experiments(repo: Any, commit: str) -> set[str]:
-    """Those that are done, by their names."""
-    return {name for name, _ in repo.experiments.ls(commit)[commit]}
+def experiments(repo: Any) -> set[str]:
+    """The names of those that are done, of any commit."""
+    return {name for of_commit in repo.experiments.ls(all_commits=True).values() for name, _ in of_commit}
 
 
 def work(queue: Any, devices: list[str]) -> None:
