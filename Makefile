@@ -1,18 +1,19 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
 # make use RECIPE=...: the parameters of a real model, from recipes/.
 # make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
-# make chat, make serve: try the model.   make remote URL=..., make release VERSION=...: share it.
+# make sweep ARGS=...: a grid of experiments, compared.   make chat, make serve: try the model.
+# make remote URL=..., make release VERSION=...: share it.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check use gate noise curate chat serve remote release setup requirements
+.PHONY: repro test check use gate noise curate sweep chat serve remote release setup requirements
 
 repro: setup
 	@dvc repro
 	@cat metrics/report.md
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.sky
 	@ruff check .
 	@ruff format --check .
 	@mypy
@@ -34,7 +35,10 @@ noise: setup
 curate: setup
 	@python -m tools.curate
 
-ARGS :=  # of tools/chat.py and tools/serve.py
+ARGS :=  # of tools/sweep.py, tools/chat.py and tools/serve.py
+sweep: setup
+	@python -m tools.sweep $(ARGS)
+
 chat: setup
 	@python -m tools.chat $(ARGS)
 
@@ -70,6 +74,11 @@ $(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt
 		playwright install chromium
 	@touch $@
 
+$(VENV)/.sky: requirements-sky.txt | $(VENV)/bin/python
+	python3 -m venv $(VENV)/sky
+	$(VENV)/sky/bin/pip install --no-compile --requirement requirements-sky.txt
+	@touch $@
+
 # The local version (torch's +cpu) would keep GPU machines from the CUDA build of the same release.
 PIP_COMPILE := pip-compile --quiet --strip-extras --no-header --annotation-style line \
 	--no-emit-find-links --no-emit-index-url --no-emit-trusted-host
@@ -80,3 +89,4 @@ requirements: $(VENV)/.dev
 	sed -i 's/^\(torch==[0-9.]*\)+[a-z0-9]*/\1/' requirements.txt requirements-infer.txt
 	$(PIP_COMPILE) --output-file requirements-remotes.txt requirements-remotes.in
 	$(PIP_COMPILE) --output-file requirements-dev.txt requirements-dev.in
+	$(PIP_COMPILE) --output-file requirements-sky.txt requirements-sky.in

@@ -1,0 +1,147 @@
+"""Run a grid of experiments by DVC's queue, one worker a GPU, and compare them, best first.
+
+    python -m tools.sweep -S lora.r=8,16,32 [-S train.learning_rate=1e-3,2e-3 ...]
+
+-S is that of `dvc exp run`. Every combination is an experiment of the last commit, run up to the exams; `dvc exp apply
+NAME && dvc repro` merges and converts the one that is chosen. One that is there already is not run again: after a
+failure, a kill or Ctrl-C, the same command goes on. Exit status 1, naming those that failed, if any did.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.repo.experiments.queue.remove import remove_tasks
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+from hydra.errors import HydraException
+
+from pipeline.outputs import scratch
+from pipeline.parameters import check
+from pipeline.refusal import Refused
+
+PARAMETERS = Path("params.yaml")
+BEST_FIRST = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
+COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|tuned\.correct|tuned\.f1)$"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-S", "--set-param", action="append", required=True, metavar="PARAMETER=VALUE,VALUE,...")
+    settings = parser.parse_args().set_param
+    devices = devices_of_workers(check(PARAMETERS).train.processes)
+    members = grid(settings)
+    with Repo() as repo:
+        queue = repo.experiments.celery_queue
+        if repo.scm.is_dirty():
+            raise Refused("sweep: there are changes that are not committed: a sweep is of a commit")
+        if queue.worker_status():
+            raise Refused("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
+        commit = repo.scm.get_rev()  # the next may come while they run
+        bury_lost(queue)
+        remove_tasks(queue, [entry for entry, _ in queue.iter_failed()])
+        put(repo, {f"{commit[:7]}-{name}": member for name, member in members.items()})
+        tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
+        print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
+        work(queue, devices)
+        subprocess.run(["dvc", "exp", "show", "--no-pager", "--rev", commit, *BEST_FIRST, *COLUMNS], check=True)
+        failed = [name for name in tasks if name not in experiments(repo)]
+        for name in failed:
+            print(f"{name} failed:\n{end_of_log(queue, tasks[name])}", file=sys.stderr)
+    if failed:
+        sys.exit(f"sweep: {len(failed)} of {len(tasks)} failed: {' '.join(failed)}")
+
+
+def devices_of_workers(processes: int) -> list[str]:
+    """CUDA_VISIBLE_DEVICES of each worker, whose trainings have so many processes; one worker if there is no GPU."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        gpus = visible.split(",")
+    else:
+        import torch  # takes seconds
+
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    groups = range(0, len(gpus) - processes + 1, processes)
+    return [",".join(gpus[first : first + processes]) for first in groups] or [",".join(gpus)]
+
+
+def grid(settings: list[str]) -> dict[str, list[str]]:
+    """{"lora.r=8,train.epochs=2": ["lora.r=8", "train.epochs=2"], ...}: every combination by its name.
+
+    Raises:
+        Refused: a parameter is unknown, or one of its values wrong.
+    """
+    with scratch(PARAMETERS) as folder:
+        try:
+            members = [member["params.yaml"] for member in get_hydra_sweeps({"params.yaml": settings})]
+            for member in members:
+                shutil.copy(PARAMETERS, folder)
+                apply_overrides(folder / PARAMETERS.name, member)
+                check(folder / PARAMETERS.name)
+        except (DvcException, HydraException) as error:
+            raise Refused(f"sweep: -S {' -S '.join(settings)}: {error.__cause__ or error}".splitlines()[0]) from None
+        except Refused as refusal:
+            raise Refused(f"sweep: {str(refusal).removeprefix(f'{folder}/')}") from None
+    return {re.sub(r"[^\w.,=+-]+", "_", ",".join(member)): member for member in members}
+
+
+def put(repo: Any, members: dict[str, list[str]]) -> None:
+    """Queue those that are neither done nor queued."""
+    known = {*experiments(repo), *(entry.name for entry in repo.experiments.celery_queue.iter_queued())}
+    for name, member in members.items():
+        if name not in known:
+            with redirect_stdout(StringIO()):
+                repo.experiments.run(targets=["evaluate"], params=member, queue=True, name=name)
+
+
+def experiments(repo: Any) -> set[str]:
+    """The names of those that are done, of any commit."""
+    return {name for of_commit in repo.experiments.ls(all_commits=True).values() for name, _ in of_commit}
+
+
+def work(queue: Any, devices: list[str]) -> None:
+    """Run what is queued. A worker that is killed loses what it was at, and nothing else."""
+    while list(queue.iter_queued()):
+        workers = [start_worker(queue, number, device) for number, device in enumerate(devices, 1)]
+        try:
+            codes = [worker.wait() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.kill()  # after Ctrl-C, which alone would end what runs and begin the next
+            bury_lost(queue)
+        if max(codes) > 0:
+            raise Refused(f"sweep: a worker failed: {queue.wdir}/sweep-*.out tells why")
+
+
+def start_worker(queue: Any, number: int, device: str) -> subprocess.Popen[bytes]:
+    """As `dvc queue start` does, which gives all workers the same GPUs: https://github.com/iterative/dvc/issues/4586."""
+    command = ["dvc", "exp", "queue-worker", f"sweep-{number}@localhost"]
+    with open(Path(queue.wdir, f"sweep-{number}.out"), "ab") as log:
+        return subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, stdout=log, stderr=log)
+
+
+def bury_lost(queue: Any) -> None:
+    """Kill what runs without a worker, and count as failed what to DVC runs for ever. No worker may be alive."""
+    for lost, entry in list(queue._iter_active_tasks()):
+        for process in psutil.process_iter(["cmdline"]):  # by its number alone, as dvc queue kill, it may be another
+            if queue.get_infofile_path(entry.stash_rev) in (process.info["cmdline"] or []):
+                process.kill()
+        queue.celery.backend.mark_as_failure(lost.id, None)
+
+
+def end_of_log(queue: Any, task: str) -> str:
+    run = queue.proc.get(task)
+    lines = Path(run.stdout).read_text(encoding="utf-8").splitlines() if run else [f"see {queue.wdir}/sweep-*.out"]
+    return "\n".join(f"  {line}" for line in lines[-5:])
+
+
+if __name__ == "__main__":
+    main()
