@@ -251,7 +251,8 @@ def test_the_adapter_alone_answers_on_another_machine_that_has_not_what_training
     elsewhere.run("dvc", "pull", "outputs/adapter")
     # Python finds what requirements-infer.txt names, and nothing that other requirements alone name.
     wanted = pinned(ROOT / "requirements-infer.txt")
-    others = set[str]().union(*map(pinned, ROOT.glob("requirements*.txt"))) - wanted
+    here = [ROOT / f"requirements{of}.txt" for of in ("", "-remotes", "-dev")]  # what this environment has
+    others = set[str]().union(*map(pinned, here)) - wanted
     hidden = {name for package in others for name in installed(package)}
     hidden -= {name for package in wanted for name in installed(package)}  # a folder may be of several packages
     packages = tmp_path / "packages"

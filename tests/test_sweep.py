@@ -27,7 +27,9 @@ if r == 2 and not held.exists():
     held.touch()
     time.sleep(600)
 (root / f"gpu-{gpu}").touch()
-while gpu and len(list(root.glob("gpu-*"))) < 2:  # till another is at work on another GPU
+for _ in range(600):  # till another is at work on another GPU
+    if not gpu or len(list(root.glob("gpu-*"))) == 2:
+        break
     time.sleep(0.1)
 Path("metrics").mkdir()
 Path("metrics/evaluate.json").write_text(json.dumps({"tuned": {"correct": r / 1000}, "gpu": gpu}))
@@ -79,7 +81,7 @@ def test_a_member_that_fails_is_named_with_the_end_of_its_log_and_the_others_are
     at = [done.stdout.index(name) for name in names]
     assert at[0] < at[1] and [table(small)[name]["State"] for name in names] == ["Success", "Success", "Failed"]
     assert "thirteen is not trained" in done.stderr
-    assert done.stderr.endswith(f"-{names[2]}\n") and "\nsweep: 1 of 3 failed: " in done.stderr
+    assert done.stderr.endswith(f"-{names[2]}\n") and "\nsweep: 1 failed: " in done.stderr
 
     (small.folder / ".dvc/tmp/exps/celery/sweep-1.out").unlink()
     again = sweep(small, "lora.r=3,5", "train.epochs=1")
@@ -95,9 +97,11 @@ def test_a_killed_worker_loses_what_it_was_at_and_the_same_command_goes_on(small
     wait_until_held(small)
     [worker] = running.children()
     stage = worker.children(recursive=True)[-1]
+    refused = sweep(small, "lora.r=4")
+    assert refused.returncode == 1 and refused.stderr.startswith("sweep: workers are at work on the queue: wait")
     worker.kill()
     told = running.communicate()[0].decode()
-    assert running.returncode == 1 and "sweep: 1 of 2 failed: " in told and told.endswith("-lora.r=2\n"), told
+    assert running.returncode == 1 and "sweep: 1 failed: " in told and told.endswith("-lora.r=2\n"), told
     assert not stage.is_running()
     assert {name: row["State"] for name, row in table(small).items()} == {"lora.r=2": "Failed", "lora.r=3": "Success"}
     again = sweep(small, "lora.r=2,3")
@@ -156,6 +160,8 @@ def test_a_worker_has_as_many_gpus_as_a_training_has_processes(
         (["lora.r=8,abc"], "sweep: params.yaml: lora.r is 'abc': input should be a valid integer"),
         (["lora.r=8,["], "sweep: -S lora.r=8,[: mismatched input"),
         (["lora.r"], "sweep: -S lora.r: Error parsing override 'lora.r'"),
+        (["lora.r=8,9", "lora.r=3"], "sweep: -S lora.r=8,9 -S lora.r=3: two are the same"),
+        (["base.model=a/b,a_b"], "sweep: -S base.model=a/b,a_b: two are the same"),
     ],
 )
 def test_a_wrong_grid_is_refused_in_one_line_before_anything_is_queued(
@@ -167,8 +173,16 @@ def test_a_wrong_grid_is_refused_in_one_line_before_anything_is_queued(
     assert small.run("git", "status", "--porcelain").stdout == ""
 
 
-def test_a_change_that_is_not_committed_is_refused(small: Project) -> None:
-    small.set(lora__r=4)
+@pytest.mark.parametrize("file", ["params.yaml", "new"])
+def test_a_change_that_is_not_committed_is_refused(small: Project, file: str) -> None:
+    with open(small.folder / file, "a", encoding="utf-8") as text:
+        text.write("# more\n")
     refused = sweep(small, "lora.r=8")
     assert refused.returncode == 1
     assert refused.stderr == "sweep: there are changes that are not committed: a sweep is of a commit\n"
+
+
+def test_when_every_member_fails_each_is_named(small: Project) -> None:
+    done = sweep(small, "lora.r=13")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "thirteen is not trained" in done.stderr and done.stderr.endswith("-lora.r=13\n")

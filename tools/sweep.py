@@ -5,9 +5,12 @@
 -S is that of `dvc exp run`. Every combination is an experiment of the last commit, run up to the exams; `dvc exp apply
 NAME && dvc repro` merges and converts the one that is chosen. One that is there already is not run again: after a
 failure, a kill or Ctrl-C, the same command goes on. Exit status 1, naming those that failed, if any did.
+
+The queue's Python side is no public interface: this is written for DVC 3.67.
 """
 
 import argparse
+import fcntl
 import os
 import re
 import shutil
@@ -16,7 +19,7 @@ import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from dvc.exceptions import DvcException
@@ -30,6 +33,7 @@ from pipeline.parameters import check
 from pipeline.refusal import Refused
 
 PARAMETERS = Path("params.yaml")
+DVC = [sys.executable, "-m", "dvc"]
 BEST_FIRST = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
 COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|tuned\.correct|tuned\.f1)$"]
 
@@ -40,25 +44,50 @@ def main() -> None:
     settings = parser.parse_args().set_param
     devices = devices_of_workers(check(PARAMETERS).train.processes)
     members = grid(settings)
-    with Repo() as repo:
-        queue = repo.experiments.celery_queue
-        if repo.scm.is_dirty():
-            raise Refused("sweep: there are changes that are not committed: a sweep is of a commit")
-        if queue.worker_status():
-            raise Refused("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
-        commit = repo.scm.get_rev()  # the next may come while they run
-        bury_lost(queue)
-        remove_tasks(queue, [entry for entry, _ in queue.iter_failed()])
-        put(repo, {f"{commit[:7]}-{name}": member for name, member in members.items()})
-        tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
-        print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
-        work(queue, devices)
-        subprocess.run(["dvc", "exp", "show", "--no-pager", "--rev", commit, *BEST_FIRST, *COLUMNS], check=True)
-        failed = [name for name in tasks if name not in experiments(repo)]
-        for name in failed:
-            print(f"{name} failed:\n{end_of_log(queue, tasks[name])}", file=sys.stderr)
+    try:
+        with Repo() as repo, open(Path(repo.tmp_dir, "sweep.lock"), "w") as lock:
+            require_alone(repo, lock)
+            failed = sweep(repo, members, devices, lock.fileno())
+    except DvcException as error:
+        raise Refused(f"sweep: {' '.join(str(error).split())}") from None
     if failed:
-        sys.exit(f"sweep: {len(failed)} of {len(tasks)} failed: {' '.join(failed)}")
+        sys.exit(f"sweep: {len(failed)} failed: {' '.join(failed)}")
+
+
+def sweep(repo: Any, members: dict[str, list[str]], devices: list[str], lock: int) -> list[str]:
+    """Run what is new of the grid, and what is queued already; the names of those that failed."""
+    queue = repo.experiments.celery_queue
+    if repo.scm.is_dirty(untracked_files=True):
+        raise Refused("sweep: there are changes that are not committed: a sweep is of a commit")
+    commit = repo.scm.get_rev()  # the next may come while they run
+    named = {f"{commit[:7]}-{name}": member for name, member in members.items()}
+    bury_lost(queue)
+    remove_tasks(queue, [entry for entry, _ in queue.iter_failed() if entry.name in named])
+    put(repo, named)
+    tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
+    print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
+    work(queue, devices, lock)
+    subprocess.run([*DVC, "exp", "show", "--no-pager", "--rev", commit, *BEST_FIRST, *COLUMNS])
+    done = experiments(repo)
+    failed = [name for name in tasks if name not in done]
+    for name in failed:
+        print(f"{name} failed:\n{end_of_log(queue, tasks[name])}", file=sys.stderr)
+    return failed
+
+
+def require_alone(repo: Any, lock: IO[str]) -> None:
+    """Workers inherit the lock, so that it is held till the last of them ends, even if the sweep is killed.
+
+    Raises:
+        Refused: another sweep has it, or workers of `dvc queue start` are at work.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        busy = repo.experiments.celery_queue.worker_status()
+    except BlockingIOError:
+        busy = True
+    if busy:
+        raise Refused("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
 
 
 def devices_of_workers(processes: int) -> list[str]:
@@ -90,7 +119,11 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
             raise Refused(f"sweep: -S {' -S '.join(settings)}: {error.__cause__ or error}".splitlines()[0]) from None
         except Refused as refusal:
             raise Refused(f"sweep: {str(refusal).removeprefix(f'{folder}/')}") from None
-    return {re.sub(r"[^\w.,=+-]+", "_", ",".join(member)): member for member in members}
+    varied = [setting.partition("=")[0] for setting in settings]
+    named = {re.sub(r"[^\w.,=+-]+|\.{2,}", "_", ",".join(member)): member for member in members}
+    if len({*varied}) < len(varied) or len(named) < len(members):
+        raise Refused(f"sweep: -S {' -S '.join(settings)}: two are the same: name each parameter and value once")
+    return named
 
 
 def put(repo: Any, members: dict[str, list[str]]) -> None:
@@ -107,10 +140,10 @@ def experiments(repo: Any) -> set[str]:
     return {name for of_commit in repo.experiments.ls(all_commits=True).values() for name, _ in of_commit}
 
 
-def work(queue: Any, devices: list[str]) -> None:
+def work(queue: Any, devices: list[str], lock: int) -> None:
     """Run what is queued. A worker that is killed loses what it was at, and nothing else."""
     while list(queue.iter_queued()):
-        workers = [start_worker(queue, number, device) for number, device in enumerate(devices, 1)]
+        workers = [start_worker(queue, number, device, lock) for number, device in enumerate(devices, 1)]
         try:
             codes = [worker.wait() for worker in workers]
         finally:
@@ -121,11 +154,12 @@ def work(queue: Any, devices: list[str]) -> None:
             raise Refused(f"sweep: a worker failed: {queue.wdir}/sweep-*.out tells why")
 
 
-def start_worker(queue: Any, number: int, device: str) -> subprocess.Popen[bytes]:
+def start_worker(queue: Any, number: int, device: str, lock: int) -> subprocess.Popen[bytes]:
     """As `dvc queue start` does, which gives all workers the same GPUs: https://github.com/iterative/dvc/issues/4586."""
-    command = ["dvc", "exp", "queue-worker", f"sweep-{number}@localhost"]
+    command = [*DVC, "exp", "queue-worker", f"sweep-{number}@localhost"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
     with open(Path(queue.wdir, f"sweep-{number}.out"), "ab") as log:
-        return subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": device}, stdout=log, stderr=log)
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, pass_fds=[lock])
 
 
 def bury_lost(queue: Any) -> None:
