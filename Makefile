@@ -47,11 +47,11 @@ serve: setup
 
 # Without verify a damaged object would be pulled and, in silence, taken for what it should be.
 remote: $(VENV)/.remotes
-	@dvc remote add --default --force storage $(or $(URL),$(error make remote URL=/a/folder, ssh://, s3://, webdavs://))
+	@dvc remote add --default --force storage "$(or $(URL),$(error make remote URL=/a/folder, ssh://, s3://, webdavs://))"
 	@dvc remote modify storage verify true
 
 release: setup
-	@python -m tools.release $(VERSION)
+	@python -m tools.release "$(VERSION)"
 
 setup: $(VENV)/.installed
 

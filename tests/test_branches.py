@@ -115,7 +115,9 @@ def test_earlier_parameters_are_enough_on_another_machine_once_the_runs_are_sent
     branch(first, "smaller", lora__r=8)
     monkeypatch.chdir(first.folder)
     push_runs.main()
-    assert "runs" in capsys.readouterr().out
+    assert (
+        capsys.readouterr().out == "5 runs are in the remote, with 10 files\n"
+    )  # one of merge, two of train and convert
     second = elsewhere(first)
     second.set(lora__r=8)
     assert "Running stage" not in second.run("dvc", "repro", "--pull").stdout
@@ -130,5 +132,16 @@ def test_runs_that_cannot_be_sent_are_refused_in_one_line(
 ) -> None:
     first.run("dvc", "remote", *remote)
     monkeypatch.chdir(first.folder)
-    with pytest.raises(Refused, match=r"^the runs are not sent: .*: docs/remotes.md tells how to set up a remote$"):
+    with pytest.raises(Refused, match=r"^the runs are not sent: .* \(docs/remotes.md\)$"):
         push_runs.main()
+
+
+def test_runs_that_are_not_whole_are_counted(
+    first: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    branch(first, "smaller", lora__r=8)
+    first.run("dvc", "gc", "--workspace", "--force")
+    first.run("git", "checkout", "-q", "main")
+    monkeypatch.chdir(first.folder)
+    push_runs.main()
+    assert "are gone (dvc gc), their runs would run again" in capsys.readouterr().out

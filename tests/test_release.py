@@ -113,8 +113,19 @@ def test_what_is_no_higher_version_of_something_shared_is_refused_by_name(projec
     with Repo() as repo:
         repo.commit(force=True)
     project.run("git", "commit", "-qam", "not pushed")
-    assert release("2.0.0") == "release: not in the remote: models/gguf/: dvc push"
+    assert release("2.0.0") == "release: not in the remote: models/gguf/, models/gguf/file: dvc push"
     assert tags(project) == {"gguf@v1.10.0"}
+
+
+def test_a_file_that_the_remote_has_lost_is_not_released(
+    project: Project, release: Release, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with Repo() as repo:
+        remote = Path(repo.config["remote"]["storage"]["url"])
+    for object_of_file in remote.glob("files/md5/??/*"):
+        if object_of_file.read_bytes() == b"models/gguf":
+            object_of_file.unlink()
+    assert release("1.0.0") == "release: not in the remote: models/gguf/file: dvc push"
 
 
 def test_a_model_that_is_worse_than_the_last_version_becomes_none(
@@ -127,6 +138,24 @@ def test_a_model_that_is_worse_than_the_last_version_becomes_none(
     assert release("1.1.0") == "release: the gate does not let it pass, see above; nothing is registered"
     assert f"FAIL  fall of tuned.correct: 0.900, {before:.3f} at adapter@v1.0.0" in capfd.readouterr().out
     assert tags(project) == {"adapter@v1.0.0"}
+
+
+def test_a_version_that_was_taken_back_or_is_in_the_origin_alone_keeps_its_number_and_is_compared_if_it_stands(
+    project: Project, release: Release, tmp_path_factory: pytest.TempPathFactory, capfd: pytest.CaptureFixture[str]
+) -> None:
+    origin = tmp_path_factory.mktemp("origin")
+    project.run("git", "clone", "-q", "--bare", ".", str(origin))
+    other = Project(tmp_path_factory.mktemp("other"))
+    project.run("git", "clone", "-q", str(origin), str(other.folder))
+    other.run("gto", "register", "adapter", "--version", "v1.0.0")
+    other.run("git", "push", "-q", "--tags")
+    project.run("git", "remote", "add", "origin", str(origin))
+    project.run("gto", "register", "merged", "--version", "v1.1.0")
+    project.run("gto", "deprecate", "merged", "v1.1.0")
+    project.run("git", "commit", "-q", "--allow-empty", "-m", "the next")
+    assert release("1.1.0") == "VERSION is 1.1.0, and merged@v1.1.0 is registered: choose a higher one"
+    assert release("1.2.0") == ""
+    assert "at adapter@v1.0.0: +0.000 worse" in capfd.readouterr().out
 
 
 def test_a_release_that_fails_at_its_last_tag_leaves_none(project: Project, release: Release) -> None:

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 
 import gto.api
 from gto.exceptions import GTOException
-from gto.tag import parse_name
 from semver import Version
 
 from pipeline.parameters import read_yaml
@@ -26,30 +25,33 @@ METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]
 
 def main() -> None:
     version, artifacts = " ".join(sys.argv[1:]), list(read_yaml(Path("dvc.yaml"))["artifacts"])
-    last = last_release(artifacts)
-    require_higher(version, last)
+    if "origin" in git("remote").split():
+        git("fetch", "--quiet", "--tags", "origin")  # a version may be another clone's
+    versions, withdrawn = registered(artifacts)
+    require_higher(version, versions)
     require_shared()
+    last = max(versions.keys() - withdrawn, key=versions.__getitem__, default=None)
     if subprocess.run([sys.executable, "-m", "tools.gate", *([last] if last else [])]).returncode:
         raise Refused("release: the gate does not let it pass, see above; nothing is registered")
     tags = register(artifacts, f"v{version}", changelog(last) if last else "The first version.")
     print(f"registered {', '.join(tags)}: git push origin {' '.join(tags)}")
 
 
-def last_release(artifacts: list[str]) -> str | None:
-    """The tag of the highest version that any of them has."""
+def registered(artifacts: list[str]) -> tuple[dict[str, Version], set[str]]:
+    """The versions of all by their tags, such as adapter@v1.0.0; and which of these tags `gto deprecate` withdrew, by
+    another one, such as adapter@v1.0.0!"""
     tags = git("tag", "--list", *(f"{artifact}@v*" for artifact in artifacts)).split()
-    return max((tag for tag in tags if parse_name(tag, raise_on_fail=False)), key=version_of, default=None)
+    numbers = {tag: tag.partition("@v")[2] for tag in tags}
+    versions = {tag: Version.parse(number) for tag, number in numbers.items() if Version.is_valid(number)}
+    return versions, {tag.partition("!")[0] for tag in tags if "!" in tag}
 
 
-def version_of(tag: str) -> Version:
-    return Version.parse(parse_name(tag)["version"].removeprefix("v"))
-
-
-def require_higher(version: str, last: str | None) -> None:
+def require_higher(version: str, versions: dict[str, Version]) -> None:
     if not Version.is_valid(version):
         raise Refused(f"VERSION is {version!r}: set it to a semantic version such as 1.2.0")
-    if last and Version.parse(version) <= version_of(last):
-        raise Refused(f"VERSION is {version}, and {last} is registered: choose a higher one")
+    highest = max(versions, key=versions.__getitem__, default=None)
+    if highest and Version.parse(version) <= versions[highest]:
+        raise Refused(f"VERSION is {version}, and {highest} is registered: choose a higher one")
 
 
 def require_shared() -> None:
@@ -58,7 +60,7 @@ def require_shared() -> None:
         raise Refused("release: there are changes that are not committed: git commit or git stash them")
     if stale := json.loads(dvc("status", "--json")):
         raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
-    if absent := json.loads(dvc("data", "status", "--not-in-remote", "--json")).get("not_in_remote"):
+    if absent := json.loads(dvc("data", "status", "--not-in-remote", "--granular", "--json")).get("not_in_remote"):
         raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
 
 
