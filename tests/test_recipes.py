@@ -107,7 +107,9 @@ def test_an_unknown_recipe_is_refused_with_the_list(
     ("text", "line"),
     [
         ("train:\n  batch: 2\n", r"mine\.yaml: train\.batch is not a parameter; accepted here: max_length, "),
-        ("lora: 5\n", r"mine\.yaml: lora is 5: "),
+        ("loro: {r: 5}\n", r"mine\.yaml: loro is not a parameter; accepted here: "),
+        ("lora: 5\n", r"mine\.yaml is no sections with their keys: "),
+        ("- lora\n", r"mine\.yaml is no sections with their keys: "),
         ("train: {\n", r"mine\.yaml cannot be read as YAML: "),
     ],
 )

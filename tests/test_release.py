@@ -117,9 +117,7 @@ def test_what_is_no_higher_version_of_something_shared_is_refused_by_name(projec
     assert tags(project) == {"gguf@v1.10.0"}
 
 
-def test_a_file_that_the_remote_has_lost_is_not_released(
-    project: Project, release: Release, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_file_that_the_remote_has_lost_is_not_released(project: Project, release: Release) -> None:
     with Repo() as repo:
         remote = Path(repo.config["remote"]["storage"]["url"])
     for object_of_file in remote.glob("files/md5/??/*"):

@@ -23,7 +23,7 @@ import psutil
 import pytest
 from conftest import ROOT, Project, environment
 
-FILES, SIZE = 6, 4 * 2**20  # of the adapter: large enough that a kill comes in the middle
+FILES, SIZE = 40, 2**20  # of the adapter: enough that a kill comes in the middle
 BUCKET = "bucket"
 
 

@@ -61,7 +61,8 @@ def require_shared() -> None:
     if stale := json.loads(dvc("status", "--json")):
         raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
     if absent := json.loads(dvc("data", "status", "--not-in-remote", "--granular", "--json")).get("not_in_remote"):
-        raise Refused(f"release: not in the remote: {', '.join(sorted(absent))}: dvc push")
+        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+        raise Refused(f"release: not in the remote: {', '.join(sorted(absent)[:5])}{more}: dvc push")
 
 
 def changelog(last: str) -> str:

@@ -1,4 +1,4 @@
-"""Put the values of a recipe into params.yaml. Its comments, and what the recipe does not name, stay as they are.
+"""Put the values of a recipe into params.yaml. Its comments, and all other values, stay as they are.
 
     python -m tools.use RECIPE
 
@@ -7,7 +7,6 @@ recipes/README.md tells which there are; `git diff` shows what changed, `git che
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -37,26 +36,23 @@ def use(recipe: Path) -> None:
     check(PARAMETERS)
     yaml = YAML()
     yaml.width = 2**16  # no line is folded
+    yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     parameters = yaml.load(PARAMETERS)
     try:
-        put(yaml.load(recipe) or {}, parameters)
+        sections = yaml.load(recipe)
     except YAMLError as error:
         raise Refused(f"{recipe} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not (isinstance(sections, dict) and all(isinstance(values, dict) for values in sections.values())):
+        raise Refused(f"{recipe} is no sections with their keys: write it like params.yaml")
+    for section, values in sections.items():
+        parameters.setdefault(section, {}).update(values)  # an unknown one is refused below
     with whole(PARAMETERS) as aside:
         yaml.dump(parameters, aside)
         try:
             check(aside)
         except Refused as refusal:
             raise Refused(str(refusal).replace(str(aside), str(recipe))) from None
-
-
-def put(values: dict[str, Any], into: dict[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            put(value, into[key])
-        else:
-            into[key] = value
 
 
 if __name__ == "__main__":
