@@ -136,6 +136,8 @@ def opened(run: Path, browser: Browser) -> Iterator[Callable[..., Page]]:
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", lambda request: troubles.extend({request.url} - {address}))
         page.goto(address)
+        # Chromium may lose a click that comes before its first frame.
+        page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         return page
 
     yield open_page

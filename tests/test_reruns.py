@@ -17,6 +17,8 @@ import yaml
 from conftest import ROOT, Project, clone
 from dvc.repo import Repo
 
+from bench.pipeline import CHANGES
+
 DOCUMENT = ROOT / "docs/reruns.md"
 OWN = {"dvc.yaml", "dvc.lock"}  # of DVC itself; a changed entry of dvc.yaml is another stage
 
@@ -103,6 +105,11 @@ def test_the_document_tells_what_dvc_does(reruns: Reruns, tmp_path: Path) -> Non
     difference = "".join(difflib.unified_diff(before.splitlines(True), now.splitlines(True), "documented", "true", n=0))
     assert not difference, f"\n{difference}\nIf this is meant: cp {tmp_path}/reruns.md {DOCUMENT}"
     assert next(tables, None) is None
+
+
+def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
+    rows = [marks for _, marks in parameter_rows(reruns)]
+    assert {reruns.marks(key) for key in CHANGES} == set(rows) - {reruns.marks("base.model")}
 
 
 @pytest.mark.parametrize(
