@@ -179,6 +179,8 @@ def served(
     """
     if not model.exists():
         raise Refused(f"{model} is missing: run dvc repro convert_gguf, or dvc pull models/gguf")
+    if not find_spec("xllamacpp"):
+        raise Refused("llama.cpp is not installed: pip install -r llama.cpp/requirements.txt")
     files = f"{model} with {lora}" if lora else str(model)
     key = "" if port else secrets.token_hex(16)
     settings = {
@@ -210,8 +212,8 @@ def served(
                 errors.seek(0)
                 reason = first_error(errors.read()) or f"exit status {status}"
                 raise Refused(
-                    f"{files}: llama.cpp cannot load it ({reason}): name a GGUF model; dvc repro -f convert_gguf makes "
-                    "those of models/gguf again"
+                    f"{files}: llama.cpp cannot load it ({reason}): name a GGUF model that is no LoRA; dvc repro -f "
+                    "convert_gguf makes those of models/gguf again"
                 )
             yield Server(files, url, key, child)
         finally:

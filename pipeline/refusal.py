@@ -37,5 +37,7 @@ def put_back_outputs(stage: str) -> None:
         in_git, out.use_cache = not out.use_cache, True  # metrics lie in the cache too, as part of the run cache
         if out.hash_info and not out.changed_cache():
             out.checkout(force=True)
+            if in_git:
+                out.unprotect()  # a copy: git and `dvc exp apply` write it in place, and through a link into the cache
         elif in_git:
             subprocess.run(["git", "checkout", "--quiet", "--", out.fs_path], stderr=subprocess.DEVNULL, check=False)

@@ -44,6 +44,8 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
 
 
 def fetch_base() -> None:
-    """Fetch the base that the adapter names, and describe what is here as prepare_base does."""
+    """Fetch the base that the adapter names, and if it is that one, describe it as prepare_base does."""
     trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
-    write_json(DESCRIPTION, describe(trained_on["model"], trained_on["revision"]))
+    base = describe(trained_on["model"], trained_on["revision"])
+    require_same_base(ADAPTER, base)
+    write_json(DESCRIPTION, base)

@@ -367,4 +367,5 @@ def test_a_refused_run_says_why_in_one_line_and_loses_no_output(finished: Projec
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if "lora.r is 'abc'" in line] and "Traceback" not in done.stderr
     assert (digest(adapter), digest(losses)) == kept
+    assert losses.stat().st_nlink == 1  # git writes it: it is no link into the cache
     assert "up to date" in finished.run("dvc", "repro").stdout

@@ -22,7 +22,7 @@ def project(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Proje
         for out in repo.index.outs:
             if not (path := Path(out.fs_path)).exists():
                 write(path if path.suffix else path / "file", out.def_path)
-    project.run("dvc", "remote", "add", "--default", "storage", str(tmp_path_factory.mktemp("remote")))
+    project.run("dvc", "remote", "add", "--default", "--force", "storage", str(tmp_path_factory.mktemp("remote")))
     share(project)
     return project
 

@@ -31,7 +31,7 @@ for _ in range(600):  # till another is at work on another GPU
     if not gpu or len(list(root.glob("gpu-*"))) == 2:
         break
     time.sleep(0.1)
-Path("metrics").mkdir()
+Path("metrics").mkdir(exist_ok=True)
 Path("metrics/evaluate.json").write_text(json.dumps({"tuned": {"correct": r / 1000}, "gpu": gpu}))
 """
 PIPELINE = """
@@ -56,6 +56,8 @@ def small(tmp_path: Path) -> Project:
         (".gitignore", "held\ngpu-*\n*.partial\n"),
     ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "metrics").mkdir()  # the last commit's, which a member that fails would show as its own
+    (tmp_path / "metrics/evaluate.json").write_text('{"tuned": {"correct": 0.9}}', encoding="utf-8")
     small.run("git", "add", "-A")
     small.run("git", "commit", "-qm", "small")
     return small
@@ -78,8 +80,12 @@ def test_a_member_that_fails_is_named_with_the_end_of_its_log_and_the_others_are
     done = sweep(small, "lora.r=3,13,5", "train.epochs=1")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     names = [f"lora.r={r},train.epochs=1" for r in (5, 3, 13)]
-    at = [done.stdout.index(name) for name in names]
-    assert at[0] < at[1] and [table(small)[name]["State"] for name in names] == ["Success", "Success", "Failed"]
+    assert done.stdout.index(names[0]) < done.stdout.index(names[1]) and names[2] not in done.stdout
+    assert "0.005" in done.stdout and [table(small)[name]["State"] for name in names] == [
+        "Success",
+        "Success",
+        "Failed",
+    ]
     assert "thirteen is not trained" in done.stderr
     assert done.stderr.endswith(f"-{names[2]}\n") and "\nsweep: 1 failed: " in done.stderr
 

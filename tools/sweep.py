@@ -34,7 +34,7 @@ from pipeline.refusal import Refused
 
 PARAMETERS = Path("params.yaml")
 DVC = [sys.executable, "-m", "dvc"]
-BEST_FIRST = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
+SORTED = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
 COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|tuned\.correct|tuned\.f1)$"]
 
 
@@ -67,7 +67,10 @@ def sweep(repo: Any, members: dict[str, list[str]], devices: list[str], lock: in
     tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
     print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
     work(queue, devices, lock)
-    subprocess.run([*DVC, "exp", "show", "--no-pager", "--rev", commit, *BEST_FIRST, *COLUMNS])
+    wide = os.environ | {"COLUMNS": str(max(160, shutil.get_terminal_size().columns))}  # no column is cut
+    subprocess.run(
+        [*DVC, "exp", "show", "--no-pager", "--hide-failed", "--rev", commit, *BEST_FIRST, *COLUMNS], env=wide
+    )
     done = experiments(repo)
     failed = [name for name in tasks if name not in done]
     for name in failed:
