@@ -93,8 +93,9 @@ def download(model: str, revision: str | None, files: list[str]) -> Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise Refused(
-            f"base.model {model!r} (base.revision {revision or 'null'}) is no local folder, and the Hugging Face hub did "
-            f"not give it: check both names, the network, and HF_TOKEN for a gated model ({type(error).__name__}: {reason})"
+            f"base.model {model!r} (base.revision {revision or 'null'}) is no local folder, and the Hugging Face hub "
+            f"did not give it: check both names, the network, and HF_TOKEN for a gated model "
+            f"({type(error).__name__}: {reason})"
         ) from None
 
 

@@ -68,9 +68,7 @@ def sweep(repo: Any, members: dict[str, list[str]], devices: list[str], lock: in
     print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
     work(queue, devices, lock)
     wide = os.environ | {"COLUMNS": str(max(160, shutil.get_terminal_size().columns))}  # no column is cut
-    subprocess.run(
-        [*DVC, "exp", "show", "--no-pager", "--hide-failed", "--rev", commit, *BEST_FIRST, *COLUMNS], env=wide
-    )
+    subprocess.run([*DVC, "exp", "show", "--no-pager", "--hide-failed", "--rev", commit, *SORTED, *COLUMNS], env=wide)
     done = experiments(repo)
     failed = [name for name in tasks if name not in done]
     for name in failed:
