@@ -57,17 +57,6 @@ class Server:
             process.kill()
         self.process.wait()
 
-    def start(self) -> None:
-        raise NotImplementedError
-
-    def admit(self, machine: Project) -> None:
-        """Give the machine the credentials."""
-        raise NotImplementedError
-
-    def mislead(self, machine: Project) -> None:
-        """Give it wrong ones."""
-        raise NotImplementedError
-
     def names(self) -> set[str]:
         """The hashes of the objects that are there; a folder's ends in .dir."""
         return set(contents(self.store))
@@ -105,9 +94,11 @@ class OpenSSH(Server):
         self.run("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "config")
 
     def admit(self, machine: Project, key: str = "right") -> None:
+        """Give the machine the credentials."""
         configure(machine, keyfile=str(self.folder / key), passphrase=self.secret)
 
     def mislead(self, machine: Project) -> None:
+        """Give it wrong ones."""
         self.admit(machine, "wrong")
 
 
@@ -157,6 +148,9 @@ class S3(Server):
 
     def delete(self, name: str) -> None:
         self.s3.delete_object(Bucket=BUCKET, Key=path(name))
+
+
+Guarded = OpenSSH | S3
 
 
 def path(name: str) -> str:
@@ -235,14 +229,16 @@ def first(tmp_path: Path) -> Project:
 
 
 @pytest.fixture(params=[OpenSSH, S3])
-def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
-    server: Server = request.param(tmp_path / "server")
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Guarded]:
+    server: Guarded = request.param(tmp_path / "server")
     server.start()
     yield server
     server.kill()
 
 
-def test_what_is_pushed_with_the_right_credentials_is_pulled_on_another_machine(server: Server, first: Project) -> None:
+def test_what_is_pushed_with_the_right_credentials_is_pulled_on_another_machine(
+    server: Guarded, first: Project
+) -> None:
     add_remote(first, server.url)
     server.mislead(first)
     refused = first.run("dvc", "push", "adapter", check=False)
@@ -263,7 +259,7 @@ def test_what_is_pushed_with_the_right_credentials_is_pulled_on_another_machine(
         assert machine.run("git", "grep", "--cached", "--quiet", server.secret, check=False).returncode == 1
 
 
-def test_a_server_that_dies_in_the_middle_costs_no_more_than_a_repetition(server: Server, first: Project) -> None:
+def test_a_server_that_dies_in_the_middle_costs_no_more_than_a_repetition(server: Guarded, first: Project) -> None:
     add_remote(first, server.url)
     server.admit(first)
     said = cut(server, first, "dvc", "push", "adapter", moved=lambda: len(server.names()))
@@ -287,7 +283,7 @@ def test_a_server_that_dies_in_the_middle_costs_no_more_than_a_repetition(server
     assert adapter(second) == adapter(first)
 
 
-def test_a_damaged_object_is_named_and_not_taken_for_what_it_should_be(server: Server, first: Project) -> None:
+def test_a_damaged_object_is_named_and_not_taken_for_what_it_should_be(server: Guarded, first: Project) -> None:
     add_remote(first, server.url)
     server.admit(first)
     shutil.copytree(first.folder / "adapter", first.folder / "trained")  # files may be of several outputs
