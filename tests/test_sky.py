@@ -101,11 +101,7 @@ def test_what_the_other_machine_trained_comes_back_as_experiments_even_if_the_co
     envs = {"REPOSITORY": origin, "REVISION": "main", "RUN": run} | TASK["secrets"] | {"GIT_TOKEN": TOKEN}
     own = {name: value for name, value in environment().items() if not name.startswith("GIT_")}
     printed = []
-    for block, code in [
-        ("setup", 0),
-        ("run", 1),
-        ("setup", 0),
-    ]:  # the last, as sky launch does on a machine that it has
+    for block, code in [("setup", 0), ("run", 1), ("setup", 0)]:  # again, as on a machine that it has already
         done = subprocess.run(
             ["bash", "-c", TASK[block]],
             cwd=there,
