@@ -115,6 +115,23 @@ def test_a_killed_worker_loses_what_it_was_at_and_the_same_command_goes_on(small
     assert {row["State"] for row in table(small).values()} == {"Success"}
 
 
+def test_the_worker_of_a_killed_sweep_keeps_others_off_the_queue_till_it_ends(small: Project) -> None:
+    running = psutil.Popen(
+        [sys.executable, "-m", "tools.sweep", "-S", "lora.r=2"], cwd=small.folder, env=environment() | small.env
+    )
+    wait_until_held(small)
+    [worker] = running.children()
+    running.kill()
+    running.wait()
+    refused = sweep(small, "lora.r=2")
+    assert worker.is_running() and refused.returncode == 1 and "workers are at work on the queue" in refused.stderr
+    worker.kill()
+    psutil.wait_procs([worker], timeout=10)
+    again = sweep(small, "lora.r=2")
+    assert again.returncode == 0 and again.stdout.startswith("1 to run"), again.stderr
+    assert {row["State"] for row in table(small).values()} == {"Success"}
+
+
 def test_after_ctrl_c_nothing_runs_and_what_was_queued_stays_so(small: Project) -> None:
     running = psutil.Popen(
         [sys.executable, "-m", "tools.sweep", "-S", "lora.r=2,3"],
