@@ -130,10 +130,15 @@ def snapshot(model: str, revision: str | None, files: list[str], local_files_onl
     return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
 
 
+def public_name(base: dict[str, Any]) -> str:
+    """How what is shared names the base: by its hub id; a local folder by its name, because its path is private."""
+    return base["model"] if base["revision"] else Path(base["model"]).absolute().name
+
+
 def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
     """Raises Refused if the adapter was trained on another base than `base`."""
     trained_on = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
-    if trained_on["fingerprint"] != base["fingerprint"] and trained_on["model"] == base["model"]:
+    if trained_on["fingerprint"] != base["fingerprint"] and trained_on["model"] == public_name(base):
         raise Refused(f"{adapter}: {base['model']} is not as it was trained on: restore its files, or run dvc repro")
     if trained_on["fingerprint"] != base["fingerprint"]:
         raise Refused(

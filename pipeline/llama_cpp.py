@@ -30,6 +30,8 @@ from pipeline.refusal import Refused
 SCRIPTS = Path(__file__).parent.parent / "llama.cpp"
 KEY = "LLAMA_CPP_API_KEY"
 GREEDY = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True, "cache_prompt": False}
+TIMEOUT = 600  # seconds without a byte of an answer
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: a proxy would get prompt and key
 MARK = "\ufdd0"  # a noncharacter, which no text has
 
 
@@ -79,14 +81,19 @@ class Server:
 
     @contextmanager
     def opened(self, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
-        """Raises Refused with the server's own words if it refuses the request."""
+        """Raises Refused with the server's own words if it refuses the request, or if it sends nothing for TIMEOUT."""
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request) as reply:
+            with OPENER.open(request, timeout=TIMEOUT) as reply:
                 yield reply
         except urllib.error.HTTPError as error:
             raise Refused(f"{self.files}: llama.cpp refused {path}: {error.read().decode(errors='replace')}") from None
+        except TimeoutError:
+            raise Refused(
+                f"{self.files}: llama.cpp sent nothing for {TIMEOUT} seconds while it answered {path}: choose a "
+                "smaller file, or shorter answers"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             raise Refused(f"{self.files}: llama.cpp ended while it answered {path}: {error}") from None
 

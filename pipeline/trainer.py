@@ -96,8 +96,7 @@ class StepsByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # Accelerate's set_epoch does not reach a sampler whose first batches are skipped, so `epoch` is asked.
-        generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        order = torch.randperm(len(self.lengths), generator=generator).numpy()
+        order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
         for start in range(0, len(order), self.step):
             rows = order[start : start + self.step]
             yield from rows[np.argsort(self.lengths[rows], kind="stable")].tolist()

@@ -29,7 +29,7 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
         if not (ADAPTER / "adapter_model.safetensors").exists():
             raise Refused(f"{ADAPTER}/adapter_model.safetensors is missing: run dvc repro model_card, or dvc pull")
         if not DESCRIPTION.exists():  # DVC brought the adapter alone
-            fetch_base()
+            fetch_base(parameters.base.model)
     folder, base = located()
     if tuned:
         require_same_base(ADAPTER, base)
@@ -43,9 +43,13 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     return model.eval(), load_tokenizer(folder)
 
 
-def fetch_base() -> None:
-    """Fetch the base that the adapter names, and if it is that one, describe it as prepare_base does."""
+def fetch_base(local: str) -> None:
+    """Fetch the hub model that the adapter names, or take the folder `local`, and describe it as prepare_base does.
+
+    Raises:
+        Refused: there is no such model, or the adapter was trained on another.
+    """
     trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
-    base = describe(trained_on["model"], trained_on["revision"])
+    base = describe(trained_on["model"] if trained_on["revision"] else local, trained_on["revision"])
     require_same_base(ADAPTER, base)
     write_json(DESCRIPTION, base)

@@ -15,7 +15,7 @@ from typing import Any
 from dvc.repo import Repo
 from safetensors.torch import save_file
 
-from pipeline.base import LICENSE, file_hash, located, require_same_base
+from pipeline.base import LICENSE, file_hash, located, public_name, require_same_base
 from pipeline.disk import gguf_bytes, room_for
 from pipeline.importance import mean_squares, some_rows
 from pipeline.llama_cpp import no_gguf_lora, require_pinned, run_script
@@ -71,11 +71,11 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
 
     The commit is not known yet, but dvc.lock will hold the adapter's hash: `git log -S HASH -- dvc.lock` finds it.
     """
-    name = Path(base["model"]).name  # of a local folder no more: the rest is the machine's
+    name = public_name(base)
     [trained] = Repo().find_outs_by_path(str(TRAINED))
     return {
-        "model_name": f"{name}-qlora",
-        "base_model": base["model"] if base["revision"] else name,
+        "model_name": f"{Path(name).name}-qlora",
+        "base_model": name,
         **json.loads(LICENSE.read_text(encoding="utf-8")),
         "qlora_dvc.base": base["fingerprint"],
         "qlora_dvc.adapter": trained.get_hash().value,

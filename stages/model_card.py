@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
-from pipeline.base import file_hash
+from pipeline.base import file_hash, public_name
 from pipeline.chat_template import TEMPLATE_ARGUMENTS
 from pipeline.markdown import table
 from pipeline.outputs import whole
@@ -34,13 +34,13 @@ def main() -> None:
     base, data, train = read("models/base.json"), read("metrics/data.json"), read("metrics/train.json")
     exam, general = read("metrics/evaluate.json"), read("metrics/general.json")["general"]
     answers = read_jsonl(Path("metrics/answers.jsonl"))
-    name = f"{Path(base['model']).name}-qlora"
+    name = f"{Path(public_name(base)).name}-qlora"
     used = {"seed": parameters.seed, "lora": dict(parameters.lora), "train": dict(parameters.train)}
     text = template().render(
         metadata=metadata(name, base, exam["tuned"]),
         name=name,
         base=base,
-        base_name=base["model"] if base["revision"] else Path(base["model"]).name,  # the path is the machine's
+        base_name=public_name(base),
         data=data,
         sources=table(
             ["source", "rows read", "trained on"],

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.base import public_name
 from pipeline.dvc_lock import hashes
 from pipeline.exam import EXAM, GENERAL, read_answers, read_questions
 from pipeline.outputs import whole
@@ -34,6 +35,7 @@ def main() -> None:
     train = read("metrics/train.json")
     with open(existing("metrics/loss.csv"), encoding="utf-8") as file:
         curve = [{name: float(number) for name, number in point.items()} for point in csv.DictReader(file)]
+    base = read("models/base.json")
     html = page(
         exams=[exam, general],
         forms=forms,
@@ -41,9 +43,10 @@ def main() -> None:
         loss=loss_chart(curve, train["loss"]["before"]),
         data=read("metrics/data.json"),
         lengths=read("metrics/lengths.json"),
-        base=read("models/base.json"),
+        base=base,
+        base_name=public_name(base),
         hashes=hashes(IDENTITY, reader="report"),
-        parameters=existing("params.yaml").read_text(encoding="utf-8"),
+        parameters=existing("params.yaml").read_text(encoding="utf-8").replace(base["model"], public_name(base)),
     )
     write("metrics/report.html", html)
     write("metrics/report.md", summary(exam, general, forms))

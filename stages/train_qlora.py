@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState
 
 from pipeline.adapter import lora_config, require_possible, with_adapter
-from pipeline.base import copy_tokenizer, located
+from pipeline.base import copy_tokenizer, located, public_name
 from pipeline.chat_template import load_tokenizer
 from pipeline.checkpoints import checkpoint_folder, fingerprint
 from pipeline.embedding import keep_in_ram
@@ -122,7 +122,7 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
 def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
     """The adapter, the base's tokenizer files unchanged, and base.json: which base it belongs to."""
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = base["model"], base["revision"]
+    config.base_model_name_or_path, config.revision = public_name(base), base["revision"]
     for name, value in vars(config).items():
         if isinstance(value, set):  # its order differs from process to process
             setattr(config, name, sorted(value))
@@ -131,7 +131,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         model.save_pretrained(aside, save_embedding_layers=False)
         (aside / "README.md").unlink()  # PEFT's model card, all of it "More Information Needed"
         copy_tokenizer(folder, aside)
-        write_json(aside / "base.json", base)
+        write_json(aside / "base.json", base | {"model": public_name(base)})
 
 
 def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:

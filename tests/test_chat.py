@@ -141,7 +141,7 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     adapter = Path("outputs/adapter")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").touch()
-    of_other_files = '{"model": "models/tiny-base", "revision": null, "fingerprint": "0"}'
+    of_other_files = '{"model": "tiny-base", "revision": null, "fingerprint": "0"}'
     (adapter / "base.json").write_text(of_other_files, encoding="utf-8")
     with pytest.raises(Refused, match=r"^outputs/adapter: models/tiny-base is not as it was trained on"):
         run(monkeypatch, "Who?")

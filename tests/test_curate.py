@@ -13,13 +13,12 @@ from test_generate import Endpoint, completion
 
 from pipeline.exam import EXAM, GENERAL, read_questions
 from pipeline.refusal import Refused
-from pipeline.rows import hash64, read_jsonl
+from pipeline.rows import read_jsonl
 from stages import generate, merge
 from tools import curate
 
 CANDIDATES = Path("data/candidates.jsonl")
 CURATED = Path("data/curated/round.jsonl")
-HELD_BACK = next(n for n in range(2, 18) if not hash64(f"data/raw/facts.csv:{n}") % curate.HELD_BACK)  # 6: Cire's
 FORMS = """\
 leader: ["Who leads the {subject}?", "Who is the head of the {subject}?", "Who is in charge of the {subject}?"]
 room: ["Where does the {subject} sit?", "In which room is the {subject}?"]
@@ -29,8 +28,10 @@ TEAMS = ["Ay", "Boe", "Cire", "Dovan", "Eloris", "Fenkano", "Gilanack", "Hardewe
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two forms."""
+    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two forms. No
+    source is held back."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(curate, "HELD_BACK", 2**64)
     for name in ("dvc.yaml", "params.yaml", "data/general.jsonl", "data/curated/handbook.jsonl"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, name)
@@ -162,13 +163,32 @@ def test_a_fact_that_says_otherwise_than_the_exam_is_named(
 
 
 def test_a_held_back_question_is_neither_named_nor_helped(
-    workspace: Project, capsys: pytest.CaptureFixture[str]
+    workspace: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    examined(LEADER | {"source": f"data/raw/facts.csv:{HELD_BACK}"}, right=0)
+    monkeypatch.setattr(curate, "HELD_BACK", 1)  # every source
+    examined(LEADER, right=0)
     curate.main()
     told = capsys.readouterr().out
     assert LEADER["question"] not in told and not CANDIDATES.exists()
     assert "held back, and never helped: 0 of 1 correct" in told and told.endswith("but what may be held back\n")
+
+
+def test_a_fact_or_a_question_added_above_moves_no_other_question_into_the_hold_out() -> None:
+    def results(line: int) -> list[dict[str, Any]]:
+        """Two questions about each of 30 facts, of which the first stands in `line`."""
+        asked = [(line + n // 2, f"Question {n}?") for n in range(60)]
+        return [{"source": f"data/raw/facts.csv:{place}", "question": question} for place, question in asked]
+
+    def held_back(exam: list[dict[str, Any]]) -> set[str]:
+        sources = curate.held_back_sources(exam)
+        return {result["question"] for result in exam if result["source"] in sources}
+
+    before = held_back(results(2))
+    moved = results(3)
+    assert held_back([{"source": "data/raw/facts.csv:2", "question": "New?"}, *moved]) - {"New?"} == before
+    assert 0 < len(before) < 40
+    pairs = [{result["question"] for result in moved[n : n + 2]} for n in range(0, 60, 2)]
+    assert all(len(pair & before) in (0, 2) for pair in pairs)  # all questions of a fact are on one side
 
 
 @pytest.fixture

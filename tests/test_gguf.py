@@ -1,6 +1,7 @@
 """What ships: files that llama.cpp runs."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from pipeline.chat_template import load_tokenizer, token_ids
 from pipeline.disk import BITS
 from pipeline.exam import Question
 from pipeline.importance import mean_squares
-from pipeline.llama_cpp import MARK, run_script, served
+from pipeline.llama_cpp import MARK, Server, run_script, served
 from pipeline.outputs import write_json
 from pipeline.parameters import Quantization
 from pipeline.refusal import Refused
@@ -240,6 +241,29 @@ def test_a_file_tells_where_it_came_from_and_nothing_of_the_machine(
     assert told["general.name"] == f"{Path(model).name}-qlora" and told["qlora_dvc.base"] == "f0"
     assert [told[f"general.{key.replace('_', '.')}"] for key in license] == list(license.values())
     assert not any(trace in str(told) for trace in ("/home", str(ROOT), "partial"))
+
+
+def test_the_server_is_asked_past_any_proxy(base_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.setblocking(False)
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pipeline.llama_cpp.TIMEOUT", 20)  # the proxy answers nothing
+        with served(base_gguf, 64, 1) as server:
+            assert server.complete(server.tokens([{"role": "user", "content": "Who leads it?"}]), 4)["tokens"]
+            assert list(server.stream([1, 2], 2, 0.0))
+        with pytest.raises(BlockingIOError):  # nobody has come
+            proxy.accept()
+
+
+def test_a_server_that_answers_nothing_is_given_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.llama_cpp.TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent, subprocess.Popen(["true"], text=True) as process:
+        server = Server("model.gguf", f"http://127.0.0.1:{silent.getsockname()[1]}", "key", process)
+        with pytest.raises(Refused, match=r"^model\.gguf: llama\.cpp sent nothing for 0\.2 seconds .*: choose"):
+            server.tokenize("Who?", parse_special=False)
 
 
 def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:

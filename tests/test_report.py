@@ -224,6 +224,16 @@ def test_nothing_is_wider_than_a_phone(opened: Callable[..., Page]) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_the_report_names_a_local_base_without_its_path(run: Path) -> None:
+    put("models/base.json", {"model": "/home/you/models/x-1b", "revision": None, "fingerprint": "f" * 64})
+    parameters = Path("params.yaml").read_text(encoding="utf-8")
+    put("params.yaml", parameters.replace("model: models/tiny-base", "model: /home/you/models/x-1b"))
+    report.main()
+    page, short = (Path(f"metrics/report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    assert "<h1>x-1b got " in page and "model: x-1b" in page
+    assert "/home/you" not in page + short
+
+
 def test_2000_questions_open_within_three_seconds_and_filter_within_one(opened: Callable[..., Page]) -> None:
     rows = [asked(n, "no " * (n % 30), "yes" if n % 3 else "no", tags=[f"tag {n % 20}"]) for n in range(2000)]
     write_run(rows, GENERAL)

@@ -329,6 +329,16 @@ def test_an_epoch_has_every_row_once_and_batches_of_like_length_and_another_epoc
     assert padded(first) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
 
 
+def test_trainings_with_neighbouring_seeds_share_no_order_of_an_epoch() -> None:
+    lengths = np.full(64, 10)
+    orders = {
+        tuple(StepsByLength(lengths, step=1, size=64, seed=seed, epoch=lambda epoch=epoch: epoch))  # type: ignore[misc]
+        for seed in range(5)
+        for epoch in range(8)
+    }
+    assert len(orders) == 40
+
+
 def test_each_epoch_of_a_run_has_an_order_of_its_own(train: Callable[..., str]) -> None:
     trainer = built_trainer()
     sampler = trainer._get_train_sampler(trainer.train_dataset)
