@@ -1,5 +1,5 @@
 # make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
-# make use RECIPE=...: the parameters of a real model, from recipes/.
+# make start: a project of your own in place of the demo.   make use RECIPE=...: the parameters of a real model.
 # make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
 # make sweep ARGS=...: a grid of experiments, compared.   make chat, make serve: try the model.
 # make remote URL=..., make release VERSION=...: share it.
@@ -7,7 +7,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check use gate noise curate sweep chat serve remote release setup requirements
+.PHONY: repro test check start use gate noise curate sweep chat serve remote release setup requirements
 
 repro: setup
 	@dvc repro
@@ -21,6 +21,10 @@ test: $(VENV)/.dev $(VENV)/.sky
 
 check: setup
 	@python -m tools.check
+
+export RECIPE NAME
+start: setup
+	@python -m tools.start --recipe "$$RECIPE" --name "$$NAME"
 
 use: setup
 	@python -m tools.use $(RECIPE)

@@ -69,8 +69,10 @@ def read_table(file: Path) -> list[Fact]:
 
 
 def read_list(file: Path) -> list[Fact]:
-    """The items of a YAML or JSON list of mappings."""
+    """The items of a YAML or JSON list of mappings; none of a YAML file that has comments alone."""
     content = parse(file)
+    if content is None:
+        return []
     if not isinstance(content, list) or not content:
         raise Refused(f"{file}: facts are a list of mappings such as {{subject: ..., relation: ..., value: ...}}")
     facts = []
@@ -107,6 +109,8 @@ def forms_of_table(file: Path) -> Iterator[tuple[str, Form]]:
 
 def forms_of_mapping(file: Path) -> Iterator[tuple[str, Form]]:
     content = parse(file)
+    if content is None:  # comments alone
+        return
     if not isinstance(content, dict):
         raise Refused(f"{file} must have a list of question forms under the name of each relation or column")
     for relation, texts in content.items():

@@ -83,8 +83,8 @@ def lines(file: Path) -> Iterator[Record]:
                 rest = text.readline(LARGEST + 1)
             if too_large:
                 yield number, oversize()
-            elif line := line.removeprefix(BOM if number == 1 else b"").strip():
-                yield number, line
+            elif (line := line.removeprefix(BOM if number == 1 else b"").strip()) and not line.startswith(b"#"):
+                yield number, line  # which is no comment
 
 
 def items(file: Path) -> Iterator[Record]:

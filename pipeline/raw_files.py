@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.documents import DOCUMENTS
 from pipeline.facts import FACTS
+from pipeline.parameters import Generate
 from pipeline.refusal import Refused
 from pipeline.user_files import user_files
 
@@ -23,6 +24,10 @@ def raw_files() -> tuple[list[Path], list[Path], list[Path]]:
     forms = [file for file in tables if file.name.lower().startswith("forms")]
     facts = [file for file in tables if file not in forms]
     documents = [file for file in files if file.suffix.lower() in DOCUMENTS]
-    if not facts and not documents:
-        raise Refused(f"{RAW} has neither facts nor documents: put some there")
     return facts, forms, documents
+
+
+def require_endpoint(document: Path, generate: Generate) -> None:
+    """Raises Refused if no language model is set, which alone can ask about the document."""
+    if not (generate.endpoint and generate.model):
+        raise Refused(f"{document}: only a language model can ask about it: set generate.endpoint and generate.model")

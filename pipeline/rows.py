@@ -40,7 +40,7 @@ def file_of(source: str) -> str:
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield ("path:line", parsed JSON) for every line of a JSON-lines file that is not blank.
+    """Yield ("path:line", parsed JSON) for every line of a JSON-lines file that is neither blank nor a # comment.
 
     Raises:
         Refused: a line is not UTF-8 or not JSON.
@@ -48,7 +48,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         place = f"{path}:{number}"
         try:
-            if line.strip():
+            if line.strip() and not line.startswith(b"#"):
                 yield place, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise Refused(f"{place}: not a JSON object in UTF-8 on one line: {error}") from None

@@ -17,18 +17,16 @@ from pipeline.facts import questions_of_facts, read_facts, read_forms
 from pipeline.grounding import FAULTS, grounded
 from pipeline.outputs import write_json, write_jsonl
 from pipeline.parameters import load
-from pipeline.raw_files import raw_files
-from pipeline.refusal import Refused, run
+from pipeline.raw_files import raw_files, require_endpoint
+from pipeline.refusal import run
 
 
 def main() -> None:
     parameters = load("generate")
     generate = parameters.generate
     facts, forms, documents = raw_files()
-    if documents and not (generate.endpoint and generate.model):
-        raise Refused(
-            f"{documents[0]}: only a language model can ask about it: set generate.endpoint and generate.model"
-        )
+    if documents:
+        require_endpoint(documents[0], generate)
     known = read_facts(facts)
     of_facts = questions_of_facts(known, read_forms(forms), generate.forms_per_fact)
     passages = passages_of(documents, generate.passage_length)

@@ -1,5 +1,6 @@
 """Real repositories to run the real pipeline in."""
 
+import atexit
 import fcntl
 import os
 import pty
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Iterator
@@ -22,7 +24,48 @@ import yaml
 import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
 from pipeline.llama_cpp import run_script
 
-ROOT = Path(__file__).parent.parent
+DEMO = Path(__file__).parent / "demo"  # where make start puts it
+
+
+def with_demo(project: Path) -> Path:
+    """The repository; of a project that was started, a copy in which the demo is in its place again."""
+    if not DEMO.exists():
+        return project
+    copy = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, copy)
+    copy_files(project, copy)
+    shutil.rmtree(copy / "data")
+    shutil.copytree(copy / DEMO.relative_to(project), copy, dirs_exist_ok=True)
+    shutil.rmtree(copy / DEMO.relative_to(project))
+    subprocess.run(["git", "init", "--quiet"], cwd=copy, env=environment(), check=True)
+    return copy
+
+
+def copy_files(repository: Path, folder: Path) -> None:
+    """All files that git tracks or would."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (repository / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(repository / name, folder / name)
+
+
+def environment() -> dict[str, str]:
+    """Without the variables by which a git hook or a running DVC stage would point a clone back at this repository."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_"))}
+    identity = {
+        f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    return own | identity
+
+
+ROOT = with_demo(Path(__file__).parent.parent)
 
 
 class Project:
@@ -82,27 +125,9 @@ class Project:
         path.write_text(yaml.safe_dump(parameters, allow_unicode=True), encoding="utf-8")
 
 
-def environment() -> dict[str, str]:
-    """Without the variables by which a git hook or a running DVC stage would point a clone back at this repository."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_"))}
-    identity = {
-        f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
-    }
-    return own | identity
-
-
 def clone(folder: Path) -> Project:
     project = Project(folder)
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_files(ROOT, folder)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "clone"]):
         project.run("git", *command)
     return project

@@ -155,7 +155,8 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "forms.yaml
         ({"forms.yaml": FORMS + "\nboss: ['Boss of {subject}?']"}, r"forms\.yaml: boss: no fact has 'boss'"),
         ({"forms.yaml": "leader: Who?"}, r"forms\.yaml: leader must have a list"),
         ({"forms.yaml": "leader: []"}, r"forms\.yaml: leader must have a list"),
-        ({"forms.yaml": ""}, r"forms\.yaml must have a list"),
+        ({"forms.yaml": "[]"}, r"forms\.yaml must have a list"),
+        ({"forms.yaml": "# none yet"}, r"facts\.csv:2: no question forms for the relation 'leader'"),
         ({"forms.csv": "relation,text\nleader,x\n"}, r"forms\.csv:2: the columns of a file of forms"),
         ({"facts.xlsx": b"PK"}, r"facts\.xlsx: facts and forms are read from \.csv \.json"),
         (
@@ -174,10 +175,10 @@ def test_what_does_not_fit_is_refused_by_file_and_line(
     assert not Path("data/train.jsonl").exists()
 
 
-def test_nothing_to_ask_about_is_refused(workspace: Project) -> None:
-    write({"forms.yaml": FORMS})
-    with pytest.raises(Refused, match=r"data/raw has neither facts nor documents"):
-        generate.main()
+def test_files_of_comments_alone_make_no_rows_so_that_curated_rows_can_be_all_there_is(workspace: Project) -> None:
+    write({"facts.yaml": "# none yet", "forms.yaml": "# none yet", ".gitkeep": ""})
+    generate.main()
+    assert rows() == []
 
 
 def pdf(*pages: str, trailer: str = "") -> bytes:

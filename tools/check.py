@@ -1,10 +1,10 @@
-"""Check params.yaml, the base that it names and this machine, without running anything.
+"""Check params.yaml, the user's files, the base and this machine, without running anything.
 
     python -m tools.check
 
-Tells what will be trained and made, and the memory and disk that it takes. Exit status 1, and one line that says what
-to change, if a stage would refuse the parameters or the machine has too little. Changes no file in the repository, and
-fetches all but the weights of a base on the hub.
+Tells what is missing next with an example, what will be trained and made, and the memory and disk that it takes. Exit
+status 1, and one line that says what to change, if a stage would refuse something or the machine has too little.
+Changes no file in the repository, and fetches all but the weights of a base on the hub.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.parameters import Parameters, Train, check
 from pipeline.refusal import Refused
+from tools.material import material
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,23 @@ LENGTHS = Path("metrics/lengths.json")
 
 def main() -> None:
     parameters = check(Path("params.yaml"))  # all else is imported later: it takes seconds, and a typo is told at once
+    lacking = tell_material(parameters)
     examine(parameters)
+    if lacking:
+        raise Refused(f"{', '.join(lacking)}: see what is missing above, then make check again")
+    print("dvc repro can run")
+
+
+def tell_material(parameters: Parameters) -> list[str]:
+    """Print what is there of the user's files, and what is missing. Returns where something is."""
+    lacking = []
+    for each in material(parameters):
+        say(str(each.place), f"MISSING: {each.missing}" if each.missing else each.found or "nothing")
+        for example in each.examples:
+            say("", f"  such as {example}")
+        if each.missing:
+            lacking.append(str(each.place))
+    return lacking
 
 
 def examine(parameters: Parameters) -> None:

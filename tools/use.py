@@ -19,12 +19,20 @@ PARAMETERS = Path("params.yaml")
 
 
 def main() -> None:
-    recipes = {path.stem: path for path in sorted(Path("recipes").glob("*.yaml"))}
-    name = " ".join(sys.argv[1:])
-    if name not in recipes:
-        raise Refused(f"RECIPE is {name!r}: set it to one of {', '.join(recipes)}")
-    use(recipes[name])
-    print(f"{recipes[name]} is in {PARAMETERS}: git diff shows it, make check tells whether this machine suffices")
+    path = recipe(" ".join(sys.argv[1:]))
+    use(path)
+    print(f"{path} is in {PARAMETERS}: git diff shows it, make check tells whether this machine suffices")
+
+
+def recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(Path("recipes").glob("*.yaml"))}
+
+
+def recipe(name: str) -> Path:
+    """Raises Refused, naming all, if there is none of that name."""
+    if name not in recipes():
+        raise Refused(f"RECIPE is {name!r}: set it to one of {', '.join(recipes())}")
+    return recipes()[name]
 
 
 def use(recipe: Path) -> None:

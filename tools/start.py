@@ -1,0 +1,164 @@
+"""Begin a project of your own: the demo goes aside, skeletons of your files come, and a commit holds both.
+
+    python -m tools.start [--recipe RECIPE] [--name NAME]
+
+Asks for the recipe and the name that are not given. The demo's files, metrics and dvc.lock move to tests/demo, where
+the tests use them, and its README.md becomes PIPELINE.md. A file of data/ that is not the demo's any more stays.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.base import file_hash
+from pipeline.outputs import remove
+from pipeline.parameters import read_yaml
+from pipeline.refusal import Refused
+from tools.use import recipe, recipes, use
+
+DEMO = Path("tests/demo")
+DEMO_FILES = Path("data/demo.sha256")  # as sha256sum writes them; it goes aside too, so a second start finds none
+SKELETON = Path(__file__).parent / "skeleton"
+MADE = ("dvc.lock", "metrics")  # kept in git, and made by the stages
+README, PIPELINE = Path("README.md"), Path("PIPELINE.md")
+TITLE = "# qlora-dvc\n"  # of the README that is not the user's
+GENERAL = Path("data/general.jsonl")
+BUILT_IN = "tiny-base"  # the recipe of the base that the demo's general exam is for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="", help="of recipes/")
+    parser.add_argument("--name", default="", help="of the project")
+    options = parser.parse_args()
+    require_startable()
+    values = recipe(options.recipe or asked("RECIPE", offer()))
+    name = (options.name or asked("NAME", f"The project's name [{Path.cwd().name}]: ") or Path.cwd().name).strip()
+    if not name or not name.isprintable():
+        raise Refused(f"NAME is {name!r}: set it to a name on one line")
+
+    remove_outputs()
+    demo, own = demo_files()
+    for path in [*demo, DEMO_FILES, *made()]:
+        move(path, DEMO / path)
+    copy(Path("params.yaml"), DEMO / "params.yaml")
+    if README.exists() and README.read_text(encoding="utf-8").startswith(TITLE) and not PIPELINE.exists():
+        move(README, PIPELINE)
+    written = write_skeletons(values, name)
+    use(values)
+    commit(name, written)
+    tell(written, own)
+
+
+def require_startable() -> None:
+    """Raises Refused if the project was started already, or git could not bring back or commit what is there."""
+    if not DEMO_FILES.exists() or DEMO.exists():
+        raise Refused(f"this project was started already, and the demo is in {DEMO}: nothing was changed")
+    if git("rev-parse", "--is-inside-work-tree").returncode:
+        raise Refused("this folder is no git repository: git init && git add -A && git commit -m Template, then again")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in MADE)).stdout
+    if changed:
+        raise Refused(f"{changed.splitlines()[0][3:]} has a change that is not committed: commit it or take it back")
+    if git("var", "GIT_COMMITTER_IDENT").returncode:
+        raise Refused("git does not know who commits: git config user.name NAME && git config user.email ADDRESS")
+
+
+def offer() -> str:
+    lines = [f"  {name:14} {path.read_text(encoding='utf-8').splitlines()[0][2:]}" for name, path in recipes().items()]
+    return "\n".join(["Recipes:", *lines, "Which one? "])
+
+
+def asked(variable: str, question: str) -> str:
+    if not sys.stdin.isatty():
+        raise Refused(f"{variable} is missing, and there is no terminal to ask on: make start RECIPE=... NAME=...")
+    try:
+        return input(question).strip()
+    except EOFError:
+        raise Refused(f"{variable} is missing: nothing was changed") from None
+
+
+def remove_outputs() -> None:
+    """Remove what the stages made of the demo, as far as dvc.lock knows it; what a run may only add to stays."""
+    found = subprocess.run([sys.executable, "-m", "dvc", "data", "status", "--json"], check=True, capture_output=True)
+    unknown = {path.rstrip("/") for path in json.loads(found.stdout).get("uncommitted", {}).get("modified", [])}
+    for stage in read_yaml(Path("dvc.yaml"))["stages"].values():
+        for out in stage.get("outs", []):
+            path, settings = (out, {}) if isinstance(out, str) else next(iter(out.items()))
+            if not settings.get("persist") and path not in unknown:
+                remove(Path(path))
+
+
+def demo_files() -> tuple[list[Path], list[Path]]:
+    """Those that are still the demo's, and those that became the user's."""
+    demo: list[Path] = []
+    own: list[Path] = []
+    for line in DEMO_FILES.read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        if Path(name).exists():
+            (demo if file_hash(Path(name)) == digest else own).append(Path(name))
+    return demo, own
+
+
+def made() -> list[Path]:
+    return [Path(name) for name in git("ls-files", "--", *MADE).stdout.splitlines() if Path(name).exists()]
+
+
+def move(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(to)
+
+
+def copy(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_bytes(path.read_bytes())
+
+
+def write_skeletons(values: Path, name: str) -> list[Path]:
+    """Every file of tools/skeleton whose place is free, for the recipe `values`."""
+    written = []
+    for skeleton in sorted(path for path in SKELETON.rglob("*") if path.is_file()):
+        path = skeleton.relative_to(SKELETON)
+        if path.exists():
+            continue
+        text = skeleton.read_text(encoding="utf-8")
+        if path == README:
+            text = text.format(name=name, model=read_yaml(values)["base"]["model"])
+        if path == GENERAL:
+            known = DEMO / GENERAL if values.stem == BUILT_IN else Path("recipes/general.jsonl")
+            text += known.read_text(encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="\n")
+        written.append(path)
+    return written
+
+
+def commit(name: str, written: list[Path]) -> None:
+    paths = [*map(str, written), str(DEMO), "params.yaml"]
+    if PIPELINE.exists():
+        paths.append(str(PIPELINE))
+    for command in (["add", "--", *paths], ["commit", "--quiet", "--all", "--message", f"Start {name}"]):
+        done = git(*command)
+        if done.returncode:
+            raise Refused(f"git {command[0]} failed: {' '.join(done.stderr.split())}: git status shows what is done")
+
+
+def tell(written: list[Path], own: list[Path]) -> None:
+    for path in written:
+        if path.name != ".gitkeep":
+            print(f"{path}: yours to fill")
+    for path in own:
+        print(f"{path}: yours already, and left as it is")
+    print(f"The demo is in {DEMO}, its README is {PIPELINE}; all of that is one commit.")
+    print(
+        "Next: make check tells what is missing; git remote set-url origin ADDRESS points git to a repository of yours."
+    )
+
+
+def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    main()
