@@ -39,7 +39,7 @@ def tell_material(parameters: Parameters) -> list[str]:
     for each in material(parameters):
         say(str(each.place), f"MISSING: {each.missing}" if each.missing else each.found or "nothing")
         for example in each.examples:
-            say("", f"  such as {example}")
+            say("", f"such as {example}")
         if each.missing:
             lacking.append(str(each.place))
     return lacking

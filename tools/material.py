@@ -35,8 +35,8 @@ def material(parameters: Parameters) -> Iterator[Material]:
     raw, curated = of_raw(parameters.generate), of_curated(parameters.merge)
     if not (raw.found or raw.missing or curated.found or curated.missing):
         what = f"nothing to train on: add facts and phrasings, documents, or rows in {CURATED}"
-        yield Material(RAW, "", what, (f"{RAW}/facts.yaml: {FACT}", f"{RAW}/forms.yaml: {PHRASING}"))
-        yield Material(CURATED, "", "nothing to train on here either", (f"{CURATED}/rows.jsonl: {ROW}",))
+        yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/forms.yaml: {PHRASING}"))
+        yield Material(CURATED, "", "rows, or else what data/raw lacks", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
     yield of_exam(EXAM)
@@ -52,7 +52,7 @@ def of_raw(generate: Generate) -> Material:
         if documents:
             require_endpoint(documents[0], generate)
     except Refused as refusal:
-        return Material(RAW, "", str(refusal), (f"{RAW}/forms.yaml: {phrasing(facts[0])}",) if facts else ())
+        return Material(RAW, "", str(refusal), (f"in {RAW}/forms.yaml: {phrasing(facts[0])}",) if facts else ())
     of_facts = f"{len(rows)} questions about {len(facts)} facts" if facts else ""
     of_documents = f"{len(documents)} documents" if documents else ""
     return Material(RAW, ", ".join(filter(None, [of_facts, of_documents])))
@@ -77,7 +77,7 @@ def of_curated(merge: Merge) -> Material:
                     require_row(f"{file}:{number}", record)
             counts.append(len(rows))
     except Refused as refusal:
-        return Material(CURATED, "", str(refusal), (f"{CURATED}/rows.jsonl: {ROW}",))
+        return Material(CURATED, "", str(refusal), (f"in {CURATED}/rows.jsonl: {ROW}",))
     more = " or more" if LOOKED_AT in counts else ""
     return Material(CURATED, f"{sum(counts)}{more} rows" if sum(counts) else "")
 
@@ -98,6 +98,6 @@ def of_exam(path: Path) -> Material:
     except FileNotFoundError:
         return Material(path, "", "it is not there: write questions into it", (QUESTION,))
     except Refused as refusal:
-        return Material(path, "", str(refusal), (QUESTION,))
+        return Material(path, "", str(refusal).removeprefix(f"{path}: "), (QUESTION,))
     few = "; 50 to 200 tell progress from chance" if path == EXAM and len(questions) < 50 else ""
     return Material(path, f"{len(questions)} questions{few}")
