@@ -91,7 +91,7 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
     started.set(merge__valid_share=0.5)
     generate.main()
     merge.main()
-    assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 10
+    assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 9
 
 
 def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureFixture[str]) -> None:
