@@ -77,7 +77,7 @@ def of_curated(merge: Merge) -> Material:
                     require_row(f"{file}:{number}", record)
             counts.append(len(rows))
     except Refused as refusal:
-        return Material(CURATED, "", str(refusal), (f"in {CURATED}/rows.jsonl: {ROW}",))
+        return Material(CURATED, "", str(refusal))
     more = " or more" if LOOKED_AT in counts else ""
     return Material(CURATED, f"{sum(counts)}{more} rows" if sum(counts) else "")
 
@@ -89,7 +89,7 @@ def require_row(place: str, record: bytes | InvalidRow) -> None:
             raise record
         conversation(parsed(record))
     except InvalidRow as invalid:
-        raise Refused(f"{place}: {invalid}") from None
+        raise Refused(f"{place}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
 
 
 def of_exam(path: Path) -> Material:
