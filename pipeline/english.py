@@ -8,7 +8,7 @@ DO = {"do", "does", "did"}
 ASKING = {"who", "whose", "what", "when", "where", "why", "how", ASK}
 NEGATIONS = {"not", "no", "never", "nor", "neither"}
 PRONOUNS = set("i you he she it we they me him her us them there here that this these those".split())
-DETERMINERS = set("the a an my your his its our their some any all each every both either such".split())
+DETERMINERS = set("the a an my your his its our their some any all each every both either such this that these those".split())
 MODALS = set("can could may might shall should will would must".split())
 PREPOSITIONS = set(
     """of in on at for to by with from about into onto through during within between among per via upon against than as
@@ -69,6 +69,7 @@ BEFORE_ASK = MODALS | {"you", "i", "we", "do", "like", "want", "need", "wish", "
 WHICH = {
     **dict.fromkeys(["person", "people"], "who"),
     **{noun: f"when:{noun}" for noun in ("time", "date", "day", "month", "year")},
+    **{f"{noun}s": f"when:{noun}" for noun in ("time", "date", "day", "month", "year")},
     **{noun: f"where:{noun}" for noun in ("place", "location")},
     **dict.fromkeys(["way", "manner"], "how"),
     "reason": "why",
@@ -76,14 +77,17 @@ WHICH = {
 
 IRREGULAR = {
     form: forms[0]
-    for line in """lead led|run ran|make made|buy bought|sell sold|hold held|keep kept|write wrote written|pay paid|say said
+    for line in """bind bound|bite bit bitten|blow blew blown|burn burnt|deal dealt|dig dug|drink drank drunk|feed fed
+    fight fought|forget forgot forgotten|freeze froze frozen|hang hung|hear heard|hide hid hidden|lend lent|ride rode ridden
+    ring rang rung|seek sought|shake shook shaken|shine shone|sleep slept|slide slid|stick stuck|strike struck|swim swam swum
+    tear tore torn|throw threw thrown|wake woke woken|withdraw withdrew withdrawn|wind wound|do done|agree agreed|guarantee guaranteed|free freed|lead led|run ran|make made|buy bought|sell sold|hold held|keep kept|write wrote written|pay paid|say said
     send sent|spend spent|take took taken|give gave given|begin began begun|come came|go went gone goes|get got gotten
-    know knew known|see saw seen|build built|win won|leave left|lose lost|meet met|bring brought|think thought|teach taught
+    know knew known|see saw seen|build built|win won|leave left leaf leaves|lose lost|meet met|bring brought|think thought|teach taught
     catch caught|stand stood|understand understood|find found|tell told|speak spoke spoken|choose chose chosen|drive drove driven
     eat ate eaten|fall fell fallen|fly flew flown|grow grew grown|show shown|wear wore worn|rise rose risen|sing sang sung
     draw drew drawn|break broke broken|feel felt|become became|mean meant|sit sat|shoot shot|steal stole stolen|bear born bore
-    child children|man men|woman women|foot feet|tooth teeth|mouse mice|life lives|leaf leaves|knife knives|half halves
-    shelf shelves|person people persons|analysis analyses|use used using uses|lie lay lain lying|die died dying dies""".replace(
+    child children|man men|woman women|foot feet|tooth teeth|mouse mice|life lives live|knife knives|half halves
+    shelf shelves|wolf wolves|wife wives|loaf loaves|thief thieves|criterion criteria|index indices|person people persons|analysis analyses|use used using uses|lie lies lay lain lying|die died dying dies|tie ties tied tying|age aged ages aging""".replace(
         "\n", "|"
     ).split("|")
     for forms in [line.split()]
@@ -91,26 +95,30 @@ IRREGULAR = {
 }
 
 
+ENDINGS = [("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", "")]
+NO_ENDING = ("ss", "us", "is", "eed")  # "process", "status", "need"
+
+
 def stem(word: str) -> str:
     """What "lead", "leads", "led" and "leading" share; no word of its own."""
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if len(word) < 4 or not (word.isascii() and word.isalpha()):
+    if not (word.isascii() and word.isalpha()):
         return word
-    for ending, instead in [("ies", "y"), ("ied", "y"), ("sses", "ss"), ("ing", ""), ("ed", ""), ("s", "")]:
-        if word.endswith(ending):
-            rest = word.removesuffix(ending) + instead
-            if ending == "s" and (word.endswith(("ss", "us", "is"))):
-                break
-            if ending in ("ing", "ed") and (word.endswith("eed") or len(rest) < 3 or not re.search("[aeiouy]", rest)):
-                break
-            word = rest
-            break
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if re.search(r"(ch|sh|x|z|o|ss)e$", word) or (len(word) > 3 and word.endswith("e")):
+    word = IRREGULAR.get(word) or IRREGULAR.get(rest := without_endings(word), rest)
+    if len(word) > 3 and word.endswith("e"):
         word = word[:-1]
+    if word.endswith("y"):
+        word = word[:-1] + "i"
     return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
+
+
+def without_endings(word: str) -> str:
+    if len(word) > 3 and word.endswith("s") and not word.endswith((*NO_ENDING, "ies")):
+        word = word[:-1]
+    for ending, instead in ENDINGS:
+        rest = word.removesuffix(ending) + instead
+        if word.endswith(ending) and not word.endswith(NO_ENDING) and len(rest) > 2 and re.search("[aeiouy]", rest):
+            return rest
+    return word
 
 
 def plainly(text: list[str]) -> list[str]:
@@ -168,6 +176,10 @@ def asks(text: list[str], at: int) -> bool:
         return before in ("to", "you", "me", "i", "may") and after in ASKED_FOR
     if after in ("me", "us"):
         return before not in DETERMINERS
+    if not at:
+        return after not in PREPOSITIONS | BE
+    if word == "show":
+        return False
     if before == "you":
         return at > 1 and text[at - 2] in MODALS and after in ASKED_FOR
     return after in ASKED_FOR and before not in NO_ASK_AFTER

@@ -11,7 +11,7 @@ from rapidfuzz.distance import OSA, Levenshtein
 
 from pipeline.english import ASK, ASKING, BE, DO, LIGHT, NEGATIONS, OPPOSITES, asking, is_light, plainly, stem
 from pipeline.exam import Question
-from pipeline.words import acronyms, exact, is_sign, names, words
+from pipeline.words import acronyms, capitals, exact, is_sign, names, words
 
 FREELY_SPACED = regex.compile(r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]")
 ALPHABET = regex.compile(r"[\p{Latin}\p{Cyrillic}\p{Greek}\p{Arabic}\p{Hebrew}\p{Devanagari}]+")
@@ -34,6 +34,10 @@ class Asked:
     content: frozenset[str]  # the words that carry its meaning
     own: frozenset[str]  # those of them that are names, numbers or signs
     english: bool
+    short: frozenset[str]  # if it is not: what is taken for function words
+
+    def is_light(self, word: str) -> bool:
+        return is_light(word) if self.english else word in self.short
 
 
 class Exam:
@@ -59,7 +63,7 @@ class Exam:
         self.vocabulary = Counter(word for asked in self.asked for word in asked.content)
         self.signs = {word for asked in self.verbatim for word in asked if is_sign(word)}
         # A text that nearly leaks a question lacks so many of its content words at most, be it shorter.
-        may_lack = [int(len(asked.content) * (1 - near) * (1 if asked.english else 2) + 1e-9) for asked in self.asked]
+        may_lack = [self.may_lack(len(asked.content), asked) for asked in self.asked]
         self.needed = [max(1, len(asked.content) - lacking) for asked, lacking in zip(self.asked, may_lack, strict=True)]
         # Which questions a text may leak, its two rarest words tell, or as many more as it may lack.
         self.rare: defaultdict[str, list[int]] = defaultdict(list)
@@ -69,13 +73,10 @@ class Exam:
             self.rare_needed.append(max(1, len(rarest) - may_lack[at]))
             for word in rarest:
                 self.rare[word].append(at)
-        own = frozenset[str]().union(*(asked.own for asked in self.asked))
         self.spellable = [word for word in self.vocabulary if word.isalpha()]
         self.stems: defaultdict[str, list[str]] = defaultdict(list)
         for word in self.spellable:
-            if word not in own:
-                self.stems[stem(word)].append(word)
-        self.own = own
+            self.stems[stem(word)].append(word)
         self.met: set[str] = set()  # words of the texts so far
         self.meant: dict[str, list[str]] = {}  # those of them that may mean other words of the vocabulary, and which
 
@@ -104,6 +105,10 @@ class Exam:
         plain = plainly(text)
         return next((self.found(at, near=True) for at in alike if self.nearly(self.asked[at], plain)), None)
 
+    def may_lack(self, content: int, asked: Asked) -> int:
+        """How many of so many content words a text that nearly leaks the question may lack."""
+        return int(content * (1 - self.near) / (1 + self.near if asked.english else 1 - self.near / 2) + 1e-9)
+
     def learn(self, new: set[str]) -> None:
         if len(self.met) > 2**20:
             self.met.clear()
@@ -120,13 +125,7 @@ class Exam:
         if word in self.vocabulary or len(word) < MISSPELT:
             return found
         close = process.extract(word, self.spellable, scorer=OSA.distance, score_cutoff=1, limit=None)
-        return found + [other for other, _, _ in close if other not in found and self.misspelt(word, other)]
-
-    def misspelt(self, word: str, right: str) -> bool:
-        """A name may have letters exchanged, but no others: with those it is another name."""
-        if right in self.own:
-            return sorted(word) == sorted(right)
-        return word[0] == right[0] and word[-1] == right[-1]
+        return found + [other for other, _, _ in close if other not in found and may_mean(word, other)]
 
     def found(self, at: int, near: bool) -> Leak:
         return Leak(self.questions[at].id, self.questions[at].question, near)
@@ -137,8 +136,8 @@ class Exam:
         for way in asked.ways:
             edits = max(1, int((1 - self.near) * len(way) + 1e-9))
             content = sum(word in asked.content for word in way)
-            changes = edits + int(content * (1 - self.near) * (1 if asked.english else 2) + 1e-9)
-            enough = content - (changes - edits)
+            lacking = self.may_lack(content, asked)
+            changes, enough = edits + lacking, content - lacking
             least = min(len(way) - (changes if asked.english else 0), len(text))
             for length in range(least, min(len(way) + changes, len(text)) + 1):
                 for start in range(len(text) - length + 1):
@@ -152,14 +151,16 @@ class Exam:
         """The word of the question that `word` means, if any."""
         if word in asked.content or word not in self.meant:
             return word
-        return next((meant for meant in self.meant[word] if meant in asked.content), word)
+        meant = (right for right in self.meant[word] if right in asked.content)
+        # A name may have letters exchanged, but no others: with those it is another name.
+        return next((right for right in meant if right not in asked.own or sorted(right) == sorted(word)), word)
 
     def alike(self, asked: Asked, way: list[str], stretch: list[str], edits: int, first: bool) -> bool:
         missing, extra = Counter(way) - Counter(stretch), Counter(stretch) - Counter(way)
         if asked.own & missing.keys() or exact(list(extra)) or NEGATIONS & (missing.keys() | extra.keys()):
             return False
         lacking = sum(n for word, n in missing.items() if word in asked.content)
-        adding = sum(n for word, n in extra.items() if word in asked.content or not is_light(word))
+        adding = sum(n for word, n in extra.items() if word in asked.content or not asked.is_light(word))
         shared = sum(word in asked.content for word in way) - lacking
         # Where the function words are not known, a word that changed may be one.
         changed = 2 * max(lacking, adding) if asked.english else (lacking + adding) / 2
@@ -171,6 +172,11 @@ class Exam:
         if not asks_alike(way, missing, extra, stretch, first):
             return False
         return not missing and not extra or Levenshtein.distance(way, stretch) <= edits + max(lacking, adding)
+
+
+def may_mean(word: str, right: str) -> bool:
+    """Whether `word`, an edit away from `right`, may be a misspelling of it: not "employee" of "employer"."""
+    return sorted(word) == sorted(right) or (word[0] == right[0] and word[-1] == right[-1])
 
 
 def asks_alike(way: list[str], missing: Counter[str], extra: Counter[str], stretch: list[str], first: bool) -> bool:
@@ -190,22 +196,30 @@ def asks_alike(way: list[str], missing: Counter[str], extra: Counter[str], stret
 
 def understood(questions: list[Question], verbatim: list[list[str]]) -> list[Asked]:
     plain = [plainly(asked) for asked in verbatim]
-    english = [4 * sum(map(is_light, asked)) >= len(asked) for asked in plain]
+    english = known_as_english(plain)
     others = [asked for asked, known in zip(plain, english, strict=True) if not known]
     frequent = Counter(word for asked in others for word in set(asked))
     rarely = max(2, FREQUENT * len(others))
-    short = {
+    short = frozenset(
         word for word, n in frequent.items() if n >= rarely and len(word) <= SHORT and ALPHABET.fullmatch(word)
-    }
+    )
     named = set[str]().union(*(names(question.question) for question in questions)) - LIGHT
     found = []
     for question, asked, known in zip(questions, plain, english, strict=True):
-        own = (set(exact(asked)) | named | acronyms(question.question)) & set(asked)
+        own = (set(exact(asked)) | (named & capitals(question.question)) | acronyms(question.question)) & set(asked)
         light = {word for word in asked if (is_light(word) if known else word in short)} - own
         if light.issuperset(asked):
             light = set()
-        found.append(Asked(list(ways(asked)), frozenset(set(asked) - light), frozenset(own), known))
+        found.append(Asked(list(ways(asked)), frozenset(set(asked) - light), frozenset(own), known, short))
     return found
+
+
+def known_as_english(questions: list[list[str]]) -> list[bool]:
+    """Those of which a quarter are English function words, and if most that could be English are, all of those."""
+    english = [4 * sum(map(is_light, asked)) >= len(asked) for asked in questions]
+    ascii = ["".join(asked).isascii() for asked in questions]
+    most = 2 * sum(english) > sum(ascii)
+    return [known or (most and could_be) for known, could_be in zip(english, ascii, strict=True)]
 
 
 def ways(asked: list[str]) -> Iterator[list[str]]:
