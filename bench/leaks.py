@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipeline.exam import EXAM, GENERAL, Question, read_questions
 from pipeline.facts import questions_of_facts, read_facts, read_forms
-from pipeline.formats import conversation, parsed, records
+from pipeline.formats import conversation, parsed
 from pipeline.leaks import Exam
 from pipeline.words import words
 
@@ -57,6 +57,11 @@ INFLECTED = {
     "built": ["build"], "paid": ["pays"], "kept": ["keep"], "bears": ["bore"], "takes": ["took"], "lies": ["lay"],
     "cost": ["costs"], "city": ["cities"], "company": ["companies"], "signed": ["signing"], "mean": ["means", "meant"],
     "stored": ["storing", "store"], "reached": ["reaching"], "sold": ["selling"], "covered": ["covering", "covers"],
+}  # fmt: skip
+UNINFLECTED = {*REPLACED, *ASKED, *INFLECTED, "whose", "many", "much", "long", "often", "each", "than", "this", "that",
+    "last", "also", "been", "have", "does", "most", "some", "about", "against", "between", "without", "within",
+    "during", "before", "after", "through", "below", "above", "twice", "once", "part", "over", "need", "will", "deed",
+    "whether",
 }  # fmt: skip
 ORDERS = ["Tell me", "Give me", "State", "Name", "Can you tell me", "Please say", "I would like to know", "Please name"]
 ORDER = re.compile("(please )?(tell me|give me|show me|name|state|explain|list) ", re.IGNORECASE)
@@ -129,18 +134,12 @@ def inflected(text: str) -> Iterator[str]:
     yield from swapped(text, INFLECTED)
     for found in WORD.finditer(text):
         word = found[0]
-        if word.isalpha() and word.islower() and len(word) > 3 and word not in {*UNINFLECTED, *INFLECTED}:
+        if word.isalpha() and word.islower() and len(word) > 3 and word not in UNINFLECTED:
             yield text[: found.start()] + another_form(word) + text[found.end() :]
 
 
-UNINFLECTED = {*REPLACED, *ASKED} | set(
-    """whose many much long often each than this that last also been have does most some about against between without
-    within during before after through below above twice once part over need lies goes ring will deed""".split()
-)
-
-
 def another_form(word: str) -> str:
-    """ "signing" of "signed", "offices" of "office", "office" of "offices". """
+    """ "signing" of "signed", "offices" of "office", "office" of "offices"."""
     if word.endswith("ed") and not word.endswith("eed"):
         return word[:-2] + "ing"
     if word.endswith("ies"):
@@ -153,7 +152,7 @@ def another_form(word: str) -> str:
 
 
 def ordered_otherwise(text: str) -> Iterator[str]:
-    """ "Give me" for "Tell me"; "Tell me" for "What is". """
+    """ "Give me" for "Tell me"; "Tell me" for "What is"."""
     if start := ORDER.match(text) or QUESTION.match(text):
         for order in ORDERS:
             if order.lower() != start[0].strip().lower():
@@ -161,7 +160,7 @@ def ordered_otherwise(text: str) -> Iterator[str]:
 
 
 def order_as_question(text: str) -> Iterator[str]:
-    """The other way: "What is" for "Tell me". """
+    """The other way: "What is" for "Tell me"."""
     if (start := ORDER.match(text)) and text[start.end() :].startswith("the "):
         yield f"What is {text[start.end() :]}"
 
@@ -179,7 +178,7 @@ EDITS: dict[str, Callable[[str], Iterator[str]]] = {
 }
 
 
-APART: dict[str, Callable[[str], Iterator[str]]] = {"\"tell me\" as \"what is\"": order_as_question}
+APART: dict[str, Callable[[str], Iterator[str]]] = {'"tell me" as "what is"': order_as_question}
 
 
 def swapped(text: str, others: dict[str, list[str]]) -> Iterator[str]:
@@ -191,8 +190,6 @@ def swapped(text: str, others: dict[str, list[str]]) -> Iterator[str]:
 
 def is_name(found: re.Match[str]) -> bool:
     return found[0][0].isupper() and bool(found.start()) and found[0] != "I" and found.string[found.start() - 2] != "."
-
-
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,8 @@ def demo_rows() -> list[str]:
     """What the demo trains on: its facts in all their phrasings, and data/curated."""
     raw, curated = ROOT / "data/raw", sorted((ROOT / "data/curated").glob("*.jsonl"))
     facts = questions_of_facts(read_facts([raw / "facts.csv"]), read_forms([raw / "forms.yaml"]), sys.maxsize)
-    talks = [conversation(parsed(record)) for file in curated for _, record in records(file, {})]
+    lines = (line for file in curated for line in file.read_bytes().splitlines())
+    talks = map(conversation, map(parsed, lines))
     return ["\n".join(turn["content"] for turn in talk) for talk in [*(fact["messages"] for fact in facts), *talks]]
 
 
@@ -279,8 +277,9 @@ def table() -> str:
     for kind, edit in [*EDITS.items(), *APART.items()]:
         line(kind, [edits(one.exam, edit) for one in measured.values()])
     for kind in ("another entity", "another attribute"):
-        cells = [false_alarms(one.others[kind]) for one in measured.values()]
-        long = tuple(map(sum, zip(*(false_alarms(one.others[kind], PASSAGE) for one in measured.values()), strict=True)))
+        others = [one.others[kind] for one in measured.values()]
+        cells = [false_alarms(some) for some in others]
+        long = tuple(map(sum, zip(*(false_alarms(some, PASSAGE) for some in others), strict=True)))
         lines.append(f"| {' | '.join([kind, *(percent(*cell) for cell in [*cells, long])])} |")
     of, leaks = share(demo, demo_rows())
     lines.append(f"| the demo's rows | {percent(of, leaks)} | | | |")

@@ -2,27 +2,42 @@
 
 import re
 
+
+def listed(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 ASK = "ask"  # "tell me", "give me", "name", "state", "could you say", "I would like to know"
-BE = {"is", "are", "was", "were"}
-DO = {"do", "does", "did"}
-ASKING = {"who", "whose", "what", "when", "where", "why", "how", ASK}
-NEGATIONS = {"not", "no", "never", "nor", "neither"}
-PRONOUNS = set("i you he she it we they me him her us them there here that this these those".split())
-DETERMINERS = set("the a an my your his its our their some any all each every both either such this that these those".split())
-MODALS = set("can could may might shall should will would must".split())
-PREPOSITIONS = set(
-    """of in on at for to by with from about into onto through during within between among per via upon against than as
-    like under over above below up down off out before after without since until towards toward around across""".split()
+BE = listed("is are was were")
+DO = listed("do does did")
+ASKING = listed("who whose what when where why how") | {ASK}
+NEGATIONS = listed("not no never nor neither")
+PRONOUNS = listed("i you he she it we they me him her us them there here that this these those")
+DETERMINERS = listed(
+    "the a an my your his its our their some any all each every both either such this that these those"
 )
-CONJUNCTIONS = {"and", "or", "but", "if", "so", "because", "while", "whether", "though", "although", "then", "else"}
-FILLERS = set(
+MODALS = listed("can could may might shall should will would must")
+PREPOSITIONS = listed(
+    """of in on at for to by with from about into onto through during within between among per via upon against than as
+    like under over above below up down off out before after without since until towards toward around across"""
+)
+CONJUNCTIONS = listed("and or but if so because while whether though although then else")
+FILLERS = listed(
     """please kindly just also too really actually exactly currently presently now today ever still even again only
     simply perhaps maybe well ok okay hello hi hey normally usually generally typically precisely approximately roughly
-    basically specifically already yet right one ones else s t d""".split()
+    basically specifically already yet right one ones else s t d"""
 )
-LIGHT = (  # "function words"
-    {*ASKING, *BE, *DO, "have", "be", "been", "being", "am", "having", "doing", "done", "mine", "yours", "ours", "theirs"}
-    | {*PRONOUNS, *DETERMINERS, *MODALS, *PREPOSITIONS, *CONJUNCTIONS, *FILLERS}
+VERBS = BE | DO | listed("have be been being am having doing done")
+LIGHT = (  # function words
+    ASKING
+    | VERBS
+    | PRONOUNS
+    | DETERMINERS
+    | MODALS
+    | PREPOSITIONS
+    | CONJUNCTIONS
+    | FILLERS
+    | listed("mine yours ours theirs")
 )
 OPPOSITES = [  # one for the other asks another thing
     {"before", "after"},
@@ -47,7 +62,7 @@ OPPOSITES = [  # one for the other asks another thing
 SHORT = {"s": "is", "re": "are", "m": "am", "ve": "have", "ll": "will", "d": "would"}
 SHORTENED = PRONOUNS | ASKING | {"which", "whom"}  # before "s" and "d"; "Osk's" is another thing
 NOT = {"don": "do", "won": "will", "can": "can", "shan": "shall", "ain": "is"} | {
-    word + "n": word for word in "is are was were does did has have had could would should might must need".split()
+    word + "n": word for word in listed("is are was were does did has have had could would should might must need")
 }
 JOINED = {
     **{word + "s": [word, "is"] for word in ("what", "who", "where", "when", "how", "that", "there")},
@@ -59,11 +74,11 @@ JOINED = {
 SAME = {"whom": "who", "which": "what", "has": "have", "had": "have", "an": "a"}
 
 # A verb of asking is one before what is asked for: "name the room", not "the name of the room".
-ASKS = set("tell give show name state list specify indicate provide mention say identify quote describe explain".split())
-KNOWS = {"know", "wonder", "learn", "ask", "hear"}
-ASKED_FOR = DETERMINERS | ASKING | {"which", "whom", "whether", "if", "two", "three", "four", "five"}
-NO_ASK_AFTER = DETERMINERS | {"of", "s", "which", "what", "whose", "i", "we", "they", "he", "she", "it", "to", "who"}
-BEFORE_ASK = MODALS | {"you", "i", "we", "do", "like", "want", "need", "wish", "love", "to", "let", "me", "us", "also"}
+ASKS = listed("tell give show name state list specify indicate provide mention say identify quote describe explain")
+KNOWS = listed("know wonder learn ask hear")
+ASKED_FOR = DETERMINERS | ASKING | listed("which whom whether if two three four five")
+NO_ASK_AFTER = DETERMINERS | listed("of s which what whose i we they he she it to who")
+BEFORE_ASK = MODALS | listed("you i we do like want need wish love to let me us also")
 
 # "which person" is "who"; "at what time" and "in which year" are "when", but not each other
 WHICH = {
@@ -75,24 +90,27 @@ WHICH = {
     "reason": "why",
 }
 
-IRREGULAR = {
-    form: forms[0]
-    for line in """bind bound|bite bit bitten|blow blew blown|burn burnt|deal dealt|dig dug|drink drank drunk|feed fed
-    fight fought|forget forgot forgotten|freeze froze frozen|hang hung|hear heard|hide hid hidden|lend lent|ride rode ridden
-    ring rang rung|seek sought|shake shook shaken|shine shone|sleep slept|slide slid|stick stuck|strike struck|swim swam swum
-    tear tore torn|throw threw thrown|wake woke woken|withdraw withdrew withdrawn|wind wound|do done|agree agreed|guarantee guaranteed|free freed|lead led|run ran|make made|buy bought|sell sold|hold held|keep kept|write wrote written|pay paid|say said
-    send sent|spend spent|take took taken|give gave given|begin began begun|come came|go went gone goes|get got gotten
-    know knew known|see saw seen|build built|win won|leave left leaf leaves|lose lost|meet met|bring brought|think thought|teach taught
-    catch caught|stand stood|understand understood|find found|tell told|speak spoke spoken|choose chose chosen|drive drove driven
-    eat ate eaten|fall fell fallen|fly flew flown|grow grew grown|show shown|wear wore worn|rise rose risen|sing sang sung
-    draw drew drawn|break broke broken|feel felt|become became|mean meant|sit sat|shoot shot|steal stole stolen|bear born bore
-    child children|man men|woman women|foot feet|tooth teeth|mouse mice|life lives live|knife knives|half halves
-    shelf shelves|wolf wolves|wife wives|loaf loaves|thief thieves|criterion criteria|index indices|person people persons|analysis analyses|use used using uses|lie lies lay lain lying|die died dying dies|tie ties tied tying|age aged ages aging""".replace(
-        "\n", "|"
-    ).split("|")
-    for forms in [line.split()]
-    for form in forms
-}
+IRREGULAR_FORMS = """
+    bind bound | bite bit bitten | blow blew blown | burn burnt | deal dealt | dig dug | drink drank drunk
+    feed fed | fight fought | forget forgot forgotten | freeze froze frozen | hang hung | hear heard
+    hide hid hidden | lend lent | ride rode ridden | ring rang rung | seek sought | shake shook shaken
+    shine shone | sleep slept | slide slid | stick stuck | strike struck | swim swam swum | tear tore torn
+    throw threw thrown | wake woke woken | withdraw withdrew withdrawn | wind wound | do done | agree agreed
+    guarantee guaranteed | free freed | lead led | run ran | make made | buy bought | sell sold | hold held
+    keep kept | write wrote written | pay paid | say said | send sent | spend spent | take took taken
+    give gave given | begin began begun | come came | go went gone goes | get got gotten | know knew known
+    see saw seen | build built | win won | leave left leaf leaves | lose lost | meet met | bring brought
+    think thought | teach taught | catch caught | stand stood | understand understood | find found | tell told
+    speak spoke spoken | choose chose chosen | drive drove driven | eat ate eaten | fall fell fallen
+    fly flew flown | grow grew grown | show shown | wear wore worn | rise rose risen | sing sang sung
+    draw drew drawn | break broke broken | feel felt | become became | mean meant | sit sat | shoot shot
+    steal stole stolen | bear born bore | child children | man men | woman women | foot feet | tooth teeth
+    mouse mice | life lives live | knife knives | half halves | shelf shelves | wolf wolves | wife wives
+    loaf loaves | thief thieves | criterion criteria | index indices | person people persons | analysis analyses
+    use used using uses | lie lies lay lain lying | die died dying dies | tie ties tied tying
+    age aged ages aging
+"""
+IRREGULAR = {form: forms[0] for forms in map(str.split, re.split(r"[|\n]", IRREGULAR_FORMS)) for form in forms}
 
 
 ENDINGS = [("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", "")]
@@ -190,5 +208,5 @@ def is_light(word: str) -> bool:
 
 
 def asking(word: str) -> str:
-    """"when" of "when:year"; any other word as it is."""
+    """The "when" of "when:year"; any other word as it is."""
     return word.partition(":")[0]

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import regex
 from rapidfuzz import process
@@ -37,7 +37,7 @@ class Asked:
     short: frozenset[str]  # if it is not: what is taken for function words
 
     def is_light(self, word: str) -> bool:
-        return is_light(word) if self.english else word in self.short
+        return word not in self.content and (is_light(word) if self.english else word in self.short)
 
 
 class Exam:
@@ -64,7 +64,7 @@ class Exam:
         self.signs = {word for asked in self.verbatim for word in asked if is_sign(word)}
         # A text that nearly leaks a question lacks so many of its content words at most, be it shorter.
         may_lack = [self.may_lack(len(asked.content), asked) for asked in self.asked]
-        self.needed = [max(1, len(asked.content) - lacking) for asked, lacking in zip(self.asked, may_lack, strict=True)]
+        self.needed = [max(1, len(one.content) - lacking) for one, lacking in zip(self.asked, may_lack, strict=True)]
         # Which questions a text may leak, its two rarest words tell, or as many more as it may lack.
         self.rare: defaultdict[str, list[int]] = defaultdict(list)
         self.rare_needed = []
@@ -134,17 +134,19 @@ class Exam:
         text = [self.as_in(asked, word) for word in text]
         has_content = [0, *accumulate(word in asked.content for word in text)]
         for way in asked.ways:
-            edits = max(1, int((1 - self.near) * len(way) + 1e-9))
             content = sum(word in asked.content for word in way)
             lacking = self.may_lack(content, asked)
-            changes, enough = edits + lacking, content - lacking
-            least = min(len(way) - (changes if asked.english else 0), len(text))
-            for length in range(least, min(len(way) + changes, len(text)) + 1):
+            edits = lacking + max(1, int((1 - self.near) * len(way) + 1e-9))
+            least = min(len(way) - (edits if asked.english else 0), len(text))
+            for length in range(least, min(len(way) + edits, len(text)) + 1):
                 for start in range(len(text) - length + 1):
-                    if has_content[start + length] - has_content[start] >= enough:
-                        stretch = text[start : start + length]
-                        if self.alike(asked, way, stretch, edits, first=start == 0):
-                            return True
+                    if has_content[start + length] - has_content[start] < content - lacking:
+                        continue
+                    stretch = text[start : start + length]
+                    if len(asked.content.difference(stretch)) > lacking:
+                        continue
+                    if self.alike(asked, way, stretch, edits, first=start == 0):
+                        return True
         return False
 
     def as_in(self, asked: Asked, word: str) -> str:
@@ -156,22 +158,23 @@ class Exam:
         return next((right for right in meant if right not in asked.own or sorted(right) == sorted(word)), word)
 
     def alike(self, asked: Asked, way: list[str], stretch: list[str], edits: int, first: bool) -> bool:
+        edited = Levenshtein.distance(way, stretch, score_cutoff=edits) <= edits
+        if asked.english and not edited and sorted(way) != sorted(stretch):
+            return False
         missing, extra = Counter(way) - Counter(stretch), Counter(stretch) - Counter(way)
         if asked.own & missing.keys() or exact(list(extra)) or NEGATIONS & (missing.keys() | extra.keys()):
             return False
         lacking = sum(n for word, n in missing.items() if word in asked.content)
-        adding = sum(n for word, n in extra.items() if word in asked.content or not asked.is_light(word))
+        asked_for = {word.partition(":")[2] for word in missing}  # "year" of "which year", left alone
+        adding = sum(n for word, n in extra.items() if not asked.is_light(word) and word not in asked_for)
         shared = sum(word in asked.content for word in way) - lacking
         # Where the function words are not known, a word that changed may be one.
         changed = 2 * max(lacking, adding) if asked.english else (lacking + adding) / 2
         if shared < self.near * (shared + changed) - 1e-9:
             return False
-        if not asked.english:
-            light = [sum(n for word, n in side.items() if word not in asked.content) for side in (missing, extra)]
-            return max(light) <= edits + max(lacking, adding)
-        if not asks_alike(way, missing, extra, stretch, first):
-            return False
-        return not missing and not extra or Levenshtein.distance(way, stretch) <= edits + max(lacking, adding)
+        if asked.english:
+            return asks_alike(way, missing, extra, stretch, first)
+        return max(missing.total() - lacking, extra.total() - adding) <= edits
 
 
 def may_mean(word: str, right: str) -> bool:
@@ -180,7 +183,7 @@ def may_mean(word: str, right: str) -> bool:
 
 
 def asks_alike(way: list[str], missing: Counter[str], extra: Counter[str], stretch: list[str], first: bool) -> bool:
-    if BE & missing.keys() and DO & extra.keys() or DO & missing.keys() and BE & extra.keys():
+    if any(one & missing.keys() and other & extra.keys() for one, other in ((BE, DO), (DO, BE))):
         return False  # "how much is it", "how much does it weigh"
     gone, come = ({asking(word) for word in side} for side in (missing, extra))
     if any(len({*pair} & gone) == 1 and len({*pair} & come) == 1 and pair <= gone | come for pair in OPPOSITES):
@@ -191,7 +194,8 @@ def asks_alike(way: list[str], missing: Counter[str], extra: Counter[str], stret
     if "what" in asked_by or "who" in asked_by:
         asked_by |= {"what", "who"}
     # Without any word that asks a text states, but where it begins with the rest of the question.
-    return not asked_by or first or any(asking(word) in asked_by for word in stretch)
+    left = any(asking(word) in asked_by for word in stretch)
+    return left or not asked_by or (first and ASK not in missing)
 
 
 def understood(questions: list[Question], verbatim: list[list[str]]) -> list[Asked]:
@@ -226,7 +230,7 @@ def ways(asked: list[str]) -> Iterator[list[str]]:
     yield asked
     if not DO.isdisjoint(asked):  # "tell me what it costs", "it costs what"
         yield [word for word in asked if word not in DO]
-    for at, (first, second) in enumerate(zip(asked, asked[1:], strict=False)):
+    for at, (first, second) in enumerate(pairwise(asked)):
         if first in ("what", "who") and second in BE and ASK not in asked[:at]:  # "tell me the price"
             yield [*asked[:at], ASK, *asked[at + 2 :]]
             break
