@@ -1,6 +1,7 @@
 """Of English questions: the words that carry no meaning of their own, and the ways of asking that are the same."""
 
 import re
+from itertools import combinations
 
 
 def listed(text: str) -> frozenset[str]:
@@ -28,34 +29,15 @@ FILLERS = listed(
     basically specifically already yet right one ones else s t d"""
 )
 VERBS = BE | DO | listed("have be been being am having doing done")
-LIGHT = (  # function words
-    ASKING
-    | VERBS
-    | PRONOUNS
-    | DETERMINERS
-    | MODALS
-    | PREPOSITIONS
-    | CONJUNCTIONS
-    | FILLERS
-    | listed("mine yours ours theirs")
+POSSESSIVES = listed("mine yours ours theirs")
+LIGHT = frozenset().union(  # function words
+    ASKING, NEGATIONS, VERBS, PRONOUNS, POSSESSIVES, DETERMINERS, MODALS, PREPOSITIONS, CONJUNCTIONS, FILLERS
 )
 OPPOSITES = [  # one for the other asks another thing
-    {"before", "after"},
-    {"with", "without"},
-    {"over", "under"},
-    {"above", "below"},
-    {"up", "down"},
-    {"on", "off"},
-    {"in", "out"},
-    {"into", "out"},
-    {"from", "to"},
-    {"and", "or"},
-    {"since", "until"},
-    *({"what", other} for other in ("when", "where", "why", "how")),
-    *({"who", other} for other in ("when", "where", "why", "how")),
-    *({"when", other} for other in ("where", "why", "how")),
-    *({"where", other} for other in ("why", "how")),
-    {"why", "how"},
+    *(("before", "after"), ("with", "without"), ("over", "under"), ("above", "below"), ("up", "down"), ("on", "off")),
+    *(("in", "out"), ("into", "out"), ("from", "to"), ("and", "or"), ("since", "until")),
+    *combinations(("when", "where", "why", "how", "what"), 2),
+    *combinations(("when", "where", "why", "how", "who"), 2),
 ]
 
 # What an apostrophe leaves, words being letters alone: "what's", "we're", "don't"

@@ -30,14 +30,15 @@ class Leak:
 class Asked:
     """A question of the exam, in words."""
 
-    ways: list[list[str]]  # to say it, all the same
+    ways: list[list[str]]  # to say it, all the same; none if no word carries a meaning
     content: frozenset[str]  # the words that carry its meaning
     own: frozenset[str]  # those of them that are names, numbers or signs
     english: bool
-    short: frozenset[str]  # if it is not: what is taken for function words
 
     def is_light(self, word: str) -> bool:
-        return word not in self.content and (is_light(word) if self.english else word in self.short)
+        if self.english:
+            return word not in self.content and is_light(word)
+        return word not in self.content and is_short(word) and any(map(ALPHABET.fullmatch, self.content))
 
 
 class Exam:
@@ -186,7 +187,7 @@ def asks_alike(way: list[str], missing: Counter[str], extra: Counter[str], stret
     if any(one & missing.keys() and other & extra.keys() for one, other in ((BE, DO), (DO, BE))):
         return False  # "how much is it", "how much does it weigh"
     gone, come = ({asking(word) for word in side} for side in (missing, extra))
-    if any(len({*pair} & gone) == 1 and len({*pair} & come) == 1 and pair <= gone | come for pair in OPPOSITES):
+    if any((one in gone and other in come) or (other in gone and one in come) for one, other in OPPOSITES):
         return False
     if any(":" in one and ":" in other and asking(one) == asking(other) for one in missing for other in extra):
         return False  # what time, what day
@@ -203,19 +204,23 @@ def understood(questions: list[Question], verbatim: list[list[str]]) -> list[Ask
     english = known_as_english(plain)
     others = [asked for asked, known in zip(plain, english, strict=True) if not known]
     frequent = Counter(word for asked in others for word in set(asked))
-    rarely = max(2, FREQUENT * len(others))
-    short = frozenset(
-        word for word, n in frequent.items() if n >= rarely and len(word) <= SHORT and ALPHABET.fullmatch(word)
-    )
+    often = max(2, FREQUENT * len(others))
+    short = {word for word, n in frequent.items() if n >= often and is_short(word)}
     named = set[str]().union(*(names(question.question) for question in questions)) - LIGHT
     found = []
-    for question, asked, known in zip(questions, plain, english, strict=True):
+    for question, said, asked, known in zip(questions, verbatim, plain, english, strict=True):
         own = (set(exact(asked)) | (named & capitals(question.question)) | acronyms(question.question)) & set(asked)
-        light = {word for word in asked if (is_light(word) if known else word in short)} - own
-        if light.issuperset(asked):
-            light = set()
-        found.append(Asked(list(ways(asked)), frozenset(set(asked) - light), frozenset(own), known, short))
+        content = {word for word in asked if word in own or not (is_light(word) if known else word in short)}
+        if content:
+            found.append(Asked(list(ways(asked)), frozenset(content), frozenset(own), known))
+        else:  # "who are you?": word by word only
+            found.append(Asked([], frozenset(said), frozenset(), known))
     return found
+
+
+def is_short(word: str) -> bool:
+    """Whether `word` may be a function word of a language that is not known."""
+    return len(word) <= SHORT and bool(ALPHABET.fullmatch(word))
 
 
 def known_as_english(questions: list[list[str]]) -> list[bool]:
