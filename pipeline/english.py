@@ -13,20 +13,26 @@ BE = listed("is are was were")
 DO = listed("do does did")
 ASKING = listed("who whose what when where why how") | {ASK}
 NEGATIONS = listed("not no never nor neither")
-PRONOUNS = listed("i you he she it we they me him her us them there here that this these those")
+PRONOUNS = listed(
+    """i you he she it we they me him her us them there here that this these those myself yourself himself herself
+    itself ourselves yourselves themselves someone anyone everyone somebody anybody everybody something
+    anything everything"""
+)
 DETERMINERS = listed(
     "the a an my your his its our their some any all each every both either such this that these those"
 )
 MODALS = listed("can could may might shall should will would must")
 PREPOSITIONS = listed(
     """of in on at for to by with from about into onto through during within between among per via upon against than as
-    like under over above below up down off out before after without since until towards toward around across"""
+    like under over above below up down off out before after without since until towards toward around across
+    along throughout regarding concerning beside besides beyond behind beneath inside outside despite except unless"""
 )
 CONJUNCTIONS = listed("and or but if so because while whether though although then else")
 FILLERS = listed(
     """please kindly just also too really actually exactly currently presently now today ever still even again only
     simply perhaps maybe well ok okay hello hi hey normally usually generally typically precisely approximately roughly
-    basically specifically already yet right one ones else s t d"""
+    basically specifically already yet right one ones else very quite rather indeed probably possibly
+    anyway honestly truly officially s t d"""
 )
 VERBS = BE | DO | listed("have be been being am having doing done")
 POSSESSIVES = listed("mine yours ours theirs")
@@ -35,7 +41,7 @@ LIGHT = frozenset().union(  # function words
 )
 OPPOSITES = [  # one for the other asks another thing
     *(("before", "after"), ("with", "without"), ("over", "under"), ("above", "below"), ("up", "down"), ("on", "off")),
-    *(("in", "out"), ("into", "out"), ("from", "to"), ("and", "or"), ("since", "until")),
+    *(("in", "out"), ("into", "out"), ("inside", "outside"), ("from", "to"), ("and", "or"), ("since", "until")),
     *combinations(("when", "where", "why", "how", "what"), 2),
     *combinations(("when", "where", "why", "how", "who"), 2),
 ]

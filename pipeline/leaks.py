@@ -212,7 +212,9 @@ def understood(questions: list[Question], verbatim: list[list[str]]) -> list[Ask
         own = (set(exact(asked)) | (named & capitals(question.question)) | acronyms(question.question)) & set(asked)
         content = {word for word in asked if word in own or not (is_light(word) if known else word in short)}
         if content:
-            found.append(Asked(list(ways(asked)), frozenset(content), frozenset(own), known))
+            first: dict[str, str] = {}  # "cat" and "cats" are one word
+            one = [first.setdefault(stem(word), word) if word in content - own else word for word in asked]
+            found.append(Asked(list(ways(one)), frozenset(content & set(one)), frozenset(own), known))
         else:  # "who are you?": word by word only
             found.append(Asked([], frozenset(said), frozenset(), known))
     return found
