@@ -47,7 +47,7 @@ class Exam:
     A text leaks a question if it holds it word by word; or nearly, if a stretch of it has
 
     - all its names, numbers and signs, and no other number,
-    - its other content words, be they inflected or misspelt: shared words / words of either >= `near`,
+    - its other content words, be they inflected or misspelt: shared / (shared + 2 * changed) >= `near`,
     - its function words in its order but for one edit (more in long questions), or exactly those in another order,
     - and asks as it does: "who" is "which person", but not "when"; a statement asks nothing.
 
