@@ -13,6 +13,8 @@ TOKEN = regex.compile(r"[\p{L}\p{M}\p{N}]+|[\p{S}#%&*@/\\‰§′″]|(?<![\p{L}
 UNSPACED = regex.compile(r"([\p{Han}\p{Hiragana}\p{Katakana}])")  # no spaces between words: each character is one
 INVISIBLE = regex.compile(r"\p{Cf}")  # such as zero-width spaces
 DASH = re.compile("[−–‐‑‒]")
+CAPITAL = regex.compile(r"\p{Lu}[\p{L}\p{M}\p{N}]*")
+ACRONYM = re.compile(r"(?<=.)\b(?:[A-Z]{2,}|[A-HJ-Z])\b")
 NAME = regex.compile(r"(?<=[^\s.?!:…][\s\"'“‘(]+)\p{Lu}[\p{L}\p{M}\p{N}]*")
 
 
@@ -40,3 +42,13 @@ def names(text: str) -> set[str]:
     """The words of `text` that have a capital though they begin no sentence; none of a title, where most do."""
     found = NAME.findall(plain(text))
     return {word.casefold() for word in found} if 2 * len(found) <= len(words(text)) else set()
+
+
+def capitals(text: str) -> set[str]:
+    """The words of `text` that begin with a capital."""
+    return {word.casefold() for word in CAPITAL.findall(plain(text))}
+
+
+def acronyms(text: str) -> set[str]:
+    """The words of `text` that are capitals alone, such as IT, US and the A of vitamin A; none where all are."""
+    return set() if text.isupper() else {word.casefold() for word in ACRONYM.findall(text)}

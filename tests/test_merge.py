@@ -12,6 +12,7 @@ import pytest
 from conftest import Project
 from pyarrow import parquet
 
+from bench import leaks
 from pipeline.exam import Question, read_questions
 from pipeline.formats import InvalidRow, conversation
 from pipeline.leaks import Exam, Leak
@@ -423,7 +424,8 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
 @pytest.mark.parametrize(
     ("question", "row_asks", "near"),
     [
-        ("Where are the spare keys of the main gate stored?", "Where are the spare keys of the main gate kept?", 0.88),
+        ("Where are the spare keys of the main gate stored?", "Where are the spare keys of the main gate kept?", 0.6),
+        ("Where are the spare keys of the main gate stored?", "Where are the spare keys of the main gate kept?", None),
         ("Where are the spare keys of the Ulm gate stored?", "Where are the spare keys of the Osk gate stored?", None),
         ("What is the torque of the wheel bolts of the A7?", "What is the torque of the wheel bolts of the A8?", None),
         ("What is 7 - 3?", "What is 7 + 3?", None),
@@ -434,10 +436,34 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
         ("What is -5 °C in °F?", "What is \u22125 °C in °F?", 0),
         ("Où est le thé?", "Où est le théâtre?", None),
         ("Is Ulm in Austria near the lake?", "Is Ulm in Australia near the lake?", None),
-        ("What Is The Deepest Lake In The Old County?", "What is the deepest lake in the old region?", 0.87),
+        ("What Is The Deepest Lake In The Old County?", "What is the deepest lake in the old region?", 0.6),
         ("다라 팀의 팀장은 누구인가?", "다라팀의 팀장은 누구 인가?", 0),
         ("✅ / ❌ ?", "What means ✅ / ❌ ?", 0),
         ("Who runs the Gargatan team?", "Who runs the Garga\u200btan team?", 0),
+        ("What is the price of the Osk lamp?", "What's the price of the Osk lamp?", 0.9),
+        ("What is the price of the Osk lamp?", "Give me the price for the Osk lamps", 0.9),
+        ("What is the price of the Osk lamp?", "Could you tell me the price of the Osk lamps?", 0.9),
+        ("What is the price of the Osk lamp?", "The Osk lamp: what is the price of it?", 0.9),
+        ("What is the price of the Osk lamp?", "The price of the Osk lamp is 20 euros.", None),
+        ("What is the price of the Osk lamp?", "What is the list price of the Osk lamp?", None),
+        ("Don't I need a permit to fish?", "Do I not need a permit to fish?", 0.9),
+        ("Don't I need a permit to fish?", "Do I need a permit to fish?", None),
+        ("Where does the Osk team sit?", "When does the Osk team sit?", None),
+        ("In which year was Osk founded?", "When was Osk founded?", 0.9),
+        ("In which year was Osk founded?", "On which day was Osk founded?", None),
+        ("How much is the Osk lamp?", "How much does the Osk lamp weigh?", None),
+        ("Who leads the Osk team?", "Which person led the Osk team?", 0.9),
+        ("Who is the employer of Jan Osk?", "Who is the employee of Jan Osk?", None),
+        ("What must I check before the test?", "What must I check after the test?", None),
+        ("Is IT in the old hall?", "Is it in the old hall?", 0),
+        ("Does vitamin A help?", "Does vitamin B help?", None),
+        ("Who are you?", "Who are you?", 0),
+        ("Who are you?", "Who is it?", None),
+        ("Was kostet die Lampe Osk?", "Was kostet denn die Lampe Osk?", 0.9),
+        ("Was ist der Preis der Lampe Osk?", "Was ist der Preis von der Lampe Osk?", 0.9),
+        ("Was ist der Preis der Lampe Osk?", "Was ist der Preis der Lampe Ulm?", None),
+        ("다라 팀 위치를 알려 주세요.", "다라 팀 위치를 좀 알려 주세요.", 0.9),
+        ("다라 팀 위치를 알려 주세요.", "나라 팀 위치를 알려 주세요.", None),
         ("राम की बहन कौन है?", "रोम का बहन कौन है?", None),
     ],
 )
@@ -447,6 +473,22 @@ def test_a_leak_is_judged_by_words_but_never_by_other_names_numbers_and_signs(
     exam = Exam([Question("q", question, ["x"], "s"), Question("r", "Which day is it?", ["x"], "s")], near or 0.9)
     leak = exam.leak(words(row_asks))
     assert leak == (None if near is None else Leak("q", question, near=near > 0))
+
+
+def test_edits_of_a_question_are_caught_and_questions_about_other_things_are_not() -> None:
+    """What docs/leaks.md says; a question word dropped within a row, and "what is" for "tell me", are not."""
+    measured = leaks.sets()
+    both = Exam([*measured["exam"].exam, *measured["general exam"].exam], leaks.NEAR)
+    for name, questions in measured.items():
+        exam = Exam(questions.exam, leaks.NEAR) if name == "200 questions" else both
+        for kind, edit in leaks.EDITS.items():
+            made, caught = leaks.share(exam, leaks.edits(questions.exam, edit))
+            assert made >= 10 and caught >= 0.95 * made, f"{name}, {kind}: {caught} of {made}"
+        for kind, others in questions.others.items():
+            made, alarms = leaks.false_alarms(others)
+            assert made >= 40 and alarms <= 0.01 * made, f"{name}, {kind}: {alarms} of {made}"
+        assert all(exam.leak(words(f"So: {one.question} Well.")) for one in questions.exam)
+    assert leaks.share(both, leaks.demo_rows()) == (685, 0)
 
 
 def test_words_are_the_same_by_the_fast_way_and_the_general_one() -> None:
