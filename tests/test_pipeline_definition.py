@@ -75,9 +75,9 @@ def test_another_llama_cpp_reruns_what_converts_and_what_runs_gguf_files_alone(p
 
 
 def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_tools() -> None:
-    for folder, allowed in [("stages", "pipeline"), ("tools", "pipeline"), ("pipeline", "pipeline")]:
+    for folder, allowed in [("stages", {"pipeline"}), ("tools", {"pipeline", "tools"}), ("pipeline", {"pipeline"})]:
         for file in (ROOT / folder).glob("*.py"):
-            assert {path.parent.name for path in imported_modules(file)} <= {allowed}, file
+            assert {path.parent.name for path in imported_modules(file)} <= allowed, file
 
 
 @pytest.mark.parametrize("name", STAGES)
