@@ -5,7 +5,7 @@ import re
 from pipeline.documents import Passage
 from pipeline.endpoint import Item
 from pipeline.rows import Row, group_of, question_and_answer, row
-from pipeline.words import is_sign, plain, words
+from pipeline.words import is_sign, joined, plain, words
 
 FAULTS = ("misquoted", "wrong_number", "ungrounded")
 MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
@@ -45,10 +45,13 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
     the quote. ungrounded: less than `share` of the answer's words are in the passage. Whether a "not" is missing, it
     does not see.
     """
-    answer, quote, passage = (THOUSANDS.sub("", plain(text)).translate(MARKS) for text in (answer, quote, passage))
+    texts = [plain(text) for text in (answer, quote, passage)]
+    as_numbers = [unmarked(joined(text)) for text in texts]
+    # As they are, if two cells of a table, 12 | 345, are one number in the quote.
+    answer, quote, passage = as_numbers if stands_in(*as_numbers[1:]) else map(unmarked, texts)
     quoted = plain_words(quote)
     proves_nothing = len(quoted) < 3 and len("".join(quoted)) < 8
-    if proves_nothing or f" {' '.join(quoted)} " not in f" {' '.join(plain_words(passage))} ":
+    if proves_nothing or not stands_in(quote, passage):
         return "misquoted"
     if not set(NUMBER.findall(answer)) <= set(NUMBER.findall(quote)):
         return "wrong_number"
@@ -58,6 +61,14 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
     )
     found = sum(word in there or PARTICLE.sub("", word) in there for word in said)
     return None if said and found >= share * len(said) else "ungrounded"
+
+
+def unmarked(text: str) -> str:
+    return THOUSANDS.sub("", text).translate(MARKS)
+
+
+def stands_in(quote: str, passage: str) -> bool:
+    return f" {' '.join(plain_words(quote))} " in f" {' '.join(plain_words(passage))} "
 
 
 def plain_words(text: str) -> list[str]:

@@ -10,10 +10,11 @@ from decimal import Context, Decimal
 from typing import Any, Literal
 
 from pipeline.refusal import Refused
+from pipeline.words import joined
 
 # Kana and Han are written without spaces, and Korean words carry their particles: compared character by character.
 CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
-NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
+NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
 LARGEST = 1e300  # tolerance
 DIGITS = Context(prec=1000)
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
@@ -87,8 +88,8 @@ def words(text: str) -> list[str]:
 
 def last_number(text: str) -> float:
     """NaN if there is none. A comma can only separate thousands ("12,5" is none); a sign after a word is a hyphen."""
-    numbers = NUMBER.findall(text.replace("\u2212", "-"))
-    return float(numbers[-1].replace(",", "")) if numbers else math.nan
+    numbers = NUMBER.findall(joined(text).replace("\u2212", "-"))
+    return float(numbers[-1]) if numbers else math.nan
 
 
 def json_value(text: str) -> str | None:

@@ -13,6 +13,11 @@ TOKEN = regex.compile(r"[\p{L}\p{M}\p{N}]+|[\p{S}#%&*@/\\‰§′″]|(?<![\p{L}
 UNSPACED = regex.compile(r"([\p{Han}\p{Hiragana}\p{Katakana}])")  # no spaces between words: each character is one
 INVISIBLE = regex.compile(r"\p{Cf}")  # such as zero-width spaces
 DASH = re.compile("[−–‐‑‒]")
+# Digits in groups of three, all set apart by the same comma, apostrophe or space: 1,234 567 is two numbers.
+THOUSANDS = re.compile(
+    r"(?<![\w.])(?<!\d,)\d{1,3}(?>(?P<apart>[,'’ \u00a0\u2000-\u200a\u202f])\d{3}(?!\d)(?:(?P=apart)\d{3}(?!\d))*)"
+    r"(?!,\d{3}(?!\d))"
+)
 NAME = regex.compile(r"(?<=[^\s.?!:…][\s\"'“‘(]+)\p{Lu}[\p{L}\p{M}\p{N}]*")
 
 
@@ -25,6 +30,11 @@ def words(text: str) -> list[str]:
 
 def plain(text: str) -> str:
     return DASH.sub("-", INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
+
+
+def joined(text: str) -> str:
+    """`text` with each number in one piece: 20 000, 20’000 and 20,000 are 20000, 2024 300 is two numbers."""
+    return THOUSANDS.sub(lambda number: number[0].replace(number["apart"], ""), text)
 
 
 def is_sign(word: str) -> bool:
