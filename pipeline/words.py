@@ -33,7 +33,7 @@ def plain(text: str) -> str:
 
 
 def joined(text: str) -> str:
-    """`text` with each number in one piece: 20 000, 20’000 and 20,000 are 20000, 2024 300 is two numbers."""
+    """`text` with each number in one piece: 20 000 and 20,000 are 20000; 2024 300 is two numbers."""
     return THOUSANDS.sub(lambda number: number[0].replace(number["apart"], ""), text)
 
 
