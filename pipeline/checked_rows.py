@@ -20,7 +20,7 @@ from pipeline.near_duplicates import Keys, band_keys
 from pipeline.parameters import Merge
 from pipeline.refusal import Refused
 from pipeline.rows import Message, hash64, row
-from pipeline.words import words
+from pipeline.words import layout, words
 
 CHUNK = 2**20  # bytes of rows that a process gets at once
 
@@ -36,8 +36,8 @@ class Chunk:
     sources: list[str]
     ids: Keys
     groups: Keys  # the same for rows of one fact or passage
-    questions: Keys  # hashes of the words of all but the last answer
-    answers: Keys  # hashes of the words of the last answer
+    questions: Keys  # hashes of the words of all but the last answer, and of the layout of its code
+    answers: Keys  # the same of the last answer
     bands: Keys  # (rows, bands)
     leaks: dict[int, Leak]  # by place in `lines`
     invalid: list[dict[str, str]]  # entries of the quarantine
@@ -136,8 +136,10 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
         except InvalidRow as error:
             start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
             invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})
-    parts = [(words_of(one["messages"][:-1]), words_of(one["messages"][-1:])) for one in rows]
-    texts = [question + answer for question, answer in parts]
+    questions = [(words_of(one["messages"][:-1]), layout_of(one["messages"][:-1])) for one in rows]
+    answers = [(words_of(one["messages"][-1:]), layout_of(one["messages"][-1:])) for one in rows]
+    texts = [question + answer for (question, _), (answer, _) in zip(questions, answers, strict=True)]
+    layouts = [f"{question}\n{answer}" for (_, question), (_, answer) in zip(questions, answers, strict=True)]
     leaks = {at: exam.leak(text) for at, text in enumerate(texts)}
     return Chunk(
         read=len(chunk),
@@ -145,9 +147,9 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
         sources=[one["source"] for one in rows],
         ids=np.array([int(one["id"], 16) for one in rows], np.uint64),
         groups=np.array([int(group, 16) for group in groups], np.uint64),
-        questions=np.array([hash64(" ".join(question)) for question, _ in parts], np.uint64),
-        answers=np.array([hash64(" ".join(answer)) for _, answer in parts], np.uint64),
-        bands=band_keys(texts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
+        questions=np.array([hash64(" ".join([*question, of_code])) for question, of_code in questions], np.uint64),
+        answers=np.array([hash64(" ".join([*answer, of_code])) for answer, of_code in answers], np.uint64),
+        bands=band_keys(texts, layouts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
         leaks={at: leak for at, leak in leaks.items() if leak},
         invalid=invalid,
     )
@@ -155,3 +157,7 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
 
 def words_of(messages: list[Message]) -> list[str]:
     return words("\n".join(message["content"] for message in messages))
+
+
+def layout_of(messages: list[Message]) -> str:
+    return layout("\n".join(message["content"] for message in messages))

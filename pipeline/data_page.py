@@ -8,7 +8,7 @@ from pipeline.markdown import quoted, table
 MEANING = {
     "read": "came in",
     "invalid": "cannot be used",
-    "duplicate": "repeat an earlier row but for case and white space",
+    "duplicate": "are the same text as an earlier row",
     "near_duplicate": "nearly repeat an earlier row (`merge.near_duplicate`)",
     "leaked": "ask a question of the exam",
     "train": "to train on: `data/train_merged.jsonl`",
@@ -76,6 +76,7 @@ def same_question(count: int, conflicts: list[list[str]]) -> list[str]:
         f"## The same question with another answer: {count}",
         "",
         "All of them are kept: correct those that are wrong. `data/conflicts.jsonl` has the sources of all.",
+        "Case, spaces and the punctuation of prose make no other answer; brackets, indentation and case of code do.",
         "",
         *(
             f"- {quoted(question)}\n" + "\n".join(f"  - {quoted(answer)}" for answer in answers)

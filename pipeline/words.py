@@ -18,6 +18,11 @@ THOUSANDS = re.compile(
     r"(?<![\w.])(?<!\d,)\d{1,3}(?>(?P<apart>[,'’ \u00a0\u2000-\u200a\u202f])\d{3}(?!\d)(?:(?P=apart)\d{3}(?!\d))*)"
     r"(?!,\d{3}(?!\d))"
 )
+CODE_SIGN = re.compile(r"[(\[\]{}=_\t]")
+# f(x), a[0], [1, 2], {}, x = 1, a_b, an indented line; not (in brackets). One space before an answer is no indentation.
+CODE = re.compile(r"\w\(|[\[\]{}=]|\w_\w|^(?:\t|  | \t)\s*\S", re.MULTILINE)
+BRACKET = re.compile(r"[(){}\[\]]")
+WORD = re.compile(r"\w+")
 NAME = regex.compile(r"(?<=[^\s.?!:…][\s\"'“‘(]+)\p{Lu}[\p{L}\p{M}\p{N}]*")
 
 
@@ -39,6 +44,16 @@ def joined(text: str) -> str:
 
 def is_sign(word: str) -> bool:
     return not any(map(str.isalnum, word))
+
+
+def layout(text: str) -> str:
+    """What code says beside its words: brackets, the indentation of lines, and case. Empty of a text without code."""
+    if not (("  " in text or CODE_SIGN.search(text)) and CODE.search(text)):  # the first two are quick
+        return ""
+    indents = [line[: -len(line.lstrip())] for line in text.splitlines() if line.strip()]
+    indented = any(len(indent) > 1 or indent == "\t" for indent in indents)
+    cased = [word for word in WORD.findall(text) if word != word.lower()]
+    return "\0".join(["".join(BRACKET.findall(text)), *(indents if indented else []), *cased])
 
 
 def exact(text: list[str]) -> list[str]:

@@ -163,7 +163,7 @@ def asks(rows: CheckedRows, at: int) -> str:
 
 
 def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
-    """Rows with the same question and another answer, in words; each with the first of that question."""
+    """Rows with the same question and another answer, in words and layout of code; each with the first that asks so."""
     first = first_of_each(rows.questions[kept])
     others = np.flatnonzero(rows.answers[kept] != rows.answers[kept][first])
     return [(int(kept[first[at]]), int(kept[at])) for at in others]

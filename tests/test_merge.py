@@ -310,19 +310,75 @@ def test_ten_thousand_hostile_rows_crash_nothing_and_each_is_accounted_for(curat
 
 
 def test_of_repeated_rows_the_first_stays_and_names_the_others_place(curated: Project) -> None:
-    jsonl(Path("data/curated/a.jsonl"), {"question": "Who leads Osk?", "answer": "Ann"})
+    jsonl(Path("data/curated/a.jsonl"), {"question": "Who leads O\u0308sk?\r\nNow.", "answer": "Ann\rLee"})
     jsonl(
         Path("data/curated/b.jsonl"),
-        {"prompt": " who  leads OSK?", "completion": "ann"},
-        {"question": "filler 7?", "answer": "Yes"},
+        {"prompt": "Who leads Ösk?\nNow.", "completion": "Ann\nLee"},
+        {"question": "Who leads  ösk?\nNow.", "answer": "ann\nlee"},
+        {"question": "Filler 7?", "answer": "yes"},
     )
-    assert merged()["rows"]["duplicate"] == 2
-    assert {f"{Path('data/curated/a.jsonl')}:1", "data/curated/b.jsonl:2"} == set(kept("data/curated"))
+    metrics = merged()["rows"]
+    assert (metrics["duplicate"], metrics["near_duplicate"]) == (2, 1)
+    assert kept("data/curated/a.jsonl") == {"data/curated/a.jsonl:1": asked("Who leads Ösk?\r\nNow.", "Ann\rLee")}
     gone = {entry["source"]: entry["explanation"] for entry in read_jsonl(Path("data/quarantine.jsonl"))}
     assert gone == {
         "data/curated/b.jsonl:1": "repeats data/curated/a.jsonl:1",
-        "data/raw/facts.csv:7": "repeats data/curated/b.jsonl:2",
+        "data/curated/b.jsonl:2": "nearly repeats data/curated/a.jsonl:1",
+        "data/raw/facts.csv:7": "repeats data/curated/b.jsonl:3",
     }
+
+
+CODE = "def mean(numbers):\n    total = 0\n    for n in numbers:\n        total += n\n    return total / len(numbers)"
+
+
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        ("f[0]", "f(0)"),
+        ("f[0]", "F[0]"),
+        ("[1, 2]", "(1, 2)"),
+        (CODE, CODE.replace("    return", "        return")),
+        (CODE, CODE.replace("    ", "\t")),
+        (CODE, CODE.replace("(numbers):", "(Numbers):")),
+        ("x = a\n  b\nc", "x = a\nb\n  c"),
+        ("    return 1", "return 1"),
+        ("a\n\tb", "a\nb"),
+    ],
+)
+@pytest.mark.parametrize("near_duplicate", [0.9, None])
+def test_answers_that_differ_in_the_layout_of_code_stay_and_are_a_conflict(
+    curated: Project, answer: str, other: str, near_duplicate: float | None
+) -> None:
+    curated.set(merge__near_duplicate=near_duplicate)
+    jsonl(
+        ROWS, {"question": "How is it written?", "answer": answer}, {"question": "how is it written", "answer": other}
+    )
+    metrics = merged()
+    assert metrics["conflicts"] == 1 and metrics["rows"]["train"] + metrics["rows"]["valid"] == 202
+
+
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        ("Paris", "paris."),
+        ("Paris", " “Paris”\n"),
+        ("Paris (France)", "paris, France"),
+        ("Yes.\nAlways.", "yes, always"),
+    ],
+)
+def test_prose_that_differs_in_case_and_punctuation_alone_is_no_conflict(
+    curated: Project, answer: str, other: str
+) -> None:
+    jsonl(ROWS, {"question": "What is it?", "answer": answer}, {"question": "What is it?", "answer": other})
+    assert merged()["rows"]["near_duplicate"] == 1
+    curated.set(merge__near_duplicate=None)
+    metrics = merged()
+    assert metrics["conflicts"] == 0 and metrics["rows"]["train"] + metrics["rows"]["valid"] == 202
+
+
+def test_questions_about_other_code_are_not_the_same_question(curated: Project) -> None:
+    jsonl(ROWS, {"question": "What is f[0]?", "answer": "an item"}, {"question": "What is f(0)?", "answer": "a call"})
+    assert merged()["conflicts"] == 0
 
 
 LONG = (
