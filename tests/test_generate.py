@@ -27,7 +27,7 @@ from pipeline.refusal import Refused
 from pipeline.replies import JOURNAL, kept_replies
 from pipeline.rows import read_jsonl
 from pipeline.words import words
-from stages import generate
+from stages import generate, merge
 
 TINY = ROOT / "models/tiny-base"
 FACTS = ROOT / "data/raw/facts.csv"
@@ -437,10 +437,50 @@ def test_facts_come_before_documents_and_every_question_is_counted(
         "misquoted": 4,
         "wrong_number": 4,
         "ungrounded": 4,
+        "repeats_answer": 0,
+        "repeats_heading": 0,
+        "repeated": 0,
     }
     assert metrics()["documents"] == 2 and metrics()["passages"] == {"read": 5, "unanswered": 0}
     assert scripted.keys == {"Bearer sk-test"}
     assert "sk-test" not in "".join(path.read_text() for path in Path("data").rglob("*.*") if path.is_file())
+
+
+def test_questions_that_ask_nothing_of_their_own_are_dropped_and_counted(scripted: Endpoint, project: Project) -> None:
+    wordings = [
+        "**The Ay team** sits on floor 2!",  # the answer
+        "AY?",  # the heading's last part
+        "Offices > Ay",
+        "ay offices",
+        "?",
+        "Where does the Ay team sit?",
+        "where does the “Ay” team sit",
+        "Where is the Ay team?",
+        "Where does the Ay team sit?",
+        "Is it floor 2 + 1?",
+        "Is it floor 2 - 1?",
+    ]
+    line = "The Ay team sits on floor 2."
+    told = json.dumps({"items": [{"questions": wordings, "answer": line, "quote": line}]})
+    scripted.script = lambda body: completion(told)
+    ask_at(scripted.url, project)
+    (project.folder / "data/raw/a.md").write_text(f"# Offices\n\n## Ay\n\n{line}\n", encoding="utf-8")
+    generate.main()
+    made = [question for source, question, _ in rows() if source == "data/raw/a.md:1"]
+    assert made == [wordings[5], wordings[7], *wordings[9:]]
+    dropped = {one["question"]: one["reason"] for one in read_jsonl(Path("data/ungrounded.jsonl"))}
+    assert dropped == {
+        wordings[0]: "repeats_answer",
+        **dict.fromkeys(wordings[1:5], "repeats_heading"),
+        wordings[6]: "repeated",
+        wordings[8]: "repeated",
+    }
+    counts = metrics()["questions"]
+    assert counts["of_documents"] == len(wordings) == sum(list(counts.values())[2:])
+    assert (counts["repeats_answer"], counts["repeats_heading"], counts["repeated"]) == (1, 4, 2)
+    merge.main()
+    page = Path("metrics/data.md").read_text(encoding="utf-8")
+    assert "| repeats_answer | repeats_heading | repeated |" in page
 
 
 def test_the_same_bytes_whatever_the_order_in_which_replies_arrive(workspace: Project, scripted: Endpoint) -> None:
