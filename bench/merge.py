@@ -73,7 +73,7 @@ def prepare(project: Path, size: int) -> None:
     """What the stage needs, and nothing else: parameters, the demo's exam, and rows."""
     for folder in ("data/curated", "metrics"):
         (project / folder).mkdir(parents=True)
-    for name in ("dvc.yaml", "params.yaml", "data/questions.jsonl", "metrics/generate.json"):
+    for name in ("dvc.yaml", "params.yaml", "data/questions.jsonl", "data/general.jsonl", "metrics/generate.json"):
         shutil.copy(ROOT / name, project / name)
     (project / "data/train.jsonl").touch()
     with open(project / "data/curated/rows.jsonl", "w", encoding="utf-8") as file:

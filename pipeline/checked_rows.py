@@ -1,7 +1,7 @@
 """Millions of rows, checked in parallel: their text waits in a file, a few numbers of each are held in memory."""
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import orjson
 from tqdm import tqdm
 
 from pipeline.exam import Question
-from pipeline.formats import InvalidRow, Record, conversation, parsed, records
+from pipeline.formats import InvalidRow, Record, conversation, parsed, records, unknown_keys
 from pipeline.leaks import Exam, Leak
 from pipeline.near_duplicates import Keys, band_keys
 from pipeline.parameters import Merge
@@ -22,6 +22,7 @@ from pipeline.refusal import Refused
 from pipeline.rows import Message, hash64, row
 from pipeline.words import layout, words
 
+KEY_NAMES = 10_000  # that are told apart; a file may have a new one in each row
 CHUNK = 2**20  # bytes of rows that a process gets at once
 
 exam: Exam  # of a process that checks: it remembers the words that it has met
@@ -41,6 +42,7 @@ class Chunk:
     bands: Keys  # (rows, bands)
     leaks: dict[int, Leak]  # by place in `lines`
     invalid: list[dict[str, str]]  # entries of the quarantine
+    unknown_keys: Counter[str]  # in how many of the valid ones
 
 
 class CheckedRows:
@@ -51,12 +53,19 @@ class CheckedRows:
         self.read = 0
         self.sources: list[str] = []
         self.leaks: dict[int, Leak] = {}
+        self.unknown_keys: Counter[str] = Counter()  # by name, in how many rows
+        self.further_keys = 0  # how often keys with yet other names occur
         columns: list[tuple[Keys, ...]] = []
         lengths = []
         for chunk in chunks:
             self.read += chunk.read
             self.leaks |= {len(self.sources) + at: leak for at, leak in chunk.leaks.items()}
             self.sources += chunk.sources
+            for name, n in by_count(chunk.unknown_keys):
+                if name in self.unknown_keys or len(self.unknown_keys) < KEY_NAMES:
+                    self.unknown_keys[name] += n
+                else:
+                    self.further_keys += n
             columns.append((chunk.ids, chunk.groups, chunk.questions, chunk.answers, chunk.bands))
             lengths.append(np.fromiter(map(len, chunk.lines), np.int64))
             scratch.writelines(chunk.lines)
@@ -125,6 +134,7 @@ def hold_exam(questions: list[Question], near: float) -> None:
 def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate: float | None) -> Chunk:
     from_generate = file == generated
     rows, groups, invalid = [], [], []
+    unknown: Counter[str] = Counter()
     for number, record in chunk:
         place = f"{file}:{number}"
         try:
@@ -133,6 +143,8 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
             content = parsed(record)
             rows.append(row(conversation(content), content["source"] if from_generate else place))
             groups.append(content.get("group", rows[-1]["id"]) if from_generate else rows[-1]["id"])
+            if not from_generate:
+                unknown.update({name[:100] for name in unknown_keys(content)})
         except InvalidRow as error:
             start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
             invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})
@@ -152,7 +164,13 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
         bands=band_keys(texts, layouts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
         leaks={at: leak for at, leak in leaks.items() if leak},
         invalid=invalid,
+        unknown_keys=unknown,
     )
+
+
+def by_count(names: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, those as frequent by name."""
+    return sorted(names.items(), key=lambda name: (-name[1], name[0]))
 
 
 def words_of(messages: list[Message]) -> list[str]:
