@@ -247,10 +247,11 @@ def require_used(what: str, content: dict[str, Any], used: set[str], known: set[
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a key with this value says no more than no key: null, false, and text, lists and objects without any."""
+    """Whether a key with this value says no more than no key: null, false, nothing but spaces, lists and objects of
+    such, and these written as text."""
     match value:
         case str():
-            return not value.strip()
+            return value.strip() in ("", "null", "[]", "{}")
         case list() | dict():
             parts = value.values() if isinstance(value, dict) else value
             return all(part is None or part is False or part in ("", [], {}) for part in parts)

@@ -19,7 +19,7 @@ CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\
 NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
 # Of Markdown and LaTeX: `x`, \(x\), _x_, $x$; the asterisks of *x* are none of SAID.
 MARKUP = regex.compile(r"`|\\(?=[!-/:-@\[-`{-~])")
-AROUND = regex.compile(r"(?s)(?<![\w$])(_{1,3}|\${1,2})(?=\S)(.+?)(?<=\S)\1(?!\w)")
+AROUND = regex.compile(r"(?s)(?<![\w$])(_{1,3}|\${1,2})(?=\S)(.{1,200}?)(?<=\S)\1(?!\w)")
 ABBREVIATION = regex.compile(r"(?<![\w.])(?:(?:\p{L}{1,2}\.){2,}|(?:\p{Lu}\.)+\p{Lu})(?!\w)")
 # A hyphen or apostrophe of spelling, punctuation between characters, a bullet at a later line's start; nothing is said.
 SPELLING = regex.compile(
@@ -35,8 +35,8 @@ SAID = regex.compile(
       | -\p{Sc}
       | (?<=\p{N}) \p{P} (?=\p{N})
       | (?<=[\w)\]}]) [.:]+ (?=[\w/\\(\[{]) | (?<![\w.)\]}]) \. (?=\w)
-      | (?<=\p{N}) - (?=\w) | (?<!\w) -+ (?=[\w.]) | - (?=\.?\p{N}) | (?<=\w) -+ (?!\w)
-      | (?<=[\w)\]}]) [(\[{]+ | [)\]}]+ (?=[\w(\[{] | \.\w)
+      | (?<=\p{N}) - (?=\w) | (?<![\w-]) -++ (?=[\w.]) | - (?=\.?\p{N}) | (?<=\w) -+ (?!\w)
+      | (?<=[\w)\]}]) [(\[{]+ | [)\]}] (?=[\w(\[{] | \.\w)
       | (?<=[\w)\]}]) \*+ (?=[\w(\[{]) | (?<=[\w)\]}][ ]) \*+ (?=[ ][\w(\[{])
       | (?<!\w) ! (?=[\w(]) | ! (?==)
       | (?<=\w) \#+ | \# (?!\s)

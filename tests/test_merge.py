@@ -136,7 +136,7 @@ QA = {"question": "Q?", "answer": "a"}
                 "prompt": "p",
                 "text": "t",
                 "tools": [{"name": "f"}],
-                "functions": "[]",
+                "functions": [{"name": "f"}],
                 "parallel_tool_calls": True,
                 "images": ["a.png"],
                 "passage": "p",
@@ -190,7 +190,7 @@ def test_known_keys_without_a_value_do_no_harm() -> None:
         "audio": {},
     }
     turn = nothing | {"weight": 1, "train": True, "loss": None}
-    content = QA | nothing | {"text": None, "tools": [], "parallel_tool_calls": False, "messages": None, "input": ""}
+    content = QA | nothing | {"text": None, "tools": "[]", "parallel_tool_calls": False, "messages": None, "input": ""}
     assert conversation(content) == asked("Q?", "a")
     assert conversation({"messages": [Q | turn | {"train": False}, A | turn], "prompt": ""}) == [Q, A]
 
