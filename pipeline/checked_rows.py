@@ -1,7 +1,7 @@
 """Millions of rows, checked in parallel: their text waits in a file, a few numbers of each are held in memory."""
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ import orjson
 from tqdm import tqdm
 
 from pipeline.exam import Question
-from pipeline.formats import InvalidRow, Record, conversation, parsed, records
+from pipeline.formats import InvalidRow, Record, conversation, parsed, records, unknown_keys
 from pipeline.leaks import Exam, Leak
 from pipeline.near_duplicates import Keys, band_keys
 from pipeline.parameters import Merge
 from pipeline.refusal import Refused
 from pipeline.rows import Message, hash64, row
-from pipeline.words import words
+from pipeline.words import layout, words
 
+KEY_NAMES = 10_000  # that are told apart; a file may have a new one in each row
 CHUNK = 2**20  # bytes of rows that a process gets at once
 
 exam: Exam  # of a process that checks: it remembers the words that it has met
@@ -36,11 +37,12 @@ class Chunk:
     sources: list[str]
     ids: Keys
     groups: Keys  # the same for rows of one fact or passage
-    questions: Keys  # hashes of the words of all but the last answer
-    answers: Keys  # hashes of the words of the last answer
+    questions: Keys  # hashes of the words of all but the last answer, and of the layout of its code
+    answers: Keys  # the same of the last answer
     bands: Keys  # (rows, bands)
     leaks: dict[int, Leak]  # by place in `lines`
     invalid: list[dict[str, str]]  # entries of the quarantine
+    unknown_keys: Counter[str]  # in how many of the valid ones
 
 
 class CheckedRows:
@@ -51,12 +53,19 @@ class CheckedRows:
         self.read = 0
         self.sources: list[str] = []
         self.leaks: dict[int, Leak] = {}
+        self.unknown_keys: Counter[str] = Counter()  # by name, in how many rows
+        self.further_keys = 0  # how often keys with yet other names occur
         columns: list[tuple[Keys, ...]] = []
         lengths = []
         for chunk in chunks:
             self.read += chunk.read
             self.leaks |= {len(self.sources) + at: leak for at, leak in chunk.leaks.items()}
             self.sources += chunk.sources
+            for name, n in by_count(chunk.unknown_keys):
+                if name in self.unknown_keys or len(self.unknown_keys) < KEY_NAMES:
+                    self.unknown_keys[name] += n
+                else:
+                    self.further_keys += n
             columns.append((chunk.ids, chunk.groups, chunk.questions, chunk.answers, chunk.bands))
             lengths.append(np.fromiter(map(len, chunk.lines), np.int64))
             scratch.writelines(chunk.lines)
@@ -125,6 +134,7 @@ def hold_exam(questions: list[Question], near: float) -> None:
 def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate: float | None) -> Chunk:
     from_generate = file == generated
     rows, groups, invalid = [], [], []
+    unknown: Counter[str] = Counter()
     for number, record in chunk:
         place = f"{file}:{number}"
         try:
@@ -133,11 +143,15 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
             content = parsed(record)
             rows.append(row(conversation(content), content["source"] if from_generate else place))
             groups.append(content.get("group", rows[-1]["id"]) if from_generate else rows[-1]["id"])
+            if not from_generate:
+                unknown.update({name[:100] for name in unknown_keys(content)})
         except InvalidRow as error:
             start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
             invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})
-    parts = [(words_of(one["messages"][:-1]), words_of(one["messages"][-1:])) for one in rows]
-    texts = [question + answer for question, answer in parts]
+    questions = [(words_of(one["messages"][:-1]), layout_of(one["messages"][:-1])) for one in rows]
+    answers = [(words_of(one["messages"][-1:]), layout_of(one["messages"][-1:])) for one in rows]
+    texts = [question + answer for (question, _), (answer, _) in zip(questions, answers, strict=True)]
+    layouts = [f"{question}\n{answer}" for (_, question), (_, answer) in zip(questions, answers, strict=True)]
     leaks = {at: exam.leak(text) for at, text in enumerate(texts)}
     return Chunk(
         read=len(chunk),
@@ -145,13 +159,23 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
         sources=[one["source"] for one in rows],
         ids=np.array([int(one["id"], 16) for one in rows], np.uint64),
         groups=np.array([int(group, 16) for group in groups], np.uint64),
-        questions=np.array([hash64(" ".join(question)) for question, _ in parts], np.uint64),
-        answers=np.array([hash64(" ".join(answer)) for _, answer in parts], np.uint64),
-        bands=band_keys(texts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
+        questions=np.array([hash64(" ".join([*question, of_code])) for question, of_code in questions], np.uint64),
+        answers=np.array([hash64(" ".join([*answer, of_code])) for answer, of_code in answers], np.uint64),
+        bands=band_keys(texts, layouts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
         leaks={at: leak for at, leak in leaks.items() if leak},
         invalid=invalid,
+        unknown_keys=unknown,
     )
+
+
+def by_count(names: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, those as frequent by name."""
+    return sorted(names.items(), key=lambda name: (-name[1], name[0]))
 
 
 def words_of(messages: list[Message]) -> list[str]:
     return words("\n".join(message["content"] for message in messages))
+
+
+def layout_of(messages: list[Message]) -> str:
+    return layout("\n".join(message["content"] for message in messages))

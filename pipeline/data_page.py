@@ -8,7 +8,7 @@ from pipeline.markdown import quoted, table
 MEANING = {
     "read": "came in",
     "invalid": "cannot be used",
-    "duplicate": "repeat an earlier row but for case and white space",
+    "duplicate": "are the same text as an earlier row",
     "near_duplicate": "nearly repeat an earlier row (`merge.near_duplicate`)",
     "leaked": "ask a question of the exam",
     "train": "to train on: `data/train_merged.jsonl`",
@@ -35,11 +35,26 @@ def page(generated: dict[str, Any], metrics: dict[str, Any], examples: Examples,
             "## By file",
             "",
             *table(["file", *rows], [[file, *counts.values()] for file, counts in metrics["sources"].items()]),
+            *unknown_keys(metrics["unknown_keys"], metrics["further_unknown_keys"]),
             *documents(generated),
             *(line for reason in examples for line in gone(reason, metrics, examples[reason])),
             *same_question(metrics["conflicts"], conflicts),
         ]
     )
+
+
+def unknown_keys(named: dict[str, int], further: int) -> list[str]:
+    """What rows of data/curated have beside what is trained, by name."""
+    if not named:
+        return []
+    return [
+        "## Keys that no format knows",
+        "",
+        "The rows are trained without them. If one matters, write it into the messages, or name it in `merge.columns`.",
+        "",
+        *table(["key", "rows"], [[quoted(name) or "(no name)", n] for name, n in named.items()]),
+        *([f"Keys with other names: {further}.", ""] if further else []),
+    ]
 
 
 def documents(generated: dict[str, Any]) -> list[str]:
@@ -76,6 +91,7 @@ def same_question(count: int, conflicts: list[list[str]]) -> list[str]:
         f"## The same question with another answer: {count}",
         "",
         "All of them are kept: correct those that are wrong. `data/conflicts.jsonl` has the sources of all.",
+        "Case, spaces and the punctuation of prose make no other answer; brackets, indentation and case of code do.",
         "",
         *(
             f"- {quoted(question)}\n" + "\n".join(f"  - {quoted(answer)}" for answer in answers)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.matching import EXACT, Rule, correct, normalise, read_rule
+from pipeline.matching import EXACT, Rule, correct, read_rule, said
 from pipeline.refusal import Refused
 from pipeline.rows import read_jsonl, read_lines
 
@@ -67,7 +67,7 @@ def read_question(place: str, content: object) -> Question:
     text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
     rule = read_rule(rest.get("match", "exact"), place)
     for accepted in answers:
-        if rule.kind in ("exact", "contains") and not normalise(accepted):
+        if rule.kind in ("exact", "contains") and not said(accepted):
             raise Refused(
                 f"{place}: articles and punctuation do not count, and the answer {accepted!r} is nothing else: "
                 f'use "match": {{"regex": ...}}'

@@ -16,11 +16,22 @@ from pipeline.rows import Message, question_and_answer
 
 LARGEST = 10 * 2**20  # bytes of a row: far more than any base reads at once
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-UNUSED = ("history", "context")  # what a row would be wrong without
-KEYS = {*get_args(Column), *UNUSED}
+KEYS = {*get_args(Column)}  # of the formats that are read
 BOM = b"\xef\xbb\xbf"
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
 UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that a row cannot hold
+# What other formats keep in a row or a message: without it, the row would teach another thing.
+TOOLS = {"tools", "functions", "tool_calls", "function_call", "parallel_tool_calls", "chat_template_kwargs"}
+THOUGHTS = {"reasoning", "reasoning_content", "reasoning_details", "thinking", "tool_plan"}
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+PREFERENCES = {"chosen", "rejected", "label", "labels", "kto_tag", "preferred_output", "non_preferred_output"}
+TEXTS = {"text", "query", "response", "choices", "options", "answers", "completions", "history", "system_prompt"}
+SOURCES = {"context", "passage", "passages", "documents"}
+OTHER_KEYS = TOOLS | THOUGHTS | MEDIA | PREFERENCES | TEXTS | SOURCES
+TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained
+PARTS = {"role", "content", "from", "value", "tool_call_id", "name", "refusal", "prefix", "train_detail", *TRAINED}
+PARTS |= TOOLS | THOUGHTS | MEDIA
+UNREAD = "(not read)"  # a cell of a table
 
 
 class InvalidRow(ValueError):
@@ -142,11 +153,15 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
                 rows = range(1, table.metadata.num_rows + 1)
                 yield from ((number, unknown_format(dict.fromkeys(names))) for number in rows)
             else:
-                batches = table.iter_batches(batch_size=64, columns=wanted)
+                others = [name for name in OTHER_KEYS.intersection(names) if name not in wanted]
+                unread = dict.fromkeys((name for name in names if name not in wanted), UNREAD)
+                batches = table.iter_batches(batch_size=64, columns=wanted + others)
                 cells = ((batch, at) for batch in batches for at in range(batch.num_rows))
                 for number, (batch, at) in enumerate(cells, start=1):
                     try:
-                        yield number, dumped(renamed({name: batch[name][at].as_py() for name in wanted}, columns))
+                        found = {name: batch[name][at].as_py() for name in wanted}
+                        nothing = {name: None for name in others if is_empty(batch[name][at].as_py())}
+                        yield number, dumped(renamed(found | unread | nothing, columns))
                     except UnicodeDecodeError:
                         yield number, not_utf8()
                     except (ValueError, OverflowError, KeyError) as error:
@@ -188,26 +203,85 @@ def conversation(content: Any) -> list[Message]:
     """The messages of a row in any of the known formats, told apart by their keys.
 
     Raises:
-        InvalidRow: it has none of the formats, or is not system? (user assistant)+, all of it text.
+        InvalidRow: it has none of the formats, or keys of another one, or is not system? (user assistant)+, all of it
+        text.
     """
-    if isinstance(content, dict) and (part := next((key for key in UNUSED if content.get(key)), None)):
-        raise InvalidRow("unknown format", f"a row with {part}, which would be lost: write it into the messages")
     match content:
-        case {"messages": list(turns)} | {"conversations": list(turns)}:
-            messages = [message(turn) for turn in turns]
+        case {"messages": list(turns)}:
+            used = {"messages"}
+            messages = [trained_message(turn) for turn in turns]
+        case {"conversations": list(turns)}:
+            used = {"conversations"}
+            messages = [trained_message(turn) for turn in turns]
         case {"prompt": list(prompt), "completion": list(completion)}:
-            messages = [message(turn) for turn in [*prompt, *completion]]
+            used = {"prompt", "completion"}
+            messages = [trained_message(turn) for turn in [*prompt, *completion]]
         case {"instruction": str(instruction), "output": answer}:
+            used = {"instruction", "input", "output"}
             messages = question_and_answer(with_input(instruction, content), answer)
-        case {"question": question, "answer": answer} | {"prompt": question, "completion": answer}:
+        case {"question": question, "answer": answer}:
+            used = {"question", "answer"}
+            messages = question_and_answer(question, answer)
+        case {"prompt": question, "completion": answer}:
+            used = {"prompt", "completion"}
             messages = question_and_answer(question, answer)
         case _:
             raise unknown_format(content)
+    require_used("a row", content, used | {"system"}, KEYS | OTHER_KEYS)
     if system := content.get("system"):
         messages = [{"role": "system", "content": system}, *messages]
     require_text(messages)
     require_turns(messages)
     return messages
+
+
+def require_used(what: str, content: dict[str, Any], used: set[str], known: set[str]) -> None:
+    """Raises InvalidRow if `content` has something under a key that is known, and not used."""
+    for key in content:
+        if key not in used and key in known and not is_empty(content[key]):
+            raise InvalidRow(
+                "unknown format",
+                f"{what} with {key}, which is not trained beside {' and '.join(sorted(used & content.keys()))}: "
+                "write it into the text, or leave it out",
+            )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a key with this value says no more than no key: null, false, nothing but spaces, lists and objects of
+    such, and these written as text."""
+    match value:
+        case str():
+            return value.strip() in ("", "null", "[]", "{}")
+        case list() | dict():
+            parts = value.values() if isinstance(value, dict) else value
+            return all(part is None or part is False or part in ("", [], {}) for part in parts)
+    return value is None or value is False
+
+
+def trained_message(turn: Any) -> Message:
+    """`message`, if nothing else is in the turn. Raises InvalidRow."""
+    found = message(turn)
+    used = {"role", "content"} if {"role", "content"} <= turn.keys() else {"from", "value"}
+    require_used("a message", turn, used.union(TRAINED), PARTS)
+    as_it_is = (None, True) if found["role"] == "assistant" else (None, True, False)
+    if key := next((key for key in TRAINED if turn.get(key) not in as_it_is), None):
+        raise InvalidRow("unknown format", f"a message with {key}: of a row every answer is trained, and nothing else")
+    return found
+
+
+def unknown_keys(content: dict[str, Any]) -> set[str]:
+    """The keys of a row that `conversation` takes, of its messages and of their parts, that no format knows."""
+    found = content.keys() - KEYS - OTHER_KEYS
+    for key in ("messages", "conversations", "prompt", "completion"):
+        for turn in objects(content.get(key)):
+            found |= {f"messages[].{name}" for name in turn.keys() - PARTS}
+            for part in objects(turn.get("content")):
+                found |= {f"messages[].content[].{name}" for name in part.keys() - {"type", "text"}}
+    return found
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
 def message(turn: Any) -> Message:
@@ -220,7 +294,7 @@ def message(turn: Any) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         shown = repr(role[:40]) if isinstance(role, str) else type(role).__name__
         raise InvalidRow("unknown role", f"the role {shown} is none of {', '.join(ROLES)}")
-    if part := next((key for key in UNTRAINED if turn.get(key)), None):
+    if part := next((key for key in UNTRAINED if not is_empty(turn.get(key))), None):
         raise InvalidRow("unknown format", f"a message with {part}, which is not trained: leave it out")
     if turn.get("weight") not in (None, 1):
         raise InvalidRow("unknown format", "a message with a weight: every answer of a row is trained")

@@ -5,9 +5,9 @@ import re
 from pipeline.documents import Passage
 from pipeline.endpoint import Item
 from pipeline.rows import Row, group_of, question_and_answer, row
-from pipeline.words import is_sign, plain, words
+from pipeline.words import is_sign, joined, plain, words
 
-FAULTS = ("misquoted", "wrong_number", "ungrounded")
+FAULTS = ("misquoted", "wrong_number", "ungrounded", "repeats_answer", "repeats_heading", "repeated")
 MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 NUMBER = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*")
@@ -20,21 +20,23 @@ PARTICLE = re.compile(
 def grounded(
     passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
 ) -> tuple[list[Row], list[dict[str, str]]]:
-    """A row for each wording of each question whose answer its passage bears out; and the others, with the reason."""
+    """A row for each wording of each question whose answer its passage bears out, and which asks something of its own;
+    and the others, with the reason."""
     rows: list[Row] = []
     ungrounded: list[dict[str, str]] = []
     for place, passage in passages.items():
         items = replies[place]
         if items is None:
             ungrounded.append({"source": place, "reason": "unanswered"})
+        group = {"group": group_of(passage.text)}
         for item in items or []:
-            reason = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
-            if reason:
-                why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
-                ungrounded += [why | {"question": question} for question in item.questions]
-            else:
-                group = {"group": group_of(passage.text)}
-                rows += [row(question_and_answer(question, item.answer), place) | group for question in item.questions]
+            wrong = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
+            for at, question in enumerate(item.questions):
+                if reason := wrong or idle(question, item.questions[:at], item.answer, passage.heading):
+                    why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
+                    ungrounded.append(why | {"question": question})
+                else:
+                    rows.append(row(question_and_answer(question, item.answer), place) | group)
     return rows, ungrounded
 
 
@@ -45,10 +47,13 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
     the quote. ungrounded: less than `share` of the answer's words are in the passage. Whether a "not" is missing, it
     does not see.
     """
-    answer, quote, passage = (THOUSANDS.sub("", plain(text)).translate(MARKS) for text in (answer, quote, passage))
+    texts = [plain(text) for text in (answer, quote, passage)]
+    as_numbers = [unmarked(joined(text)) for text in texts]
+    # As they are, if two cells of a table, 12 | 345, are one number in the quote.
+    answer, quote, passage = as_numbers if stands_in(*as_numbers[1:]) else map(unmarked, texts)
     quoted = plain_words(quote)
     proves_nothing = len(quoted) < 3 and len("".join(quoted)) < 8
-    if proves_nothing or f" {' '.join(quoted)} " not in f" {' '.join(plain_words(passage))} ":
+    if proves_nothing or not stands_in(quote, passage):
         return "misquoted"
     if not set(NUMBER.findall(answer)) <= set(NUMBER.findall(quote)):
         return "wrong_number"
@@ -58,6 +63,28 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
     )
     found = sum(word in there or PARTICLE.sub("", word) in there for word in said)
     return None if said and found >= share * len(said) else "ungrounded"
+
+
+def idle(question: str, earlier: list[str], answer: str, heading: str) -> str | None:
+    """Why a question asks nothing of its own, case and punctuation apart; None if it does.
+
+    repeats_answer: it is the answer. repeats_heading: it has no words but the heading's. repeated: it is an `earlier`
+    wording.
+    """
+    asked, answered, above = (plain_words(unmarked(plain(text))) for text in (question, answer, heading))
+    if asked == answered:
+        return "repeats_answer"
+    if set(asked) <= set(above):
+        return "repeats_heading"
+    return "repeated" if words(question) in map(words, earlier) else None
+
+
+def unmarked(text: str) -> str:
+    return THOUSANDS.sub("", text).translate(MARKS)
+
+
+def stands_in(quote: str, passage: str) -> bool:
+    return f" {' '.join(plain_words(quote))} " in f" {' '.join(plain_words(passage))} "
 
 
 def plain_words(text: str) -> list[str]:

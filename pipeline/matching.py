@@ -9,11 +9,44 @@ from dataclasses import dataclass
 from decimal import Context, Decimal
 from typing import Any, Literal
 
+import regex
+
 from pipeline.refusal import Refused
+from pipeline.words import DASH, INVISIBLE, joined
 
 # Kana and Han are written without spaces, and Korean words carry their particles: compared character by character.
 CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
-NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
+NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
+# Of Markdown and LaTeX: `x`, \(x\), _x_, $x$; the asterisks of *x* are none of SAID.
+MARKUP = regex.compile(r"`|\\(?=[!-/:-@\[-`{-~])")
+AROUND = regex.compile(r"(?s)(?<![\w$])(_{1,3}|\${1,2})(?=\S)(.{1,200}?)(?<=\S)\1(?!\w)")
+ABBREVIATION = regex.compile(r"(?<![\w.])(?:(?:\p{L}{1,2}\.){2,}|(?:\p{Lu}\.)+\p{Lu})(?!\w)")
+# A hyphen or apostrophe of spelling, punctuation between characters, a bullet at a later line's start; nothing is said.
+SPELLING = regex.compile(
+    rf"(?<=\p{{L}})-(?=\p{{L}})|(?<=\w)['’](?=\p{{L}})|(?<={CHARACTER.pattern})\p{{P}}+(?={CHARACTER.pattern})"
+)
+BULLET = regex.compile(r"(?<=\n)[ \t]*-[ \t]+")
+SIGN = regex.compile(r"(?<!\w)-[ \t]+(?=\.?\p{N})")  # - 5
+# What an answer says: words with what stands inside them or makes them others (3.5, -5, C++, 1/2, f[0], .NET, -v, A-),
+# and signs of units and relations by themselves.
+SAID = regex.compile(
+    r"""(?x)
+    (?: [\p{L}\p{M}\p{N}_]
+      | -\p{Sc}
+      | (?<=\p{N}) \p{P} (?=\p{N})
+      | (?<=[\w)\]}]) [.:]+ (?=[\w/\\(\[{]) | (?<![\w.)\]}]) \. (?=\w)
+      | (?<=\p{N}) - (?=\w) | (?<![\w-]) -++ (?=[\w.]) | - (?=\.?\p{N}) | (?<=\w) -+ (?!\w)
+      | (?<=[\w)\]}]) [(\[{]+ | [)\]}] (?=[\w(\[{] | \.\w)
+      | (?<=[\w)\]}]) \*+ (?=[\w(\[{]) | (?<=[\w)\]}][ ]) \*+ (?=[ ][\w(\[{])
+      | (?<!\w) ! (?=[\w(]) | ! (?==)
+      | (?<=\w) \#+ | \# (?!\s)
+      | [&@/\\′″] | [\p{S}--[\p{Sc}\p{So}=<>≤≥≠≈~|]]
+    )+
+    | [%‰§\p{Sc}\p{So}=<>≤≥≠≈~|]
+    """,
+    regex.V1,
+)
+ARTICLES = {"a", "an", "the"}
 LARGEST = 1e300  # tolerance
 DIGITS = Context(prec=1000)
 FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
@@ -23,8 +56,8 @@ FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 class Rule:
     """How an answer is held against the accepted ones.
 
-    exact     the same after SQuAD's normalisation
-    contains  an accepted answer's words stand in it, in their order
+    exact     says the same: see `said`
+    contains  what an accepted answer says stands in it, in its order
     number    its last number, as GSM8K is scored (https://arxiv.org/abs/2110.14168), is at most `tolerance` off
     regex     `pattern` is found in it
     json      the same JSON value, bare or in a fenced block; the order of keys and 1 or 1.0 make no difference
@@ -58,9 +91,9 @@ def read_rule(match: Any, place: str) -> Rule:
 def correct(answer: str, accepted: list[str], rule: Rule) -> bool:
     match rule.kind:
         case "exact":
-            return normalise(answer) in map(normalise, accepted)
+            return said(answer) in map(said, accepted)
         case "contains":
-            return any(f" {' '.join(words(text))} " in f" {' '.join(words(answer))} " for text in accepted)
+            return any(f" {spaced(said(text))} " in f" {spaced(said(answer))} " for text in accepted)
         case "number":
             given = last_number(answer)
             return any(abs(given - last_number(text)) <= rule.tolerance * (1 + 1e-9) for text in accepted)
@@ -68,6 +101,24 @@ def correct(answer: str, accepted: list[str], rule: Rule) -> bool:
             return re.search(rule.pattern, answer) is not None
         case "json":
             return json_value(answer) in map(json_value, accepted) if json_value(answer) else False
+
+
+def said(text: str) -> list[str]:
+    """The words of an answer without regard to case, articles, spaces and the punctuation of prose.
+
+    Punctuation is prose's at the edge of a word; hyphens and apostrophes between letters are, and Markdown's emphasis.
+    What stands inside a word or number, signs and symbols are part of what is said: C++, -5, 1/2, 3.5, f[0], $ 5, 5 %.
+    """
+    text = MARKUP.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
+    text = AROUND.sub(r"\2", joined(DASH.sub("-", text)))
+    text = ABBREVIATION.sub(lambda found: found[0].replace(".", ""), text).lower()
+    text = SIGN.sub("-", BULLET.sub("", SPELLING.sub("", text)))
+    return [word for word in SAID.findall(text) if word not in ARTICLES]
+
+
+def spaced(said: list[str]) -> str:
+    """One space between words; of Korean, Chinese and Japanese between characters."""
+    return " ".join(CHARACTER.sub(r" \1 ", " ".join(said)).split())
 
 
 def normalise(text: str) -> str:
@@ -87,8 +138,8 @@ def words(text: str) -> list[str]:
 
 def last_number(text: str) -> float:
     """NaN if there is none. A comma can only separate thousands ("12,5" is none); a sign after a word is a hyphen."""
-    numbers = NUMBER.findall(text.replace("\u2212", "-"))
-    return float(numbers[-1].replace(",", "")) if numbers else math.nan
+    numbers = NUMBER.findall(joined(text).replace("\u2212", "-"))
+    return float(numbers[-1]) if numbers else math.nan
 
 
 def json_value(text: str) -> str | None:

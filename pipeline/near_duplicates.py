@@ -1,7 +1,7 @@
 """Texts that are nearly the same: MinHash and LSH find the candidates, the words themselves decide.
 
 Similarity is Jaccard's, of the sets of three words in a row (https://doi.org/10.1109/SEQUEN.1997.666900). Texts whose
-numbers or signs differ are never near-duplicates: they say different things.
+numbers or signs differ, or the layout of their code, are never near-duplicates: they say different things.
 """
 
 import zlib
@@ -25,14 +25,14 @@ def hashes_per_band(threshold: float) -> int:
     return max(n for n in (1, 2, 4, 8, 16) if 1 - (1 - threshold**n) ** (HASHES // n) >= RECALL)
 
 
-def band_keys(texts: list[list[str]], threshold: float) -> Keys:
-    """Shape (texts, bands): near-duplicates most likely share a key in one column at least."""
+def band_keys(texts: list[list[str]], layouts: list[str], threshold: float) -> Keys:
+    """Shape (texts, bands): near-duplicates most likely share a key in one column at least. `layouts` are of texts."""
     digests = np.array(RMinHash.digests_from_token_sets(list(map(shingles, texts)), HASHES, seed=1), np.uint64)
     size = hashes_per_band(threshold)
     odd = np.random.default_rng(0).integers(2**63, size=size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    numbers = [zlib.crc32(" ".join(exact(text)).encode()) for text in texts]
+    same = [zlib.crc32(" ".join([*exact(text), layout]).encode()) for text, layout in zip(texts, layouts, strict=True)]
     return (digests.reshape(len(texts), HASHES // size, size) * odd).sum(2, dtype=np.uint64) ^ (
-        np.array(numbers, np.uint64)[:, None] << np.uint64(32)
+        np.array(same, np.uint64)[:, None] << np.uint64(32)
     )
 
 

@@ -31,7 +31,6 @@ class Replies:
 
     journal: BinaryIO
     by_key: dict[str, dict[str, Any]]
-    spent: int = 0  # tokens, in this run
     lock: Lock = field(default_factory=Lock)
 
     def add(self, key: str, reply: str, tokens: int) -> None:
@@ -39,7 +38,6 @@ class Replies:
             self.by_key[key] = {"key": key, "reply": reply, "tokens": tokens}
             self.journal.write(json.dumps(self.by_key[key]).encode() + b"\n")
             self.journal.flush()
-            self.spent += tokens
 
 
 @contextmanager

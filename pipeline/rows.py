@@ -18,11 +18,14 @@ def question_and_answer(question: str, answer: str) -> list[Message]:
 
 
 def row(messages: list[Message], source: str) -> Row:
-    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from; `id` is a hash."""
+    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from.
+
+    `id` is a hash of roles and contents: rows that differ in how their lines end, and in nothing else, are the same.
+    """
     messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
-    # Case and white space apart: rows that differ in nothing else are the same row.
-    turns = [f"{m['role']} {' '.join(m['content'].casefold().split())}" for m in messages]
-    return {"id": f"{hash64(chr(0).join(turns)):016x}", "messages": messages, "source": source}
+    turns = "\0".join(f"{m['role']} {m['content']}" for m in messages)
+    key = hash64(turns.replace("\r\n", "\n").replace("\r", "\n"))
+    return {"id": f"{key:016x}", "messages": messages, "source": source}
 
 
 def group_of(text: str) -> str:

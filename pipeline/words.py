@@ -15,6 +15,16 @@ INVISIBLE = regex.compile(r"\p{Cf}")  # such as zero-width spaces
 DASH = re.compile("[−–‐‑‒]")
 CAPITAL = regex.compile(r"\p{Lu}[\p{L}\p{M}\p{N}]*")
 ACRONYM = re.compile(r"(?<=.)\b(?:[A-Z]{2,}|[A-HJ-Z])\b")
+# Digits in groups of three, all set apart by the same comma, apostrophe or space: 1,234 567 is two numbers.
+THOUSANDS = re.compile(
+    r"(?<![\w.])(?<!\d,)\d{1,3}(?>(?P<apart>[,'’ \u00a0\u2000-\u200a\u202f])\d{3}(?!\d)(?:(?P=apart)\d{3}(?!\d))*)"
+    r"(?!,\d{3}(?!\d))"
+)
+CODE_SIGN = re.compile(r"[(\[\]{}=_\t]")
+# f(x), a[0], [1, 2], {}, x = 1, a_b, an indented line; not (in brackets). One space before an answer is no indentation.
+CODE = re.compile(r"\w\(|[\[\]{}=]|\w_\w|^(?:\t|  | \t)\s*\S", re.MULTILINE)
+BRACKET = re.compile(r"[(){}\[\]]")
+WORD = re.compile(r"\w+")
 NAME = regex.compile(r"(?<=[^\s.?!:…][\s\"'“‘(]+)\p{Lu}[\p{L}\p{M}\p{N}]*")
 
 
@@ -29,8 +39,23 @@ def plain(text: str) -> str:
     return DASH.sub("-", INVISIBLE.sub("", unicodedata.normalize("NFKC", text)))
 
 
+def joined(text: str) -> str:
+    """`text` with each number in one piece: 20 000 and 20,000 are 20000; 2024 300 is two numbers."""
+    return THOUSANDS.sub(lambda number: number[0].replace(number["apart"], ""), text)
+
+
 def is_sign(word: str) -> bool:
     return not any(map(str.isalnum, word))
+
+
+def layout(text: str) -> str:
+    """What code says beside its words: brackets, the indentation of lines, and case. Empty of a text without code."""
+    if not (("  " in text or CODE_SIGN.search(text)) and CODE.search(text)):  # the first two are quick
+        return ""
+    indents = [line[: -len(line.lstrip())] for line in text.splitlines() if line.strip()]
+    indented = any(len(indent) > 1 or indent == "\t" for indent in indents)
+    cased = [word for word in WORD.findall(text) if word != word.lower()]
+    return "\0".join(["".join(BRACKET.findall(text)), *(indents if indented else []), *cased])
 
 
 def exact(text: list[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
     python -m stages.generate
 
-data/raw/ -> data/train.jsonl, data/ungrounded.jsonl (what its passage does not bear out), metrics/generate.json;
+data/raw/ -> data/train.jsonl, data/ungrounded.jsonl (questions of documents that were dropped, and why),
+metrics/generate.json;
 data/replies.jsonl, to which a run adds what it paid for
 
 In data/raw, in any folders: facts (.csv .json .yaml), the forms to ask them in (the same, in files named forms...), and

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checked_rows import CheckedRows, Chunk, checked
+from pipeline.checked_rows import CheckedRows, Chunk, by_count, checked
 from pipeline.data_page import page
 from pipeline.exam import EXAM, GENERAL, read_questions
 from pipeline.formats import KINDS, kind
@@ -32,6 +32,7 @@ from pipeline.user_files import user_files
 
 GENERATED = Path("data/train.jsonl")
 FATES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
+SHOWN_KEYS = 50  # by name, of those that no format knows
 DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(FATES))
 
 Integers = NDArray[np.int64]
@@ -55,7 +56,7 @@ def main() -> None:
         kept = write(rows, fates, repeated, train, valid, quarantine)
         conflicts = conflicting(rows, np.flatnonzero(fates >= TRAIN))
         examples = [told(rows, *pair) for pair in conflicts[:EXAMPLES]]
-        metrics = counted(files, rows.read, kept + quarantine.counts, len(conflicts))
+        metrics = counted(files, rows, kept + quarantine.counts, len(conflicts))
     sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
     write_jsonl("data/conflicts.jsonl", sources)
     generated = json.loads(Path("metrics/generate.json").read_text(encoding="utf-8"))
@@ -163,7 +164,7 @@ def asks(rows: CheckedRows, at: int) -> str:
 
 
 def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
-    """Rows with the same question and another answer, in words; each with the first of that question."""
+    """Rows with the same question and another answer, in words and layout of code; each with the first that asks so."""
     first = first_of_each(rows.questions[kept])
     others = np.flatnonzero(rows.answers[kept] != rows.answers[kept][first])
     return [(int(kept[first[at]]), int(kept[at])) for at in others]
@@ -175,8 +176,9 @@ def told(rows: CheckedRows, first: int, other: int) -> list[str]:
     return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in (first, other))]
 
 
-def counted(files: list[Path], read: int, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
+def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
     """metrics/data.json, of how many rows of each file had each fate or reason to be invalid."""
+    keys = by_count(rows.unknown_keys)
     fates = ["invalid", *FATES]
     invalid: Counter[str] = Counter()
     sources = {str(file): dict.fromkeys(["read", *fates], 0) for file in files if file != GENERATED}
@@ -186,9 +188,11 @@ def counted(files: list[Path], read: int, counts: Counter[tuple[str, str]], conf
         of_file[reason if reason in FATES else "invalid"] += n
         invalid[reason] += n if reason not in FATES else 0
     return {
-        "rows": {"read": read} | {fate: sum(of_file[fate] for of_file in sources.values()) for fate in fates},
+        "rows": {"read": rows.read} | {fate: sum(of_file[fate] for of_file in sources.values()) for fate in fates},
         "invalid": {reason: n for reason, n in sorted(invalid.items()) if n},
         "conflicts": conflicts,
+        "unknown_keys": dict(keys[:SHOWN_KEYS]),
+        "further_unknown_keys": sum(n for _, n in keys[SHOWN_KEYS:]) + rows.further_keys,
         "sources": sources,
     }
 

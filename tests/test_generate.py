@@ -1,5 +1,6 @@
 """From facts and documents to questions and answers."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -22,12 +23,12 @@ from pipeline.exam import EXAM, read_questions
 from pipeline.facts import read_forms
 from pipeline.grounding import fault
 from pipeline.llama_cpp import run_script, served
-from pipeline.parameters import read_yaml
+from pipeline.parameters import check, read_yaml
 from pipeline.refusal import Refused
 from pipeline.replies import JOURNAL, kept_replies
 from pipeline.rows import read_jsonl
 from pipeline.words import words
-from stages import generate
+from stages import generate, merge
 
 TINY = ROOT / "models/tiny-base"
 FACTS = ROOT / "data/raw/facts.csv"
@@ -291,6 +292,10 @@ def test_a_document_without_text_to_read_is_refused_by_name(
             "The lamp costs 200 euros.",
             "wrong_number",
         ),
+        ("It costs 20 000 euros, not 10.", "It costs 20\u202f000 euros, not 10", "10 000 euros", "wrong_number"),
+        ("It costs 20 000 euros, not 10.", "It costs 20'000 euros, not 10", "20,000 euros", None),
+        ("In 2024 300 people came.", "In 2024 300 people came.", "300 people", None),
+        ("| room 12 | 345 desks |", "room 12 345 desks", "345 desks", None),
         ("Version 3.5 is out.", "Version 3.5 is out.", "Version 5.3", "wrong_number"),
         ("It takes 3-5 days.", "It takes 3-5 days.", "5 days", None),
         ("The Osk lamp costs 1,200 euros.", "The Osk lamp costs", "Ann Lee from Ulm", "ungrounded"),
@@ -434,10 +439,50 @@ def test_facts_come_before_documents_and_every_question_is_counted(
         "misquoted": 4,
         "wrong_number": 4,
         "ungrounded": 4,
+        "repeats_answer": 0,
+        "repeats_heading": 0,
+        "repeated": 0,
     }
     assert metrics()["documents"] == 2 and metrics()["passages"] == {"read": 5, "unanswered": 0}
     assert scripted.keys == {"Bearer sk-test"}
     assert "sk-test" not in "".join(path.read_text() for path in Path("data").rglob("*.*") if path.is_file())
+
+
+def test_questions_that_ask_nothing_of_their_own_are_dropped_and_counted(scripted: Endpoint, project: Project) -> None:
+    wordings = [
+        "**The Ay team** sits on floor 2!",  # the answer
+        "AY?",  # the heading's last part
+        "Offices > Ay",
+        "ay offices",
+        "?",
+        "Where does the Ay team sit?",
+        "where does the “Ay” team sit",
+        "Where is the Ay team?",
+        "Where does the Ay team sit?",
+        "Is it floor 2 + 1?",
+        "Is it floor 2 - 1?",
+    ]
+    line = "The Ay team sits on floor 2."
+    told = json.dumps({"items": [{"questions": wordings, "answer": line, "quote": line}]})
+    scripted.script = lambda body: completion(told)
+    ask_at(scripted.url, project)
+    (project.folder / "data/raw/a.md").write_text(f"# Offices\n\n## Ay\n\n{line}\n", encoding="utf-8")
+    generate.main()
+    made = [question for source, question, _ in rows() if source == "data/raw/a.md:1"]
+    assert made == [wordings[5], wordings[7], *wordings[9:]]
+    dropped = {one["question"]: one["reason"] for one in read_jsonl(Path("data/ungrounded.jsonl"))}
+    assert dropped == {
+        wordings[0]: "repeats_answer",
+        **dict.fromkeys(wordings[1:5], "repeats_heading"),
+        wordings[6]: "repeated",
+        wordings[8]: "repeated",
+    }
+    counts = metrics()["questions"]
+    assert counts["of_documents"] == len(wordings) == sum(list(counts.values())[2:])
+    assert (counts["repeats_answer"], counts["repeats_heading"], counts["repeated"]) == (1, 4, 2)
+    merge.main()
+    page = Path("metrics/data.md").read_text(encoding="utf-8")
+    assert "| repeats_answer | repeats_heading | repeated |" in page
 
 
 def test_the_same_bytes_whatever_the_order_in_which_replies_arrive(workspace: Project, scripted: Endpoint) -> None:
@@ -537,17 +582,87 @@ def test_an_endpoint_with_a_password_in_it_is_refused(workspace: Project) -> Non
         generate.main()
 
 
+def may_cost(*names: str) -> int:
+    """Tokens that a request about one of these teams reserves, at most."""
+    parameters = check(Path("params.yaml")).generate
+    passages = [Passage(teams(name).split("\n\n")[1], name, None) for name in names]
+    texts = [endpoint.prompt(passage, parameters) for passage in passages]
+    requests = [endpoint.request_for(text, parameters, 1) for text in texts]
+    return max(map(endpoint.size, requests)) + endpoint.longest_reply(parameters)
+
+
 def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, scripted: Endpoint) -> None:
-    workspace.set(generate__token_budget=300, generate__concurrency=1)
     write({"a.md": teams(*NAMES)})
+    budget = 200 + may_cost(*NAMES)
+    workspace.set(generate__token_budget=budget, generate__concurrency=1)
     for spent in (3, 6):
         with pytest.raises(
-            Refused, match=rf"token_budget: 300 tokens of 300 are spent, {spent} of 8 passages are done"
+            Refused,
+            match=rf"token_budget: 300 tokens of {budget} are spent, {spent} of 8 passages are done and kept, and the "
+            r"next request may cost \d+: raise it, or run again",
         ):
             generate.main()
         assert len(scripted.requests) == len(read_jsonl(Path("data/replies.jsonl"))) == spent
     generate.main()
     assert len(scripted.requests) == 8 and metrics()["questions"]["kept"] == 32
+
+
+@pytest.mark.parametrize("cost", [lambda body: 5000, lambda body: body["max_tokens"] + 900, lambda body: 1200])
+def test_no_budget_is_overshot_by_requests_at_once(
+    workspace: Project, scripted: Endpoint, cost: Callable[[Any], int]
+) -> None:
+    def slowly(body: Any) -> Answer:
+        time.sleep(0.05)
+        return completion(items(body), cost(body))
+
+    scripted.script = slowly
+    write({"a.md": teams(*[f"{name}{n}" for name in NAMES for n in range(4)])})
+    for budget in (5000, 30_000):
+        workspace.set(generate__token_budget=budget, generate__concurrency=16)
+        before = sum(reply["tokens"] for reply in kept_so_far())
+        with pytest.raises(Refused, match=rf"of {budget} are spent"):
+            generate.main()
+        assert 0 < sum(reply["tokens"] for reply in kept_so_far()) - before <= budget
+    assert scripted.most_at_once > 2
+
+
+def kept_so_far() -> list[Any]:
+    return read_jsonl(Path("data/replies.jsonl")) if Path("data/replies.jsonl").exists() else []
+
+
+def test_a_budget_just_large_enough_finishes_at_any_concurrency(workspace: Project, scripted: Endpoint) -> None:
+    write({"a.md": teams(*NAMES)})
+    workspace.set(generate__token_budget=7 * 100 + may_cost(*NAMES), generate__concurrency=16)
+    generate.main()
+    assert len(scripted.requests) == 8 and scripted.most_at_once < 16
+
+
+def test_a_budget_below_one_request_sends_none(workspace: Project, scripted: Endpoint) -> None:
+    write({"a.md": teams("Ay")})
+    workspace.set(generate__token_budget=may_cost("Ay") - 1, generate__concurrency=16)
+    with pytest.raises(Refused, match=r": 0 tokens of \d+ are spent, 0 of 1 .* may cost \d+: raise it$"):
+        generate.main()
+    assert not scripted.requests
+
+
+def test_the_first_failure_sends_no_request_after_it(
+    workspace: Project, scripted: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    scripted.script = lambda body: (500, {}, "oh")
+    write({"a.md": teams(*NAMES)})
+    workspace.set(generate__concurrency=16)
+    with pytest.raises(Refused, match=r"a\.md:\d: .* 500"):
+        generate.main()
+    assert len(scripted.requests) == 1
+
+
+def test_replies_that_were_kept_without_a_limit_are_found(scripted: Endpoint) -> None:
+    write({"a.md": teams("Ay")})
+    generate.main()
+    [sent], [reply] = scripted.requests, read_jsonl(Path("data/replies.jsonl"))
+    assert sent.pop("max_tokens") == endpoint.longest_reply(check(Path("params.yaml")).generate)
+    assert reply["key"] == hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_killed_run_goes_on_where_it_was_and_pays_for_nothing_twice(workspace: Project, scripted: Endpoint) -> None:
@@ -591,7 +706,7 @@ def test_a_new_document_costs_its_own_passages_alone_and_a_failed_run_keeps_what
     project.run("dvc", "repro", "generate")
     assert len(scripted.requests) == 3
     (project.folder / "data/raw/b.md").write_text(teams("Dovan", "Eloris"), encoding="utf-8")
-    project.set(generate__token_budget=100, generate__concurrency=1)
+    project.set(generate__token_budget=may_cost("Dovan", "Eloris"), generate__concurrency=1)
     scripted.requests.clear()
     refused = project.run("dvc", "repro", "generate", check=False)
     assert refused.returncode != 0 and "4 of 5 passages are done" in refused.stderr

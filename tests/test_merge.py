@@ -13,6 +13,7 @@ from conftest import Project
 from pyarrow import parquet
 
 from bench import leaks
+from pipeline import checked_rows
 from pipeline.exam import Question, read_questions
 from pipeline.formats import InvalidRow, conversation
 from pipeline.leaks import Exam, Leak
@@ -120,6 +121,128 @@ def test_what_is_no_conversation_has_a_reason(content: Any, reason: str) -> None
     with pytest.raises(InvalidRow) as invalid:
         conversation(content)
     assert invalid.value.reason == reason
+
+
+QA = {"question": "Q?", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        *[
+            (QA | {key: value}, key)
+            for key, value in {
+                "input": "1 2",
+                "instruction": "Sum.",
+                "prompt": "p",
+                "text": "t",
+                "tools": [{"name": "f"}],
+                "functions": [{"name": "f"}],
+                "parallel_tool_calls": True,
+                "images": ["a.png"],
+                "passage": "p",
+                "chat_template_kwargs": {"enable_thinking": True},
+                "chosen": "c",
+                "rejected": "r",
+                "label": 0,
+                "reasoning": "r",
+                "choices": ["a", "b"],
+                "history": [["a", "b"]],
+            }.items()
+        ],
+        ({"messages": [Q, A], "question": "Q?"}, "question"),
+        ({"messages": [Q, A], "conversations": [Q, A]}, "conversations"),
+        ({"instruction": "i", "output": "o", "context": "c"}, "context"),
+        ({"prompt": "p", "completion": "c", "chosen": "x"}, "chosen"),
+        *[
+            ({"messages": [Q, A | {key: value}]}, key)
+            for key, value in {
+                "reasoning": "r",
+                "thinking": "t",
+                "reasoning_details": [{"text": "t"}],
+                "tool_plan": "p",
+                "name": "Ann",
+                "audio": {"id": "1"},
+                "images": ["a.png"],
+                "tool_call_id": "1",
+                "train": False,
+                "train_detail": [{"begin_offset": 0}],
+                "loss": False,
+                "weight": 0,
+                "value": "v",
+            }.items()
+        ],
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 0}]}, "weight"),
+        ({"prompt": [Q | {"name": "Ann"}], "completion": [A]}, "name"),
+    ],
+)
+def test_a_known_key_that_its_format_does_not_use_is_an_error_by_name(content: Any, key: str) -> None:
+    with pytest.raises(InvalidRow, match=rf"^a (row|message) with (a )?{key}\b") as invalid:
+        conversation(content)
+    assert invalid.value.reason == "unknown format"
+
+
+def test_known_keys_without_a_value_do_no_harm() -> None:
+    nothing: dict[str, Any] = {
+        "tool_calls": None,
+        "function_call": {"name": None},
+        "images": [],
+        "name": " ",
+        "audio": {},
+    }
+    turn = nothing | {"weight": 1, "train": True, "loss": None}
+    content = QA | nothing | {"text": None, "tools": "[]", "parallel_tool_calls": False, "messages": None, "input": ""}
+    assert conversation(content) == asked("Q?", "a")
+    assert conversation({"messages": [Q | turn | {"train": False}, A | turn], "prompt": ""}) == [Q, A]
+
+
+def test_keys_that_no_format_knows_are_left_out_and_counted_by_name(curated: Project) -> None:
+    jsonl(
+        ROWS,
+        QA | {"difficulty": 3, "source": "web", "id": 1},
+        {"messages": [Q | {"timestamp": 1}, A | {"timestamp": 2, "id": 7}], "difficulty": None},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Why?", "cache_control": {}}]}, A]},
+    )
+    Path("data/curated/t.csv").write_text("question,answer,a|b,\nIn csv?,b,c,d\n", encoding="utf-8")
+    table = {"Frage": ["In parquet?", "And now?"], "answer": ["x", "y"], "topic": ["t", None], "images": [[], None]}
+    parquet.write_table(pyarrow.table(table), "data/curated/t.parquet")
+    curated.set(merge__columns={"question": "Frage"})
+    metrics = merged()
+    assert metrics["rows"]["invalid"] == 0
+    assert metrics["unknown_keys"] == {
+        "difficulty": 2,
+        "topic": 2,
+        "": 1,
+        "a|b": 1,
+        "id": 1,
+        "messages[].content[].cache_control": 1,
+        "messages[].id": 1,
+        "messages[].timestamp": 1,
+        "source": 1,
+    }
+    assert metrics["further_unknown_keys"] == 0
+    page = Path("metrics/data.md").read_text(encoding="utf-8")
+    assert "\n| `difficulty`                         |    2 |\n" in page and "`messages[].timestamp`" in page
+    assert kept(str(ROWS))[f"{ROWS}:1"] == asked("Q?", "a")
+
+
+def test_a_column_that_would_be_lost_is_an_error_by_line(curated: Project) -> None:
+    table = {**{key: [value] * 3 for key, value in QA.items()}, "images": [None, [b"\xff\xd8"], []]}
+    parquet.write_table(pyarrow.table(table), "data/curated/t.parquet")
+    with pytest.raises(Refused, match=r"^data/curated/t\.parquet:2: a row with images, which is not trained"):
+        merge.main()
+
+
+def test_a_new_key_in_each_row_fills_neither_metrics_nor_memory(
+    curated: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checked_rows, "KEY_NAMES", 100)
+    jsonl(ROWS, *[{"question": f"Q {n}?", "answer": f"a {n}", f"key {n}": n, "k" * 1000: n} for n in range(300)])
+    metrics = merged()
+    assert len(metrics["unknown_keys"]) == 50 and metrics["unknown_keys"]["k" * 100] == 300
+    assert metrics["further_unknown_keys"] == 300 - 49
+    page = Path("metrics/data.md").read_text(encoding="utf-8")
+    assert "\nKeys with other names: 251.\n" in page
 
 
 def test_files_of_every_kind_are_read_with_their_places(curated: Project) -> None:
@@ -311,19 +434,75 @@ def test_ten_thousand_hostile_rows_crash_nothing_and_each_is_accounted_for(curat
 
 
 def test_of_repeated_rows_the_first_stays_and_names_the_others_place(curated: Project) -> None:
-    jsonl(Path("data/curated/a.jsonl"), {"question": "Who leads Osk?", "answer": "Ann"})
+    jsonl(Path("data/curated/a.jsonl"), {"question": "Who leads O\u0308sk?\r\nNow.", "answer": "Ann\rLee"})
     jsonl(
         Path("data/curated/b.jsonl"),
-        {"prompt": " who  leads OSK?", "completion": "ann"},
-        {"question": "filler 7?", "answer": "Yes"},
+        {"prompt": "Who leads Ösk?\nNow.", "completion": "Ann\nLee"},
+        {"question": "Who leads  ösk?\nNow.", "answer": "ann\nlee"},
+        {"question": "Filler 7?", "answer": "yes"},
     )
-    assert merged()["rows"]["duplicate"] == 2
-    assert {f"{Path('data/curated/a.jsonl')}:1", "data/curated/b.jsonl:2"} == set(kept("data/curated"))
+    metrics = merged()["rows"]
+    assert (metrics["duplicate"], metrics["near_duplicate"]) == (2, 1)
+    assert kept("data/curated/a.jsonl") == {"data/curated/a.jsonl:1": asked("Who leads Ösk?\r\nNow.", "Ann\rLee")}
     gone = {entry["source"]: entry["explanation"] for entry in read_jsonl(Path("data/quarantine.jsonl"))}
     assert gone == {
         "data/curated/b.jsonl:1": "repeats data/curated/a.jsonl:1",
-        "data/raw/facts.csv:7": "repeats data/curated/b.jsonl:2",
+        "data/curated/b.jsonl:2": "nearly repeats data/curated/a.jsonl:1",
+        "data/raw/facts.csv:7": "repeats data/curated/b.jsonl:3",
     }
+
+
+CODE = "def mean(numbers):\n    total = 0\n    for n in numbers:\n        total += n\n    return total / len(numbers)"
+
+
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        ("f[0]", "f(0)"),
+        ("f[0]", "F[0]"),
+        ("[1, 2]", "(1, 2)"),
+        (CODE, CODE.replace("    return", "        return")),
+        (CODE, CODE.replace("    ", "\t")),
+        (CODE, CODE.replace("(numbers):", "(Numbers):")),
+        ("x = a\n  b\nc", "x = a\nb\n  c"),
+        ("    return 1", "return 1"),
+        ("a\n\tb", "a\nb"),
+    ],
+)
+@pytest.mark.parametrize("near_duplicate", [0.9, None])
+def test_answers_that_differ_in_the_layout_of_code_stay_and_are_a_conflict(
+    curated: Project, answer: str, other: str, near_duplicate: float | None
+) -> None:
+    curated.set(merge__near_duplicate=near_duplicate)
+    jsonl(
+        ROWS, {"question": "How is it written?", "answer": answer}, {"question": "how is it written", "answer": other}
+    )
+    metrics = merged()
+    assert metrics["conflicts"] == 1 and metrics["rows"]["train"] + metrics["rows"]["valid"] == 202
+
+
+@pytest.mark.parametrize(
+    ("answer", "other"),
+    [
+        ("Paris", "paris."),
+        ("Paris", " “Paris”\n"),
+        ("Paris (France)", "paris, France"),
+        ("Yes.\nAlways.", "yes, always"),
+    ],
+)
+def test_prose_that_differs_in_case_and_punctuation_alone_is_no_conflict(
+    curated: Project, answer: str, other: str
+) -> None:
+    jsonl(ROWS, {"question": "What is it?", "answer": answer}, {"question": "What is it?", "answer": other})
+    assert merged()["rows"]["near_duplicate"] == 1
+    curated.set(merge__near_duplicate=None)
+    metrics = merged()
+    assert metrics["conflicts"] == 0 and metrics["rows"]["train"] + metrics["rows"]["valid"] == 202
+
+
+def test_questions_about_other_code_are_not_the_same_question(curated: Project) -> None:
+    jsonl(ROWS, {"question": "What is f[0]?", "answer": "an item"}, {"question": "What is f(0)?", "answer": "a call"})
+    assert merged()["conflicts"] == 0
 
 
 LONG = (

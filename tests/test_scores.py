@@ -34,10 +34,58 @@ def test_exact_match_is_squads(answer: str, accepted: list[str], matches: bool) 
 
 
 @pytest.mark.parametrize(
+    ("accepted", "right", "wrong"),
+    [
+        ("-5", ["−5", "\u20135.", "- 5", "**-5**"], ["5", "+5", "2-5"]),
+        ("5", ["5.", "**5**", "(5)", "$5$", "\\(5\\)"], ["-5", "−5", "+5", "5 %", "$5", ".5", "5/", ">= 5"]),
+        ("C", ["c", '"C".'], ["C++", "C#", "C-", "/C", "C_", "@C"]),
+        ("C++", ["`C++`", "c++.", "“C++”"], ["C", "C+", "C--"]),
+        ("1/2", ["**1/2**."], ["12", "1 2", "1-2", "½"]),
+        ("3.5", ["3.5.", "3\\.5"], ["35", "3,5", "3:5", "3 5"]),
+        ("10:30", ["10:30.", "10:30!"], ["1030", "10.30"]),
+        ("1,000", ["1000", "1 000", "1’000"], ["1,0000", "1,00", "1.000"]),
+        ("5 %", ["5%", "5 %."], ["5", "5 ‰"]),
+        ("$5", ["$ 5", "$5."], ["5", "€5", "-$5"]),
+        ("f[0]", ["`f[0]`", "f[0]."], ["f(0)", "f0", "f[1]"]),
+        ("x = 1", ["x=1"], ["x1", "x 1", "x != 1", "x == 1", "x = -1"]),
+        ("a_b", ["`a_b`", "_a_b_"], ["ab", "a-b", "a b"]),
+        ("ann@lee.org", ["Ann@Lee.org."], ["annleeorg", "ann lee.org"]),
+        (">=", [">=", "> ="], [">", "="]),
+        (".NET", [".net"], ["net"]),
+        ("-v", ["`-v`"], ["v", "--v"]),
+        ("A-", ["a-", "A-."], ["A", "A+"]),
+        (
+            "Paris",
+            ["**Paris**.", "“Paris”", "Paris!", "# Paris", "- Paris", "_Paris_", "(Paris)", "The Paris"],
+            ["Pari"],
+        ),
+        ("It's", ["It’s", "it's."], ["It is"]),
+        ("well-known", ["well\u2011known", "Well-Known"], ["well"]),
+        ("J.R.R. Tolkien", ["JRR Tolkien"], ["J Tolkien"]),
+        ("8 p.m. in Washington, D.C.", ["8 pm in Washington DC", "8 PM in Washington D.C"], ["8 am in Washington DC"]),
+        ("room B2, Ulm", ["Room B2 (Ulm)"], ["room B-2, Ulm"]),
+    ],
+)
+def test_exact_loses_the_punctuation_of_prose_but_no_sign_and_no_symbol(
+    accepted: str, right: list[str], wrong: list[str]
+) -> None:
+    rule = read_rule("exact", "")
+    assert [answer for answer in [accepted, *right] if not correct(answer, [accepted], rule)] == []
+    assert [answer for answer in wrong if correct(answer, [accepted], rule)] == []
+    contains = read_rule("contains", "")
+    assert [answer for answer in [accepted, *right] if not correct(f"It is: {answer}", [accepted], contains)] == []
+
+
+@pytest.mark.parametrize(
     ("rule", "accepted", "right", "wrong"),
     [
         ("contains", ["steel"], ["It is made of steel.", "Steel"], ["stainless-steely", "iron", ""]),
         ("contains", ["room B2"], ["in the room, B2!"], ["B2 is a room", "room B21"]),
+        ("contains", ["5"], ["It is 5%.", "x=5", "$5", "5, or 6"], ["-5", "1/5", "5.5", "10:5", "2-5", "F5"]),
+        ("contains", ["C"], ["It is C."], ["It is C++", "in C#"]),
+        ("contains", ["-5"], ["at −5 °C", "-5일"], ["10-5", "5"]),
+        ("contains", ["5 apples"], ["Buy:\n- 5 apples\n- salt"], ["15 apples"]),
+        ("contains", ["345"], ["12, 345"], ["12 345"]),
         ("contains", ["김서연"], ["팀장은 김서연입니다"], ["팀장은 김서준입니다"]),
         (
             "number",
@@ -48,6 +96,25 @@ def test_exact_match_is_squads(answer: str, accepted: list[str], matches: bool) 
         ("number", ["1,250.5"], ["1250.5 euros", "In 2020, 1,250.5"], ["1250", "1.250,5"]),
         ("number", ["5"], ["5,"], ["12,5 euros", "1.250,5", "2.4.5"]),
         ("number", ["-5"], ["\u22125 degrees", "-5.0"], ["5", "2-5"]),
+        (
+            "number",
+            ["20 000"],
+            [
+                "20\u00a0000",
+                "20\u2009000 euros",
+                "20\u202f000",
+                "20\u2007000",
+                "20'000",
+                "20’000",
+                "20,000",
+                "2e4",
+                "In all 20 000.",
+            ],
+            ["10 000", "20", "0", "-20 000", "20,000 000", "20 0000", "20\n000", "20 000,5"],
+        ),
+        ("number", ["12 345 678"], ["call 12 345 678", "12,345,678"], ["345 678", "12 345,678", "12'345 678"]),
+        ("number", ["300"], ["in 2024 300 people", "room B2 300 desks", "1,5 300"], ["2 300"]),
+        ("number", ["2"], ["1 or 2"], ["1 000 or 2 000"]),
         ({"number": 0.5}, ["20"], ["20.5", "19.5", "about 20"], ["20.51", "19"]),
         ({"number": 0.1}, ["0.2"], ["0.3", "0.1"], ["0.31"]),
         ({"regex": r"^(?i:yes)\b"}, ["Yes, always"], ["yes", "YES."], ["No, yes", ""]),
@@ -82,6 +149,7 @@ def test_a_match_rule_tells_right_from_wrong(
         ({"match": {"regex": "^B"}}, "the answer 'it' is not correct by the question's own match (regex)"),
         ({"match": "number"}, "the answer 'it' is not correct by the question's own match (number)"),
         ({"match": "json"}, "the answer 'it' is not correct by the question's own match (json)"),
+        ({"answer": ["C++", "..."]}, "articles and punctuation do not count, and the answer '...' is nothing else"),
         ({"answer": ["b", "A"]}, "articles and punctuation do not count, and the answer 'A' is nothing else"),
         ({"tag": ["a"]}, "'tag' is no key of a question; accepted: id, question, answer, tags, match, source"),
         ({"tags": "a"}, "tags are a list"),
@@ -98,6 +166,12 @@ def test_a_question_that_cannot_be_scored_is_refused_by_its_line(
     (tmp_path / "exam.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n", encoding="utf-8")
     with pytest.raises(Refused, match=re.escape(f"exam.jsonl:2: {said}")):
         read_questions(tmp_path / "exam.jsonl")
+
+
+def test_a_question_may_ask_for_a_symbol(tmp_path: Path) -> None:
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text('{"id": "q", "question": "Which sign adds?", "answer": "+"}\n', encoding="utf-8")
+    assert correct("`+`", read_questions(exam)[0].answers, read_rule("exact", ""))
 
 
 @pytest.mark.parametrize("path", [EXAM, GENERAL, Path("recipes/general.jsonl")])
