@@ -111,7 +111,9 @@ def decide(rows: CheckedRows, knobs: Merge) -> tuple[NDArray[np.uint8], Integers
         fates[list(near)] = NEAR_DUPLICATE
         repeated[list(near)] = list(near.values())
     decisive = rows.groups if knobs.split_by == "source" else rows.ids
-    fates[(fates == TRAIN) & (decisive < knobs.valid_share * 2.0**64)] = VALID
+    left = fates == TRAIN
+    lowest = decisive == decisive[left].min(initial=2**64 - 1)  # one at least, of few rows too
+    fates[left & (lowest | (decisive < knobs.valid_share * 2.0**64))] = VALID
     return fates, repeated
 
 

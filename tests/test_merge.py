@@ -711,9 +711,15 @@ def test_rows_of_one_fact_go_to_the_same_side_if_asked_and_stay_there(curated: P
     assert 10 < len(few) < 60 and held_out(7, "xabc") == few
 
 
+def test_of_few_rows_one_at_least_is_to_validate_with(curated: Project) -> None:
+    jsonl(Path("data/train.jsonl"), *[made(f"What is {n}?", f"data/raw/facts.csv:{n}") for n in range(2, 5)])
+    merged()
+    assert [len(read_jsonl(Path(f"data/{name}.jsonl"))) for name in ("train_merged", "valid")] == [2, 1]
+
+
 def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
     jsonl(Path("data/train.jsonl"), made("Only one?", "data/raw/facts.csv:2"))
-    with pytest.raises(Refused, match=r"merge\.valid_share 0\.05 leaves 1 rows to train on and 0 to validate with"):
+    with pytest.raises(Refused, match=r"merge\.valid_share 0\.05 leaves 0 rows to train on and 1 to validate with"):
         merge.main()
     jsonl(Path("data/train.jsonl"))
     with pytest.raises(Refused, match="no rows that can be used, of 0: add some to data/curated"):

@@ -88,7 +88,6 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
     Path("data/raw/forms.yaml").write_text(forms.replace("#   ", "").replace("#\n", "\n"), encoding="utf-8")
     assert lacking() == []
     assert capsys.readouterr().out.endswith("dvc repro can run\n")
-    started.set(merge__valid_share=0.5)
     generate.main()
     merge.main()
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 9
@@ -106,6 +105,12 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     generate.main()
     merge.main()
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 30
+    leak = Path("data/curated/leak.jsonl")
+    leak.write_text('{"question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
+    with pytest.raises(Refused, match=r"^data/curated: see what is missing"):
+        check.main()
+    assert f"MISSING: {leak}:1: asks the question 1 of an exam ('Who?'): reword" in capsys.readouterr().out
+    leak.unlink()
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
     with pytest.raises(Refused, match=r"^data/curated: see what is missing"):
         check.main()

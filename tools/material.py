@@ -8,10 +8,13 @@ from pathlib import Path
 from pipeline.exam import EXAM, GENERAL, read_questions
 from pipeline.facts import Fact, questions_of_facts, read_facts, read_forms
 from pipeline.formats import KINDS, InvalidRow, conversation, kind, parsed, records
+from pipeline.leaks import Exam
 from pipeline.parameters import Generate, Merge, Parameters
 from pipeline.raw_files import RAW, raw_files, require_endpoint
 from pipeline.refusal import Refused
+from pipeline.rows import Message
 from pipeline.user_files import user_files
+from pipeline.words import words
 
 CURATED = Path("data/curated")
 LOOKED_AT = 1000  # rows of a file; the merge stage looks at all
@@ -32,18 +35,21 @@ class Material:
 
 
 def material(parameters: Parameters) -> Iterator[Material]:
-    raw, curated = of_raw(parameters.generate), of_curated(parameters.merge)
+    exam, general = of_exam(EXAM), of_exam(GENERAL)
+    readable = [each.place for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
+    exams = Exam([question for place in readable for question in read_questions(place)], parameters.merge.near_leak)
+    raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
     if not (raw.found or raw.missing or curated.found or curated.missing):
         what = f"nothing to train on: add facts and phrasings, documents, or rows in {CURATED}"
         yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/forms.yaml: {PHRASING}"))
         yield Material(CURATED, "", "rows, or else what data/raw lacks", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
-    yield of_exam(EXAM)
-    yield of_exam(GENERAL)
+    yield exam
+    yield general
 
 
-def of_raw(generate: Generate) -> Material:
+def of_raw(generate: Generate, exams: Exam) -> Material:
     facts: list[Fact] = []
     try:
         tables, forms, documents = raw_files()
@@ -51,6 +57,8 @@ def of_raw(generate: Generate) -> Material:
         rows = questions_of_facts(facts, read_forms(forms), generate.forms_per_fact)
         if documents:
             require_endpoint(documents[0], generate)
+        for row in rows:
+            require_no_leak(row["source"], row["messages"], exams)
     except Refused as refusal:
         return Material(RAW, "", str(refusal), (f"in {RAW}/forms.yaml: {phrasing(facts[0])}",) if facts else ())
     of_facts = f"{len(rows)} questions about {len(facts)} facts" if facts else ""
@@ -65,16 +73,17 @@ def phrasing(fact: Fact) -> str:
     return f'{relation}: ["What is the {relation} of {{{columns[0]}}}?"]'
 
 
-def of_curated(merge: Merge) -> Material:
+def of_curated(merge: Merge, exams: Exam) -> Material:
     counts = []
     try:
         for file in user_files(CURATED):
             if kind(file) not in KINDS:
                 raise Refused(f"{file}: rows are read from {' '.join(KINDS)}: convert it, or move it elsewhere")
             rows = list(islice(records(file, merge.columns), LOOKED_AT))
-            if merge.on_invalid == "raise":
-                for number, record in rows:
-                    require_row(f"{file}:{number}", record)
+            for number, record in rows:
+                place = f"{file}:{number}"
+                if messages := usable(place, record, merge.on_invalid):
+                    require_no_leak(place, messages, exams)
             counts.append(len(rows))
     except Refused as refusal:
         return Material(CURATED, "", str(refusal))
@@ -82,14 +91,24 @@ def of_curated(merge: Merge) -> Material:
     return Material(CURATED, f"{sum(counts)}{more} rows" if sum(counts) else "")
 
 
-def require_row(place: str, record: bytes | InvalidRow) -> None:
-    """Raises Refused, naming the place, if a record is no row."""
+def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
+    """The messages of a row. Raises Refused, naming the place, if it has none and may not be skipped."""
     try:
         if isinstance(record, InvalidRow):
             raise record
-        conversation(parsed(record))
+        return conversation(parsed(record))
     except InvalidRow as invalid:
+        if on_invalid == "skip":
+            return []
         raise Refused(f"{place}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
+
+
+def require_no_leak(place: str, messages: list[Message], exams: Exam) -> None:
+    if leak := exams.leak(words("\n".join(message["content"] for message in messages))):
+        raise Refused(
+            f"{place}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or set "
+            "merge.on_leak to drop"
+        )
 
 
 def of_exam(path: Path) -> Material:
