@@ -16,7 +16,7 @@ REQUIREMENTS, LLAMA_CPP = "requirements.txt", "llama.cpp/requirements.txt"
 
 
 def require_pinned(name: str) -> None:
-    """Of the file `name`, lines for another Python or system do not count, nor does the build of a version (torch +cpu).
+    """Of the file `name`, lines for another Python or system do not count, nor does the build (torch +cpu).
 
     Raises:
         Refused: a package is not installed, or in another version than the file names.

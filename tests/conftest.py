@@ -11,7 +11,8 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,31 @@ import stages  # noqa: F401  # sets how OpenMP waits, before any test imports to
 from pipeline.llama_cpp import run_script
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all else that pytest prints
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    yield
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    skipped = Counter(
+        (Path(report.fspath).name, report.longrepr[2].removeprefix("Skipped: "))
+        for report in (reporter.getreports("skipped") if reporter else [])  # xdist's workers have none
+    )
+    if skipped:
+        named = "; ".join(f"{number} of {file} ({why})" for (file, why), number in skipped.items())
+        reporter.write_line(f"skipped tests: {named}")
 
 
 class Project:
