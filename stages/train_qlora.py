@@ -183,10 +183,11 @@ def memory(device: torch.device) -> dict[str, Any]:
 
 def peak_resident() -> int:
     """In bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where a process has getrusage's peak from the one that started it
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 2**10  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:  # not getrusage's peak, which a process of Linux has from the one that started it
+        status = Path("/proc/self/status").read_text()
+    except FileNotFoundError:  # macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 2**10  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,6 @@ def test_in_a_pipe_a_bar_is_a_line_every_ten_seconds_and_none_if_it_takes_less(p
 
 
 def test_in_a_pipe_a_short_training_prints_nothing(tokenized: Project) -> None:
-    tokenized.set(train__epochs=0.3, train__eval_steps=1)
+    tokenized.set(train__epochs=0.3)
     done = tokenized.run(sys.executable, "-m", "stages.train_qlora")
     assert (done.stdout + done.stderr).strip() == ""
