@@ -14,6 +14,8 @@ pipeline its checkpoints.
 """
 
 import argparse
+import csv
+import json
 import os
 import re
 import shutil
