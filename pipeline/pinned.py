@@ -35,12 +35,13 @@ def require_pinned(name: str) -> None:
 
 def installed_version(package: str) -> str | None:
     try:
-        metadata = distribution(package).read_text("METADATA")
+        found = distribution(package)
     except PackageNotFoundError:
         return None
+    metadata = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""  # the latter of an old setup.py
     # importlib.metadata.version parses the whole description too: three times as long for all of requirements.txt.
-    found = re.search(r"^Version: (\S+)$", metadata or "", re.MULTILINE)
-    return found and found[1]
+    version = re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)
+    return version and version[1]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python tests/programs.py   # gets those that are missing, as far as this machine
 import os
 import shutil
 import subprocess
+from ctypes.util import find_library
 
 
 def chromium() -> str | None:
@@ -19,7 +20,8 @@ def sshd() -> str | None:
 
 
 def main() -> None:
-    wanted = {"chromium": chromium(), "openssh-server": sshd()}
+    node = find_library("atomic")  # which Playwright's own node needs
+    wanted = {"chromium": chromium(), "openssh-server": sshd(), "libatomic1": node}
     if not all(wanted.values()) and os.geteuid() == 0 and shutil.which("apt-get"):
         subprocess.run(["apt-get", "update", "-q"], check=False)
         for package in (package for package, found in wanted.items() if not found):  # Ubuntu has no chromium
