@@ -13,11 +13,12 @@ repro: setup
 	@dvc repro
 	@cat metrics/report.md
 
-test: $(VENV)/.dev $(VENV)/.sky
+PYTEST :=  # options: --no-skips fails where a test is skipped
+test: setup $(VENV)/.dev $(VENV)/.sky
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@pytest --numprocesses 2 --dist loadfile
+	@pytest --numprocesses 2 --dist loadfile $(PYTEST)
 
 check: setup
 	@python -m tools.check
@@ -57,14 +58,22 @@ remote: $(VENV)/.remotes
 release: setup
 	@python -m tools.release "$(VERSION)"
 
+# What was installed may have changed since: pip install -U trl.
+PINS := --requirement requirements.txt --requirement llama.cpp/requirements.txt
 setup: $(VENV)/.installed
+	@python -m pipeline.pinned 2> /dev/null || pip install $(PINS)
 
-$(VENV)/bin/python:
-	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 is needed, python3 is " + sys.version)'
+# Debian has a part of venv in another package than python3.
+$(VENV)/bin/pip:
+	@python3 -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or \
+		sys.exit("Python 3.11 to 3.14 is needed, and python3 is " + sys.version.split()[0])'
+	@python3 -c 'import ensurepip' 2> /dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -qy --no-install-recommends python3-venv; } || \
+		{ echo "python3 can make no venv: apt-get install python3-venv" >&2; exit 1; }
 	python3 -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt llama.cpp/requirements.txt llama.cpp/source.txt | $(VENV)/bin/python
-	pip install --requirement requirements.txt --requirement llama.cpp/requirements.txt
+$(VENV)/.installed: requirements.txt llama.cpp/requirements.txt llama.cpp/source.txt | $(VENV)/bin/pip
+	pip install $(PINS)
 	python llama.cpp/fetch.py
 	@touch $@
 
@@ -74,11 +83,10 @@ $(VENV)/.remotes: $(VENV)/.installed requirements-remotes.txt
 
 $(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt
 	pip install --requirement requirements-dev.txt
-	@for name in chromium chromium-browser google-chrome; do command -v $$name > /dev/null && exit; done; \
-		playwright install chromium
+	@python tests/programs.py
 	@touch $@
 
-$(VENV)/.sky: requirements-sky.txt | $(VENV)/bin/python
+$(VENV)/.sky: requirements-sky.txt | $(VENV)/bin/pip
 	python3 -m venv $(VENV)/sky
 	$(VENV)/sky/bin/pip install --no-compile --requirement requirements-sky.txt
 	@touch $@

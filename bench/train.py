@@ -14,6 +14,8 @@ pipeline its checkpoints.
 """
 
 import argparse
+import csv
+import json
 import os
 import re
 import shutil
@@ -113,14 +115,24 @@ def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
     if busy:
         busy.kill()
     assert status == 0, printed
-    training = float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
+    if recipe.trl is None:
+        training, losses = of_stage(project)
+    else:
+        training = float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
+        losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
     tokens = parameters.train.epochs * sum(len(row["input_ids"]) for row in rows(project, "train"))
     loss = final_loss(project / ("outputs/trained" if recipe.trl is None else "trl"), project)
     numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{usage.ru_maxrss / 1024:10.0f}{loss:8.3f}"
     print(f"{recipe.name:32}{numbers}", flush=True)
-    losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
     steps = ceil(parameters.train.epochs * ceil(len(rows(project, "train")) / ROWS))
     return [(min(point * EVAL_STEPS, steps), loss) for point, loss in enumerate(losses)]
+
+
+def of_stage(project: Path) -> tuple[float, list[float]]:
+    """Seconds of training, and the validation losses before it and at each point of the curve."""
+    metrics, cost = (json.loads((project / f"metrics/{name}.json").read_text()) for name in ("train", "train_cost"))
+    with open(project / "metrics/loss.csv", encoding="utf-8") as file:
+        return cost["seconds"], [metrics["loss"]["before"], *(float(point["valid"]) for point in csv.DictReader(file))]
 
 
 def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:

@@ -32,10 +32,11 @@ def main() -> None:
 def unpack(archive: Path) -> None:
     aside = CONVERTER.with_name(f"{CONVERTER.name}.partial")
     with tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11.2 (Debian 12) has not
         for member in tar:
             if member.isfile() and (wanted := WANTED.fullmatch(member.name)):
                 member.name = wanted[1]
-                tar.extract(member, aside, filter="data")
+                tar.extract(member, aside)
     aside.rename(CONVERTER)
 
 

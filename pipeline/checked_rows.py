@@ -100,7 +100,7 @@ def checked(files: list[Path], generated: Path, questions: list[Question], knobs
     This process reads, never far ahead of those that check, one for each processor.
     """
     check = partial(check_chunk, generated=generated, near_duplicate=knobs.near_duplicate)
-    processes = len(os.sched_getaffinity(0))
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
     waiting: deque[Future[Chunk]] = deque()
     pool = ProcessPoolExecutor(processes, initializer=hold_exam, initargs=(questions, knobs.near_leak))
     with pool, tqdm(desc="rows", unit=" rows") as progress:

@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,14 +47,6 @@ def run_script(name: str, *arguments: str | Path) -> str:
         sys.stderr.write(done.stdout)
         raise Refused(f"llama.cpp/{name} {' '.join(map(str, arguments))} failed: {lines[-1]}")
     return done.stdout
-
-
-def require_pinned() -> None:
-    """Raises Refused if another llama.cpp is installed than llama.cpp/requirements.txt, dvc.lock's witness, names."""
-    for line in (SCRIPTS / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        name, _, pinned = line.partition("#")[0].strip().partition("==")
-        if name and (installed := version(name)) != pinned:
-            raise Refused(f"llama.cpp/requirements.txt names {name} {pinned}, and {installed} is installed: make setup")
 
 
 def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:

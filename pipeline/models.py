@@ -86,11 +86,12 @@ def give_back_from(size: int) -> None:
     """Let glibc give memory back to the system when a piece of `size` bytes (32 MiB at most) or more is freed.
 
     Left to itself, it keeps up to the whole base in 32 bits after loading: quantized weights lie in between. 8 MiB
-    keep small tensors fast in training.
+    keep small tensors fast in training. Other libraries than glibc have no such setting.
     """
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, size)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, size)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * size)
 
 
 def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """TRL's trainer as this project sets it up."""
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerFast,
+    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -139,6 +141,9 @@ def build_trainer(
     )
     if isinstance(model, FSDPModule):  # else accelerate would wrap it in DDP
         trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    if not sys.stderr.isatty():
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossesInBar())
     for name, weight in adapter_weights(model).items():
         weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))  # TRL rounded it to bfloat16
     return trainer
@@ -200,6 +205,16 @@ class Losses(TrainerCallback):
                 f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
                 f"before training: {MEND}, or end it earlier with train.early_stopping_patience"
             )
+
+
+class LossesInBar(ProgressCallback):
+    """The newest losses stand in the bar's line; a line for each point of the curve would show the bar again."""
+
+    def on_log(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        if self.training_bar is not None:  # of the first process, while it trains
+            logged = {name: value for entry in state.log_history for name, value in entry.items()}
+            losses = {name: logged[name] for name in ("loss", "eval_loss") if name in logged}
+            self.training_bar.set_postfix(losses, refresh=False)
 
 
 class Seal(TrainerCallback):

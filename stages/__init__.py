@@ -4,16 +4,18 @@ import ctypes
 import os
 import signal
 import sys
-import warnings
 from types import TracebackType
 
-from pipeline.refusal import put_back_outputs
+from pipeline.pinned import REQUIREMENTS, require_pinned
+from pipeline.printing import calm_libraries
+from pipeline.refusal import put_back_outputs, run
 
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 LAUNCHED = "LOCAL_RANK" in os.environ  # one of several processes, by accelerate launch
-# A dvc that is killed would leave its stage running, and the next one start another; so would a launcher.
-if LAUNCHED or "DVC_STAGE" in os.environ:
+# A dvc that is killed would leave its stage running, and the next one start another; so would a launcher. Linux alone
+# has prctl.
+if (LAUNCHED or "DVC_STAGE" in os.environ) and hasattr(ctypes.CDLL(None), "prctl"):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 if LAUNCHED:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, and the launcher tells of it
@@ -21,8 +23,7 @@ if LAUNCHED:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The tokenizer's own threads deadlock in forked processes: https://github.com/huggingface/transformers/issues/5486
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# transformers warns of its own calls to what it is about to rename.
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+calm_libraries()
 
 
 def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -36,3 +37,5 @@ def without_traceback(kind: type[BaseException], error: BaseException, trace: Tr
 
 
 sys.excepthook = without_traceback
+# Before the stage's own imports, which may fail with other versions.
+run(lambda: require_pinned(REQUIREMENTS))

@@ -18,11 +18,12 @@ from safetensors.torch import save_file
 from pipeline.base import LICENSE, file_hash, located, public_name, require_same_base
 from pipeline.disk import gguf_bytes, room_for
 from pipeline.importance import mean_squares, some_rows
-from pipeline.llama_cpp import no_gguf_lora, require_pinned, run_script
+from pipeline.llama_cpp import no_gguf_lora, run_script
 from pipeline.modelfile import adapter_modelfile, modelfile
 from pipeline.models import load_merged, pick_device, pick_dtype, reproducible
 from pipeline.outputs import scratch, whole, write_json
 from pipeline.parameters import Parameters, load
+from pipeline.pinned import LLAMA_CPP, require_pinned
 from pipeline.refusal import run
 from pipeline.tensor_files import parameter_count
 
@@ -34,7 +35,7 @@ LORA = "adapter-f16.gguf"
 
 def main() -> None:
     parameters = load("convert_gguf")
-    require_pinned()
+    require_pinned(LLAMA_CPP)
     folder, base = located()
     require_same_base(TRAINED, base)
     with (

@@ -20,12 +20,13 @@ from pipeline.base import located, require_same_base
 from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.exam import EXAM, Question, read_answers, read_questions
 from pipeline.hops import Form, NextToken, hop_table, measured, of_same_weights, source
-from pipeline.llama_cpp import Server, require_pinned, run_script, served
+from pipeline.llama_cpp import Server, run_script, served
 from pipeline.markdown import table
 from pipeline.models import load_merged, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.next_tokens import in_llama_cpp, in_transformers
 from pipeline.outputs import scratch, write_json, write_jsonl
 from pipeline.parameters import load
+from pipeline.pinned import LLAMA_CPP, require_pinned
 from pipeline.refusal import Refused, run
 
 TRAINED = Path("outputs/trained")
@@ -36,7 +37,7 @@ Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the referen
 
 def main() -> None:
     parameters = load("evaluate_gguf")
-    require_pinned()
+    require_pinned(LLAMA_CPP)
     questions = read_questions(EXAM)
     folder, base = located()
     require_same_base(TRAINED, base)

@@ -8,6 +8,7 @@ metrics/train_cost.json beside them, which DVC does not track because no two run
 
 import csv
 import re
+import resource
 import sys
 import time
 from pathlib import Path
@@ -173,13 +174,20 @@ def memory(device: torch.device) -> dict[str, Any]:
     """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU; of
     several processes the largest."""
     on_gpu = device.type == "cuda"
-    # Not getrusage's peak, which a process has from the one that started it.
-    resident = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 2**10  # type: ignore[index]
-    peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else resident])
+    peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else peak_resident()])
     return {
         "peak_memory_mb": max(peaks) / 2**20,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
     }
+
+
+def peak_resident() -> int:
+    """In bytes."""
+    try:  # not getrusage's peak, which a process of Linux has from the one that started it
+        status = Path("/proc/self/status").read_text()
+    except FileNotFoundError:  # macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 2**10  # type: ignore[index]
 
 
 if __name__ == "__main__":

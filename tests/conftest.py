@@ -13,7 +13,8 @@ import sys
 import tempfile
 import termios
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +67,31 @@ def environment() -> dict[str, str]:
 
 
 ROOT = with_demo(Path(__file__).parent.parent)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="a test that would be skipped fails")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome = "failed"
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all else that pytest prints
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    yield
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    skipped = Counter(
+        (Path(report.fspath).name, report.longrepr[2].removeprefix("Skipped: "))
+        for report in (reporter.getreports("skipped") if reporter else [])  # xdist's workers have none
+    )
+    if skipped:
+        named = "; ".join(f"{number} of {file} ({why})" for (file, why), number in skipped.items())
+        reporter.write_line(f"skipped tests: {named}")
 
 
 class Project:

@@ -19,6 +19,7 @@ from secrets import token_hex
 from typing import Any
 
 import boto3
+import programs
 import psutil
 import pytest
 from conftest import ROOT, Project, environment
@@ -73,6 +74,8 @@ class Server:
 
 class OpenSSH(Server):
     def __init__(self, folder: Path) -> None:
+        if not programs.sshd():
+            pytest.skip("no OpenSSH server: apt-get install openssh-server")
         super().__init__(folder)
         self.secret = token_hex()
         self.url = f"ssh://{getpass.getuser()}@127.0.0.1:{self.port}{self.store}"
@@ -91,7 +94,7 @@ class OpenSSH(Server):
     def start(self) -> None:
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(exist_ok=True)  # sshd demands it of root; systemd would make it
-        self.run("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "config")
+        self.run(str(programs.sshd()), "-D", "-e", "-f", self.folder / "config")
 
     def admit(self, machine: Project, key: str = "right") -> None:
         """Give the machine the credentials."""

@@ -2,12 +2,13 @@
 
 import os
 import sys
-import warnings
 from types import TracebackType
+
+from pipeline.printing import calm_libraries
 
 # As in stages/__init__.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+calm_libraries()
 
 
 def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -1,0 +1,49 @@
+"""What is installed is what a requirements file names: dvc.lock takes the file for it.
+
+python -m pipeline.pinned
+"""
+
+import re
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from pipeline.refusal import Refused
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS, LLAMA_CPP = "requirements.txt", "llama.cpp/requirements.txt"
+
+
+def require_pinned(name: str) -> None:
+    """Of the file `name`, lines for another Python or system do not count, nor does the build (torch +cpu).
+
+    Raises:
+        Refused: a package is not installed, or in another version than the file names.
+    """
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if pin := line.partition("#")[0].strip():
+            wanted = Requirement(pin)
+            if wanted.marker and not wanted.marker.evaluate():
+                continue
+            installed = installed_version(wanted.name)
+            if not (installed and wanted.specifier.contains(installed, prereleases=True)):
+                raise Refused(
+                    f"{name} names {wanted.name}{wanted.specifier}, and {installed or 'none'} is installed: make setup"
+                )
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        found = distribution(package)
+    except PackageNotFoundError:
+        return None
+    metadata = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""  # the latter of an old setup.py
+    # importlib.metadata.version parses the whole description too: three times as long for all of requirements.txt.
+    version = re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)
+    return version and version[1]
+
+
+if __name__ == "__main__":
+    require_pinned(REQUIREMENTS)
+    require_pinned(LLAMA_CPP)
