@@ -150,7 +150,8 @@ def tell(written: list[Path], own: list[Path]) -> None:
             print(f"{path}: yours to fill")
     for path in own:
         print(f"{path}: yours already, and left as it is")
-    print(f"The demo is in {DEMO}, its README is {PIPELINE}; all of that is one commit.")
+    manual = f", its README is {PIPELINE}" if PIPELINE.exists() else ""
+    print(f"The demo is in {DEMO}{manual}; all of that is one commit.")
     print(
         "Next: make check tells what is missing; git remote set-url origin ADDRESS points git to a repository of yours."
     )
