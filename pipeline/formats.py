@@ -265,7 +265,7 @@ def trained_message(turn: Any) -> Message:
     require_used("a message", turn, used.union(TRAINED), PARTS)
     as_it_is = (None, True) if found["role"] == "assistant" else (None, True, False)
     if key := next((key for key in TRAINED if turn.get(key) not in as_it_is), None):
-        raise InvalidRow("unknown format", f"a message with {key}: of a row every answer is trained, and nothing else")
+        raise InvalidRow("unknown format", f"a message with {key}: all answers of a row are trained on")
     return found
 
 
@@ -344,7 +344,7 @@ def unknown_format(content: Any) -> InvalidRow:
     return InvalidRow(
         "unknown format",
         "a row has messages, conversations, instruction and output, prompt and completion, or question and answer "
-        f"(tables with other names: merge.columns); this one is or has {repr(keys)[:200]}",
+        f"(columns of CSV and Parquet files with other names: merge.columns); this one is or has {repr(keys)[:200]}",
     )
 
 

@@ -28,8 +28,9 @@ def require_pinned(name: str) -> None:
                 continue
             installed = installed_version(wanted.name)
             if not (installed and wanted.specifier.contains(installed, prereleases=True)):
+                remedy = "make setup" if installed else "make setup, and source .venv/bin/activate"
                 raise Refused(
-                    f"{name} names {wanted.name}{wanted.specifier}, and {installed or 'none'} is installed: make setup"
+                    f"{name} names {wanted.name}{wanted.specifier}, and {installed or 'none'} is installed: {remedy}"
                 )
 
 

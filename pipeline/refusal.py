@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 
 OUT_OF_MEMORY = "the GPU's memory does not suffice: make check tells which parameter to turn"
 
@@ -16,7 +17,7 @@ def run(stage: Callable[[], None]) -> None:
     try:
         stage()
     except (Exception, SystemExit) as error:  # of Ctrl-C see stages/__init__.py
-        if "DVC_STAGE" in os.environ:
+        if "DVC_STAGE" in os.environ and find_spec("dvc"):  # not in a Python other than the environment's
             put_back_outputs(os.environ["DVC_STAGE"])
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage imports
             raise Refused(OUT_OF_MEMORY) from None

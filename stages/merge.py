@@ -121,8 +121,8 @@ def require_both_sides(fates: NDArray[np.uint8], valid_share: float) -> None:
     train, valid = int((fates == TRAIN).sum()), int((fates == VALID).sum())
     if not train or not valid:
         raise Refused(
-            f"merge.valid_share {valid_share} leaves {train} rows to train on and {valid} to validate with, "
-            "and both need one: change it, or add rows to data/raw or data/curated"
+            f"{len(fates)} rows can be used, and merge.valid_share {valid_share} leaves {train} of them to train on "
+            f"and {valid} to validate with: both need one: add rows to data/raw or data/curated, or lower merge.valid_share"
         )
 
 

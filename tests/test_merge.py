@@ -365,7 +365,7 @@ def test_nothing_but_bad_rows_or_leaks_is_refused(curated: Project) -> None:
     Path("data/train.jsonl").write_text("")
     jsonl(ROWS, {"question": "Who runs the Gargatan team?", "answer": "x"})
     curated.set(merge__on_leak="drop", merge__on_invalid="skip")
-    with pytest.raises(Refused, match="leaves 0 rows to train on and 0 to validate"):
+    with pytest.raises(Refused, match="leaves 0 of them to train on and 0 to validate"):
         merge.main()
     jsonl(ROWS, {"question": "Who?"})
     with pytest.raises(Refused, match="no rows that can be used, of 1"):
@@ -719,7 +719,10 @@ def test_of_few_rows_one_at_least_is_to_validate_with(curated: Project) -> None:
 
 def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
     jsonl(Path("data/train.jsonl"), made("Only one?", "data/raw/facts.csv:2"))
-    with pytest.raises(Refused, match=r"merge\.valid_share 0\.05 leaves 0 rows to train on and 1 to validate with"):
+    with pytest.raises(
+        Refused,
+        match=r"^1 rows can be used, and merge\.valid_share 0\.05 leaves 0 of them to train on and 1 to validate with",
+    ):
         merge.main()
     jsonl(Path("data/train.jsonl"))
     with pytest.raises(Refused, match="no rows that can be used, of 0: add some to data/curated"):

@@ -67,7 +67,7 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
         try:
             check.main()
         except Refused as refusal:
-            return str(refusal).partition(": see what is missing")[0].split(", ")
+            return str(refusal).partition(": see what is to do")[0].split(", ")
         return []
 
     assert lacking() == ["data/raw", "data/curated", "data/questions.jsonl"]
@@ -87,7 +87,7 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
     forms = Path("data/raw/forms.yaml").read_text(encoding="utf-8").partition("# In a table")[0]
     Path("data/raw/forms.yaml").write_text(forms.replace("#   ", "").replace("#\n", "\n"), encoding="utf-8")
     assert lacking() == []
-    assert capsys.readouterr().out.endswith("dvc repro can run\n")
+    assert capsys.readouterr().out.endswith("nothing is missing: make repro\n")
     generate.main()
     merge.main()
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 9
@@ -107,14 +107,37 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 30
     leak = Path("data/curated/leak.jsonl")
     leak.write_text('{"question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
-    with pytest.raises(Refused, match=r"^data/curated: see what is missing"):
+    with pytest.raises(Refused, match=r"^data/curated: see what is to do"):
         check.main()
-    assert f"MISSING: {leak}:1: asks the question 1 of an exam ('Who?'): reword" in capsys.readouterr().out
+    assert f"TO DO: {leak}:1: asks the question 1 of an exam ('Who?'): reword" in capsys.readouterr().out
     leak.unlink()
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
-    with pytest.raises(Refused, match=r"^data/curated: see what is missing"):
+    with pytest.raises(Refused, match=r"^data/curated: see what is to do"):
         check.main()
-    assert "MISSING: data/curated/chats.json:1: a message has" in capsys.readouterr().out
+    assert "TO DO: data/curated/chats.json:1: a message has" in capsys.readouterr().out
+
+
+def test_check_names_what_of_the_facts_no_question_is_about_and_wants_two_rows(
+    started: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data/questions.jsonl").write_text('{"id": "1", "question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
+    Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,1 l,Bo\n", encoding="utf-8")
+    Path("data/raw/forms.yaml").write_text("price: ['How much is {name}?']\nvolume: ['{name}: how much?']\n")
+    check.main()
+    assert "2 questions about 1 facts; no phrasing names maker\n" in capsys.readouterr().out
+    Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,,Bo\n", encoding="utf-8")
+    with pytest.raises(Refused, match=r"^data/raw, data/curated: see what is to do"):
+        check.main()
+    assert "TO DO: less than two rows to train on" in capsys.readouterr().out
+
+
+def test_a_name_is_taken_as_it_is_written(project: Project) -> None:
+    Path(".venv/bin").mkdir(parents=True)
+    Path(".venv/bin/pip").touch()
+    Path(".venv/.installed").touch()
+    name = """Bob "The $5" O'Neil `id` $(id)"""
+    project.run("make", "start", "RECIPE=tiny-base", f"NAME={name}")
+    assert project.run("git", "log", "-1", "--format=%s").stdout == f"Start {name}\n"
 
 
 def test_what_is_the_users_stays_byte_for_byte(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

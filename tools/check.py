@@ -29,15 +29,15 @@ def main() -> None:
     lacking = tell_material(parameters)
     examine(parameters)
     if lacking:
-        raise Refused(f"{', '.join(lacking)}: see what is missing above, then make check again")
-    print("dvc repro can run")
+        raise Refused(f"{', '.join(lacking)}: see what is to do above, then make check again")
+    print("nothing is missing: make repro")
 
 
 def tell_material(parameters: Parameters) -> list[str]:
     """Print what is there of the user's files, and what is missing. Returns where something is."""
     lacking = []
     for each in material(parameters):
-        say(str(each.place), f"MISSING: {each.missing}" if each.missing else each.found or "nothing")
+        say(str(each.place), f"TO DO: {each.missing}" if each.missing else each.found or "nothing")
         for example in each.examples:
             say("", f"such as {example}")
         if each.missing:
@@ -48,7 +48,9 @@ def tell_material(parameters: Parameters) -> list[str]:
 def examine(parameters: Parameters) -> None:
     """Print the table; Refused at the first thing that cannot be, or at the end by what does not fit."""
     import torch
+    from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
+    from dvc.scm import SCMError
 
     from pipeline.adapter import lora_config, require_possible
     from pipeline.base import SMALL_FILES, fetched, has_weights
@@ -69,7 +71,10 @@ def examine(parameters: Parameters) -> None:
     require_possible(lora, model)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
     tokens = special_tokens(folder, parameters)
-    repo = Repo()
+    try:
+        repo = Repo()
+    except (NotDvcRepoError, SCMError) as error:
+        raise Refused(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
     length = longest_row(repo, train)
 
     def needed(train: Train) -> dict[str, int]:

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.exam import EXAM, GENERAL, read_questions
-from pipeline.facts import Fact, questions_of_facts, read_facts, read_forms
+from pipeline.facts import Fact, Form, questions_of_facts, read_facts, read_forms
 from pipeline.formats import KINDS, InvalidRow, conversation, kind, parsed, records
 from pipeline.leaks import Exam
 from pipeline.parameters import Generate, Merge, Parameters
@@ -32,6 +32,7 @@ class Material:
     found: str
     missing: str = ""  # what to do; nothing if the place has what a run needs
     examples: tuple[str, ...] = ()  # lines, each with the file that it may stand in
+    trains: bool = False  # whether training and validation have a row each
 
 
 def material(parameters: Parameters) -> Iterator[Material]:
@@ -39,8 +40,8 @@ def material(parameters: Parameters) -> Iterator[Material]:
     readable = [each.place for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
     exams = Exam([question for place in readable for question in read_questions(place)], parameters.merge.near_leak)
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
-    if not (raw.found or raw.missing or curated.found or curated.missing):
-        what = f"nothing to train on: add facts and phrasings, documents, or rows in {CURATED}"
+    if not (raw.trains or raw.missing or curated.trains or curated.missing):
+        what = f"less than two rows to train on: add facts and phrasings, documents, or rows in {CURATED}"
         yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/forms.yaml: {PHRASING}"))
         yield Material(CURATED, "", "rows, or else what data/raw lacks", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
@@ -50,20 +51,31 @@ def material(parameters: Parameters) -> Iterator[Material]:
 
 
 def of_raw(generate: Generate, exams: Exam) -> Material:
-    facts: list[Fact] = []
     try:
         tables, forms, documents = raw_files()
-        facts = read_facts(tables)
-        rows = questions_of_facts(facts, read_forms(forms), generate.forms_per_fact)
+        facts, phrasings = read_facts(tables), read_forms(forms)
+        if facts and not phrasings:
+            return Material(RAW, "", "facts, but no phrasings", (f"in {RAW}/forms.yaml: {phrasing(facts[0])}",))
+        rows = questions_of_facts(facts, phrasings, generate.forms_per_fact)
         if documents:
             require_endpoint(documents[0], generate)
         for row in rows:
             require_no_leak(row["source"], row["messages"], exams)
     except Refused as refusal:
-        return Material(RAW, "", str(refusal), (f"in {RAW}/forms.yaml: {phrasing(facts[0])}",) if facts else ())
+        return Material(RAW, "", str(refusal))
     of_facts = f"{len(rows)} questions about {len(facts)} facts" if facts else ""
     of_documents = f"{len(documents)} documents" if documents else ""
-    return Material(RAW, ", ".join(filter(None, [of_facts, of_documents])))
+    parts = [of_facts, of_documents, not_asked(facts, phrasings)]
+    return Material(RAW, "; ".join(filter(None, parts)), trains=len(rows) > 1 or bool(documents))
+
+
+def not_asked(facts: list[Fact], phrasings: dict[str, list[Form]]) -> str:
+    """What of the facts no question is about: columns that no phrasing names, and empty cells."""
+    named = {column for relation, forms in phrasings.items() for form in forms for column in [relation, *form.columns]}
+    columns = {column for fact in facts for column in fact.values} - named - {"relation", "value"}
+    empty = sum(not value for fact in facts for column, value in fact.values.items() if column in phrasings)
+    of_columns = f"no phrasing names {', '.join(sorted(columns))}" if columns else ""
+    return "; ".join(filter(None, [of_columns, f"{empty} empty cells are not asked for" if empty else ""]))
 
 
 def phrasing(fact: Fact) -> str:
@@ -74,7 +86,7 @@ def phrasing(fact: Fact) -> str:
 
 
 def of_curated(merge: Merge, exams: Exam) -> Material:
-    counts = []
+    usable_rows, more = 0, ""
     try:
         for file in user_files(CURATED):
             if kind(file) not in KINDS:
@@ -84,11 +96,13 @@ def of_curated(merge: Merge, exams: Exam) -> Material:
                 place = f"{file}:{number}"
                 if messages := usable(place, record, merge.on_invalid):
                     require_no_leak(place, messages, exams)
-            counts.append(len(rows))
+                    usable_rows += 1
+            more = " or more" if len(rows) == LOOKED_AT else more
     except Refused as refusal:
         return Material(CURATED, "", str(refusal))
-    more = " or more" if LOOKED_AT in counts else ""
-    return Material(CURATED, f"{sum(counts)}{more} rows" if sum(counts) else "")
+    return Material(
+        CURATED, f"{usable_rows}{more} rows that can be used" if usable_rows else "", trains=usable_rows > 1
+    )
 
 
 def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:

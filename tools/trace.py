@@ -37,7 +37,9 @@ def trace(wanted: str) -> None:
     wanted = wanted.removeprefix(f"{Path.cwd()}/").removeprefix("./")
     found = list(rows_of(wanted))
     if not found:
-        raise Refused(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}")
+        missing = [file for file in FATES if not Path(file).exists()]
+        hint = f"; {', '.join(missing)} not there: run dvc repro tokenize, or dvc pull" if missing else ""
+        raise Refused(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}{hint}")
     for file, row in found:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
         print(f"{row.get('id', 'a row')} {FATES[file]} ({file}){why and f': {why}'}")
@@ -52,7 +54,7 @@ def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file, row) of every row with that id or source."""
     for file in FATES:
         if not Path(file).exists():
-            raise Refused(f"{file} is missing: run dvc repro tokenize, or dvc pull")
+            continue  # of a stage that has not run yet
         with open(file, "rb") as lines:
             for row in map(orjson.loads, filter(bytes.strip, lines)):
                 if row["source"] == wanted or (wanted and row.get("id", "").startswith(wanted)):
