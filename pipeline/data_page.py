@@ -50,8 +50,8 @@ def unknown_keys(named: dict[str, int], further: int) -> list[str]:
     return [
         "## Keys that no format knows",
         "",
-        "The rows are trained without them. If one matters, write it into the messages. A column of a CSV or Parquet file",
-        "can be named in `merge.columns`.",
+        "The rows are trained without them. If one matters, write it into the messages. A column of a CSV or Parquet",
+        "file can be named in `merge.columns`.",
         "",
         *table(["key", "rows"], [[quoted(name) or "(no name)", n] for name, n in named.items()]),
         *([f"Keys with other names: {further}.", ""] if further else []),

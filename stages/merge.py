@@ -122,7 +122,7 @@ def require_both_sides(fates: NDArray[np.uint8], valid_share: float) -> None:
     if not train or not valid:
         raise Refused(
             f"{len(fates)} rows can be used, and merge.valid_share {valid_share} leaves {train} of them to train on "
-            f"and {valid} to validate with: both need one: add rows to data/raw or data/curated, or lower merge.valid_share"
+            f"and {valid} to validate with: both need one: add rows to data/raw or data/curated, or lower that share"
         )
 
 
