@@ -23,8 +23,8 @@ test: setup $(VENV)/.dev $(VENV)/.sky
 check: setup
 	@python -m tools.check
 
-# As it was given: make would take $5 in a name for a variable.
-override NAME := $(value NAME)
+# Of the command line alone, and as it was given: make would take $5 in a name for a variable.
+override NAME := $(if $(filter command,$(origin NAME)),$(value NAME))
 export RECIPE NAME
 start: setup
 	@python -m tools.start --recipe "$$RECIPE" --name "$$NAME"

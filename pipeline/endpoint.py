@@ -252,9 +252,6 @@ def post(client: OpenAI, request: dict[str, Any], longest: int, place: str) -> t
     except (AttributeError, IndexError, TypeError, ValueError):
         raise Refused(f"{client.base_url} is no OpenAI-compatible API: correct generate.endpoint (.../v1?)") from None
     # An endpoint that does not tell its tokens is counted by bytes, which are more.
-    tokens = (
-        completion.usage.total_tokens
-        if completion.usage
-        else size(request) + min(len(reply.encode("utf-8", "replace")), longest)
-    )
+    counted = size(request) + min(len(reply.encode("utf-8", "replace")), longest)
+    tokens = getattr(completion.usage, "total_tokens", None) or counted
     return reply.encode("utf-8", "replace").decode(), tokens

@@ -34,6 +34,10 @@ FILLERS = listed(
     basically specifically already yet right one ones else very quite rather indeed probably possibly
     anyway honestly truly officially s t d"""
 )
+DATES = listed(  # which have a capital and are no names: "Mondays" is "Monday"
+    """monday tuesday wednesday thursday friday saturday sunday mondays tuesdays wednesdays thursdays fridays saturdays
+    sundays"""
+)
 VERBS = BE | DO | listed("have be been being am having doing done")
 POSSESSIVES = listed("mine yours ours theirs")
 LIGHT = frozenset().union(  # function words

@@ -35,6 +35,8 @@ def read_questions(path: Path) -> list[Question]:
     """Raises Refused, naming the line, if a question is incomplete, repeats another or contradicts its own answer."""
     places: dict[tuple[str, str], str] = {}
     questions = []
+    if not path.is_file():
+        raise Refused(f"{path} is not there: write the exam's questions into it")
     for place, content in read_lines(path):
         question = read_question(place, content)
         for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()))]:

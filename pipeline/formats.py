@@ -25,6 +25,7 @@ TOOLS = {"tools", "functions", "tool_calls", "function_call", "parallel_tool_cal
 THOUGHTS = {"reasoning", "reasoning_content", "reasoning_details", "thinking", "tool_plan"}
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 PREFERENCES = {"chosen", "rejected", "label", "labels", "kto_tag", "preferred_output", "non_preferred_output"}
+VERDICTS = {"label", "labels", "kto_tag"}  # for which false is an answer
 TEXTS = {"text", "query", "response", "choices", "options", "answers", "completions", "history", "system_prompt"}
 SOURCES = {"context", "passage", "passages", "documents"}
 OTHER_KEYS = TOOLS | THOUGHTS | MEDIA | PREFERENCES | TEXTS | SOURCES
@@ -131,7 +132,7 @@ def csv_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
                 if None in row or None in cells:
                     yield number, InvalidRow("not CSV", f"not the {len(names)} cells that the header has")
                 else:
-                    yield number, dumped(renamed(row, columns))
+                    yield number, as_record(row, columns)
         except StopIteration:
             return
         except csv.Error as error:  # where a row ends is not known any more
@@ -161,7 +162,7 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
                     try:
                         found = {name: batch[name][at].as_py() for name in wanted}
                         nothing = {name: None for name in others if is_empty(batch[name][at].as_py())}
-                        yield number, dumped(renamed(found | unread | nothing, columns))
+                        yield number, as_record(found | unread | nothing, columns)
                     except UnicodeDecodeError:
                         yield number, not_utf8()
                     except (ValueError, OverflowError, KeyError) as error:
@@ -170,10 +171,14 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
         raise OSError(str(error)) from None
 
 
-def renamed(row: dict[str, Any], columns: Mapping[Any, str]) -> dict[str, Any]:
-    """`row` with our names for its columns."""
+def as_record(row: dict[str, Any], columns: Mapping[Any, str]) -> bytes | InvalidRow:
+    """The JSON of a table's row with our names for its columns, or why there is none."""
+    for ours, theirs in columns.items():
+        if ours != theirs and theirs in row and ours not in columns.values() and not is_empty(row.get(ours)):
+            explanation = f"columns {ours} and {theirs}, and merge.columns takes {theirs} for {ours}: rename one"
+            return InvalidRow("unreadable", explanation)
     mapped = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-    return {name: value for name, value in row.items() if name not in columns.values()} | mapped
+    return dumped({name: value for name, value in row.items() if name not in columns.values()} | mapped)
 
 
 def dumped(content: Any) -> bytes | InvalidRow:
@@ -238,7 +243,8 @@ def conversation(content: Any) -> list[Message]:
 def require_used(what: str, content: dict[str, Any], used: set[str], known: set[str]) -> None:
     """Raises InvalidRow if `content` has something under a key that is known, and not used."""
     for key in content:
-        if key not in used and key in known and not is_empty(content[key]):
+        says_false = content[key] is False and key in VERDICTS
+        if key not in used and key in known and (says_false or not is_empty(content[key])):
             raise InvalidRow(
                 "unknown format",
                 f"{what} with {key}, which is not trained beside {' and '.join(sorted(used & content.keys()))}: "
@@ -252,9 +258,10 @@ def is_empty(value: Any) -> bool:
     match value:
         case str():
             return value.strip() in ("", "null", "[]", "{}")
-        case list() | dict():
-            parts = value.values() if isinstance(value, dict) else value
-            return all(part is None or part is False or part in ("", [], {}) for part in parts)
+        case dict():  # false in it is a setting: {"enable_thinking": false}
+            return all(part is None or part in ("", [], {}) for part in value.values())
+        case list():
+            return all(part is None or part is False or part in ("", [], {}) for part in value)
     return value is None or value is False
 
 

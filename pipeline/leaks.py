@@ -9,7 +9,7 @@ import regex
 from rapidfuzz import process
 from rapidfuzz.distance import OSA, Levenshtein
 
-from pipeline.english import ASK, ASKING, BE, DO, LIGHT, NEGATIONS, OPPOSITES, asking, is_light, plainly, stem
+from pipeline.english import ASK, ASKING, BE, DATES, DO, LIGHT, NEGATIONS, OPPOSITES, asking, is_light, plainly, stem
 from pipeline.exam import Question
 from pipeline.words import acronyms, capitals, exact, is_sign, names, words
 
@@ -209,7 +209,8 @@ def understood(questions: list[Question], verbatim: list[list[str]]) -> list[Ask
     named = set[str]().union(*(names(question.question) for question in questions)) - LIGHT
     found = []
     for question, said, asked, known in zip(questions, verbatim, plain, english, strict=True):
-        own = (set(exact(asked)) | (named & capitals(question.question)) | acronyms(question.question)) & set(asked)
+        capital = (named & capitals(question.question)) - DATES
+        own = (set(exact(asked)) | capital | acronyms(question.question)) & set(asked)
         content = {word for word in asked if word in own or not (is_light(word) if known else word in short)}
         if content:
             first: dict[str, str] = {}  # "cat" and "cats" are one word

@@ -16,9 +16,10 @@ from pipeline.words import DASH, INVISIBLE, joined
 
 # Kana and Han are written without spaces, and Korean words carry their particles: compared character by character.
 CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
-NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
+NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?![\d.,]*\d)")
 # Of Markdown and LaTeX: `x`, \(x\), _x_, $x$; the asterisks of *x* are none of SAID.
-MARKUP = regex.compile(r"`|\\(?=[!-/:-@\[-`{-~])")
+CURRENCY = regex.compile(r"((?<![\w.])[-+]?)\p{Sc}\s?(?=\.?\d)")  # -$5 is -5
+MARKUP = regex.compile(r"`|~~|\\(?=[!-/:-@\[-`{-~])")
 AROUND = regex.compile(r"(?s)(?<![\w$])(_{1,3}|\${1,2})(?=\S)(.{1,200}?)(?<=\S)\1(?!\w)")
 ABBREVIATION = regex.compile(r"(?<![\w.])(?:(?:\p{L}{1,2}\.){2,}|(?:\p{Lu}\.)+\p{Lu})(?!\w)")
 # A hyphen or apostrophe of spelling, punctuation between characters, a bullet at a later line's start; nothing is said.
@@ -138,7 +139,7 @@ def words(text: str) -> list[str]:
 
 def last_number(text: str) -> float:
     """NaN if there is none. A comma can only separate thousands ("12,5" is none); a sign after a word is a hyphen."""
-    numbers = NUMBER.findall(joined(text).replace("\u2212", "-"))
+    numbers = NUMBER.findall(CURRENCY.sub(r"\1", DASH.sub("-", joined(text))))
     return float(numbers[-1]) if numbers else math.nan
 
 

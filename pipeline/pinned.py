@@ -22,7 +22,7 @@ def require_pinned(name: str) -> None:
         Refused: a package is not installed, or in another version than the file names.
     """
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
-        if pin := line.partition("#")[0].strip():
+        if (pin := line.partition("#")[0].strip()) and not pin.startswith("-"):  # an option of pip
             wanted = Requirement(pin)
             if wanted.marker and not wanted.marker.evaluate():
                 continue

@@ -16,7 +16,7 @@ def calm_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # bitsandbytes misses a package that would fetch a kernel from the hub in the middle of a run, and does without.
     no_kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    no_kernels.addFilter(lambda record: not record.msg.startswith("Failed to load CPU gemm_4bit_forward"))
+    no_kernels.addFilter(lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward"))
     if not sys.stderr.isatty():
         for name, value in LINES.items():
             os.environ.setdefault(f"TQDM_{name}", value)

@@ -162,6 +162,15 @@ def test_a_fact_that_says_otherwise_than_the_exam_is_named(
     assert not CANDIDATES.exists()
 
 
+def test_a_fact_added_above_leads_a_question_on_to_its_own_fact(workspace: Project) -> None:
+    table = Path("data/raw/facts.csv")
+    head, *facts = table.read_text(encoding="utf-8").splitlines()
+    table.write_text("\n".join([head, "Zoe team,leader,Ann Zoe", *facts, ""]), encoding="utf-8")
+    examined(LEADER)  # whose source is the line of the new fact
+    curate.main()
+    assert proposed() == [("Who is in charge of the Ay team?", "Ann Ay", "data/raw/facts.csv:3", [LEADER["id"]])]
+
+
 def test_a_held_back_question_is_neither_named_nor_helped(
     workspace: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,6 +154,8 @@ QA = {"question": "Q?", "answer": "a"}
         ({"messages": [Q, A], "conversations": [Q, A]}, "conversations"),
         ({"instruction": "i", "output": "o", "context": "c"}, "context"),
         ({"prompt": "p", "completion": "c", "chosen": "x"}, "chosen"),
+        ({"prompt": "p", "completion": "bad", "label": False}, "label"),
+        (QA | {"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         *[
             ({"messages": [Q, A | {key: value}]}, key)
             for key, value in {
@@ -194,6 +196,14 @@ def test_known_keys_without_a_value_do_no_harm() -> None:
     content = QA | nothing | {"text": None, "tools": "[]", "parallel_tool_calls": False, "messages": None, "input": ""}
     assert conversation(content) == asked("Q?", "a")
     assert conversation({"messages": [Q | turn | {"train": False}, A | turn], "prompt": ""}) == [Q, A]
+
+
+def test_a_column_that_another_takes_the_name_of_is_no_silent_loss(curated: Project) -> None:
+    curated.set(merge__columns={"question": "Frage"}, merge__on_invalid="skip")
+    table = "Frage,question,answer\nWo?,,hier\nWann?,When?,jetzt\nWer?,,Ada\n"
+    Path("data/curated/table.csv").write_text(table, encoding="utf-8")
+    merged()
+    assert [entry["source"] for entry in read_jsonl(Path("data/quarantine.jsonl"))] == ["data/curated/table.csv:3"]
 
 
 def test_keys_that_no_format_knows_are_left_out_and_counted_by_name(curated: Project) -> None:

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Project, Terminal
 
 from pipeline.parameters import read_yaml
@@ -177,20 +178,29 @@ def test_a_second_start_says_so_and_changes_nothing(started: Project, monkeypatc
         (["--recipe", "tiny", "--name", "N"], None, r"^RECIPE is 'tiny': set it to one of gemma-2-2b, .*, tiny-base$"),
         (["--recipe", "tiny-base", "--name", "a\nb"], None, r"^NAME is 'a\\nb': set it to a name on one line$"),
         (["--recipe", "tiny-base", "--name", "N"], "params.yaml", r"^params\.yaml has a change that is not committed"),
+        (["--recipe", "tiny-base", "--name", "N"], "detached", r"^git is on no branch, and would lose the commit"),
+        (["--recipe", "tiny-base", "--name", "N"], "linked", r"^data/raw is a link, and the demo is moved: put the"),
         (["--recipe", "tiny-base", "--name", "N"], "tools/use.py", r"^tools/use\.py has a change that is not comm"),
     ],
 )
 def test_what_cannot_start_is_refused_and_nothing_changes(
     project: Project, monkeypatch: pytest.MonkeyPatch, arguments: list[str], change: str | None, line: str
 ) -> None:
-    if change:
+    if change == "detached":
+        project.run("git", "switch", "--quiet", "--detach")
+    elif change == "linked":
+        Path("data/raw").rename("elsewhere")
+        Path("data/raw").symlink_to("../elsewhere")
+        project.run("git", "add", "-A")
+        project.run("git", "commit", "-qm", "elsewhere")
+    elif change:
         with open(change, "a", encoding="utf-8") as file:
             file.write("\n")
-    before = project.run("git", "status", "--porcelain").stdout
+    before = [project.run("git", *of).stdout for of in (["status", "--porcelain"], ["rev-parse", "HEAD"])]
     with pytest.raises(Refused, match=line):
         begin(monkeypatch, *arguments)
-    assert project.run("git", "status", "--porcelain").stdout == before
-    assert project.run("git", "rev-list", "--count", "HEAD").stdout == "1\n"
+    after = [project.run("git", *of).stdout for of in (["status", "--porcelain"], ["rev-parse", "HEAD"])]
+    assert after == before
 
 
 def test_outputs_of_the_demo_go_and_what_no_lock_knows_or_was_paid_for_stays(
@@ -199,8 +209,13 @@ def test_outputs_of_the_demo_go_and_what_no_lock_knows_or_was_paid_for_stays(
     project.run("dvc", "repro", "merge")  # changes dvc.lock and metrics, which nobody has to commit
     Path("data/valid.jsonl").unlink()
     Path("data/valid.jsonl").write_text("written by hand\n", encoding="utf-8")
+    lock = read_yaml(Path("dvc.lock"))  # as of a run that has not come to `tokenize`
+    lock["stages"] = {name: lock["stages"][name] for name in ("prepare_base", "generate", "merge")}
+    Path("dvc.lock").write_text(yaml.safe_dump(lock), encoding="utf-8")
+    Path("outputs/adapter").mkdir(parents=True)
+    Path("outputs/adapter/mine").touch()
     begin(monkeypatch, "--recipe", "tiny-base", "--name", "N")
-    kept = ["data/replies.jsonl", "data/valid.jsonl"]
+    kept = ["data/replies.jsonl", "data/valid.jsonl", "outputs/adapter/mine"]
     assert [name for name in ["data/train.jsonl", "data/train_merged.jsonl", *kept] if Path(name).exists()] == kept
     assert project.run("git", "status", "--porcelain").stdout == ""
 

@@ -127,7 +127,8 @@ def main() -> None:
 
 
 def held_back_sources(results: list[Result]) -> set[str]:
-    """One source in HELD_BACK. What its questions ask decides, not its place: a line added above it changes nothing."""
+    """One source in HELD_BACK. What its questions ask decides, not its place: a line added above it changes nothing. A
+    new question about a source may move that source."""
     asked: defaultdict[str, list[int]] = defaultdict(list)
     for result in results:
         asked[result["source"]].append(hash64(result["question"]))
@@ -163,16 +164,23 @@ def trained() -> Iterator[Row]:
 def assign(failed: list[Question], known: dict[str, Place]) -> list[Question]:
     """Put each question to the place that it asks about. Returns those for which there is none."""
     rows = [row for place in known.values() for row in place.rows]
-    closest = closest_rows([question for question in failed if question.source not in known], chain(rows, trained()))
+    at_source = {question.id for question in failed if is_at_source(question, known)}
+    closest = closest_rows([question for question in failed if question.id not in at_source], chain(rows, trained()))
     unknown = []
     for question in failed:
-        if question.source in known:
-            known[question.source].failed.append(question)
-        elif row := closest.get(question.id):
+        if question.id not in at_source and (row := closest.get(question.id)):
             known.setdefault(row["source"], Place(row["source"], [row])).failed.append(question)
+        elif question.source in known:
+            known[question.source].failed.append(question)
         else:
             unknown.append(question)
     return unknown
+
+
+def is_at_source(question: Question, known: dict[str, Place]) -> bool:
+    """Whether its `source` has an answer to it. A line added above a fact leaves the sources behind."""
+    place = known.get(question.source)
+    return place is not None and (place.passage is not None or any(answers(row, question) for row in place.rows))
 
 
 def closest_rows(questions: list[Question], rows: Iterable[Row]) -> dict[str, Row]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from pipeline.documents import passages_of
 from pipeline.exam import EXAM, GENERAL, read_questions
 from pipeline.facts import Fact, Form, questions_of_facts, read_facts, read_forms
 from pipeline.formats import KINDS, InvalidRow, conversation, kind, parsed, records
@@ -12,7 +13,7 @@ from pipeline.leaks import Exam
 from pipeline.parameters import Generate, Merge, Parameters
 from pipeline.raw_files import RAW, raw_files, require_endpoint
 from pipeline.refusal import Refused
-from pipeline.rows import Message
+from pipeline.rows import Message, row
 from pipeline.user_files import user_files
 from pipeline.words import words
 
@@ -32,7 +33,8 @@ class Material:
     found: str
     missing: str = ""  # what to do; nothing if the place has what a run needs
     examples: tuple[str, ...] = ()  # lines, each with the file that it may stand in
-    trains: bool = False  # whether training and validation have a row each
+    rows: frozenset[str] = frozenset()  # ids of those that can be used; training and validation need one each
+    more: bool = False  # rows, of documents
 
 
 def material(parameters: Parameters) -> Iterator[Material]:
@@ -40,7 +42,7 @@ def material(parameters: Parameters) -> Iterator[Material]:
     readable = [each.place for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
     exams = Exam([question for place in readable for question in read_questions(place)], parameters.merge.near_leak)
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
-    if not (raw.trains or raw.missing or curated.trains or curated.missing):
+    if not (raw.missing or curated.missing or raw.more or len(raw.rows | curated.rows) > 1):
         what = f"less than two rows to train on: add facts and phrasings, documents, or rows in {CURATED}"
         yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/forms.yaml: {PHRASING}"))
         yield Material(CURATED, "", "rows, or else what data/raw lacks", (f"in {CURATED}/rows.jsonl: {ROW}",))
@@ -59,14 +61,16 @@ def of_raw(generate: Generate, exams: Exam) -> Material:
         rows = questions_of_facts(facts, phrasings, generate.forms_per_fact)
         if documents:
             require_endpoint(documents[0], generate)
-        for row in rows:
-            require_no_leak(row["source"], row["messages"], exams)
+            passages_of(documents, generate.passage_length)
+        for one in rows:
+            require_no_leak(one["source"], one["messages"], exams)
     except Refused as refusal:
         return Material(RAW, "", str(refusal))
     of_facts = f"{len(rows)} questions about {len(facts)} facts" if facts else ""
     of_documents = f"{len(documents)} documents" if documents else ""
     parts = [of_facts, of_documents, not_asked(facts, phrasings)]
-    return Material(RAW, "; ".join(filter(None, parts)), trains=len(rows) > 1 or bool(documents))
+    ids = frozenset(one["id"] for one in rows)
+    return Material(RAW, "; ".join(filter(None, parts)), rows=ids, more=bool(documents))
 
 
 def not_asked(facts: list[Fact], phrasings: dict[str, list[Form]]) -> str:
@@ -86,23 +90,21 @@ def phrasing(fact: Fact) -> str:
 
 
 def of_curated(merge: Merge, exams: Exam) -> Material:
-    usable_rows, more = 0, ""
+    ids, more = set[str](), ""
     try:
         for file in user_files(CURATED):
             if kind(file) not in KINDS:
                 raise Refused(f"{file}: rows are read from {' '.join(KINDS)}: convert it, or move it elsewhere")
-            rows = list(islice(records(file, merge.columns), LOOKED_AT))
-            for number, record in rows:
+            found = list(islice(records(file, merge.columns), LOOKED_AT))
+            for number, record in found:
                 place = f"{file}:{number}"
                 if messages := usable(place, record, merge.on_invalid):
                     require_no_leak(place, messages, exams)
-                    usable_rows += 1
-            more = " or more" if len(rows) == LOOKED_AT else more
+                    ids.add(row(messages, place)["id"])
+            more = " or more" if len(found) == LOOKED_AT else more
     except Refused as refusal:
         return Material(CURATED, "", str(refusal))
-    return Material(
-        CURATED, f"{usable_rows}{more} rows that can be used" if usable_rows else "", trains=usable_rows > 1
-    )
+    return Material(CURATED, f"{len(ids)}{more} rows that can be used" if ids else "", rows=frozenset(ids))
 
 
 def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
@@ -128,8 +130,6 @@ def require_no_leak(place: str, messages: list[Message], exams: Exam) -> None:
 def of_exam(path: Path) -> Material:
     try:
         questions = read_questions(path)
-    except FileNotFoundError:
-        return Material(path, "", "it is not there: write questions into it", (QUESTION,))
     except Refused as refusal:
         return Material(path, "", str(refusal).removeprefix(f"{path}: "), (QUESTION,))
     few = "; 50 to 200 tell progress from chance" if path == EXAM and len(questions) < 50 else ""

@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.base import file_hash
@@ -21,7 +22,8 @@ from tools.use import recipe, recipes, use
 DEMO = Path("tests/demo")
 DEMO_FILES = Path("data/demo.sha256")  # as sha256sum writes them; it goes aside too, so a second start finds none
 SKELETON = Path(__file__).parent / "skeleton"
-MADE = ("dvc.lock", "metrics")  # kept in git, and made by the stages
+LOCK = Path("dvc.lock")
+MADE = (str(LOCK), "metrics")  # kept in git, and made by the stages
 README, PIPELINE = Path("README.md"), Path("PIPELINE.md")
 TITLE = "# qlora-dvc\n"  # of the README that is not the user's
 GENERAL = Path("data/general.jsonl")
@@ -61,8 +63,19 @@ def require_startable() -> None:
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in MADE)).stdout
     if changed:
         raise Refused(f"{changed.splitlines()[0][3:]} has a change that is not committed: commit it or take it back")
+    if git("symbolic-ref", "--quiet", "HEAD").returncode:
+        raise Refused("git is on no branch, and would lose the commit: git switch -c main")
+    if link := next((path for path in linked() if path.is_symlink()), None):
+        raise Refused(f"{link} is a link, and the demo is moved: put the files themselves there")
     if git("var", "GIT_COMMITTER_IDENT").returncode:
         raise Refused("git does not know who commits: git config user.name NAME && git config user.email ADDRESS")
+
+
+def linked() -> Iterator[Path]:
+    """The demo's files and folders, each of which may be a link."""
+    for line in DEMO_FILES.read_text(encoding="utf-8").splitlines():
+        path = Path(line.partition("  ")[2])
+        yield from (path, *path.parents)
 
 
 def offer() -> str:
@@ -81,12 +94,18 @@ def asked(variable: str, question: str) -> str:
 
 def remove_outputs() -> None:
     """Remove what the stages made of the demo, as far as dvc.lock knows it; what a run may only add to stays."""
-    found = subprocess.run([sys.executable, "-m", "dvc", "data", "status", "--json"], check=True, capture_output=True)
-    unknown = {path.rstrip("/") for path in json.loads(found.stdout).get("uncommitted", {}).get("modified", [])}
+    if not LOCK.exists():
+        return
+    command = [sys.executable, "-m", "dvc", "data", "status", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise Refused(f"dvc data status fails: {' '.join(found.stderr.split())}: git checkout {LOCK}, then again")
+    changed = {path.rstrip("/") for path in json.loads(found.stdout).get("uncommitted", {}).get("modified", [])}
+    locked = {out["path"] for stage in read_yaml(LOCK)["stages"].values() for out in stage.get("outs", [])}
     for stage in read_yaml(Path("dvc.yaml"))["stages"].values():
         for out in stage.get("outs", []):
             path, settings = (out, {}) if isinstance(out, str) else next(iter(out.items()))
-            if not settings.get("persist") and path not in unknown:
+            if path in locked - changed and not settings.get("persist"):
                 remove(Path(path))
 
 
@@ -141,7 +160,8 @@ def commit(name: str, written: list[Path]) -> None:
     for command in (["add", "--", *paths], ["commit", "--quiet", "--all", "--message", f"Start {name}"]):
         done = git(*command)
         if done.returncode:
-            raise Refused(f"git {command[0]} failed: {' '.join(done.stderr.split())}: git status shows what is done")
+            said = " ".join(f"{done.stderr} {done.stdout}".split()) or "without a word"
+            raise Refused(f"git {command[0]} failed ({said}): all else is done: git add -A && git commit")
 
 
 def tell(written: list[Path], own: list[Path]) -> None:
