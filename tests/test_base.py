@@ -177,7 +177,7 @@ def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> 
     (tmp_path / "base.json").write_text(json.dumps({"model": "one", "fingerprint": "1" * 64}), encoding="utf-8")
     require_same_base(tmp_path, {"model": "one", "fingerprint": "1" * 64})
     with pytest.raises(Refused, match=r"was trained on one .* but base\.model is other"):
-        require_same_base(tmp_path, {"model": "other", "fingerprint": "2" * 64})
+        require_same_base(tmp_path, {"model": "other", "revision": None, "fingerprint": "2" * 64})
 
 
 def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> None:
