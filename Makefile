@@ -27,7 +27,7 @@ check: setup
 override NAME := $(if $(filter command,$(origin NAME)),$(value NAME))
 export RECIPE NAME
 start: setup
-	@python -m tools.start --recipe "$$RECIPE" --name "$$NAME"
+	@python -m tools.start --recipe="$$RECIPE" --name="$$NAME"
 
 use: setup
 	@python -m tools.use $(RECIPE)

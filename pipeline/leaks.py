@@ -167,7 +167,9 @@ class Exam:
             return False
         lacking = sum(n for word, n in missing.items() if word in asked.content)
         asked_for = {word.partition(":")[2] for word in missing}  # "year" of "which year", left alone
-        adding = sum(n for word, n in extra.items() if not asked.is_light(word) and word not in asked_for)
+        # In a language that is not known, a short word in the place of another is no function word.
+        light = {word for word in extra if asked.is_light(word)} if asked.english or not lacking else set[str]()
+        adding = sum(n for word, n in extra.items() if word not in light and word not in asked_for)
         shared = sum(word in asked.content for word in way) - lacking
         # Where the function words are not known, a word that changed may be one.
         changed = 2 * max(lacking, adding) if asked.english else (lacking + adding) / 2

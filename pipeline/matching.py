@@ -21,13 +21,13 @@ NUMBER = re.compile(r"(?<![\w.])(?<!\d,)[-+]?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?
 CURRENCY = regex.compile(r"((?<![\w.])[-+]?)\p{Sc}\s?(?=\.?\d)")  # -$5 is -5
 MARKUP = regex.compile(r"`|~~|\\(?=[!-/:-@\[-`{-~])")
 AROUND = regex.compile(r"(?s)(?<![\w$])(_{1,3}|\${1,2})(?=\S)(.{1,200}?)(?<=\S)\1(?!\w)")
-ABBREVIATION = regex.compile(r"(?<![\w.])(?:(?:\p{L}{1,2}\.){2,}|(?:\p{Lu}\.)+\p{Lu})(?!\w)")
+ABBREVIATION = regex.compile(r"(?<![\w.])(?:\p{L}{1,2}\.)+\p{L}{0,2}(?!\w)")
 # A hyphen or apostrophe of spelling, punctuation between characters, a bullet at a later line's start; nothing is said.
 SPELLING = regex.compile(
     rf"(?<=\p{{L}})-(?=\p{{L}})|(?<=\w)['’](?=\p{{L}})|(?<={CHARACTER.pattern})\p{{P}}+(?={CHARACTER.pattern})"
 )
 BULLET = regex.compile(r"(?<=\n)[ \t]*-[ \t]+")
-SIGN = regex.compile(r"(?<!\w)-[ \t]+(?=\.?\p{N})")  # - 5
+SIGN = regex.compile(r"(?<!\w)(?<!\w[ \t])-[ \t]+(?=\.?\p{N})")  # - 5, but not 3 - 5
 # What an answer says: words with what stands inside them or makes them others (3.5, -5, C++, 1/2, f[0], .NET, -v, A-),
 # and signs of units and relations by themselves.
 SAID = regex.compile(

@@ -38,6 +38,8 @@ def with_demo(project: Path) -> Path:
     shutil.rmtree(copy / "data")
     shutil.copytree(copy / DEMO.relative_to(project), copy, dirs_exist_ok=True)
     shutil.rmtree(copy / DEMO.relative_to(project))
+    if (copy / "PIPELINE.md").exists():
+        (copy / "PIPELINE.md").replace(copy / "README.md")
     subprocess.run(["git", "init", "--quiet"], cwd=copy, env=environment(), check=True)
     return copy
 

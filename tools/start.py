@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pipeline.base import file_hash
 from pipeline.outputs import remove
-from pipeline.parameters import read_yaml
+from pipeline.parameters import check, read_yaml
 from pipeline.refusal import Refused
-from tools.use import recipe, recipes, use
+from tools.use import PARAMETERS, recipe, recipes, use
 
 DEMO = Path("tests/demo")
 DEMO_FILES = Path("data/demo.sha256")  # as sha256sum writes them; it goes aside too, so a second start finds none
@@ -58,7 +58,7 @@ def require_startable() -> None:
     """Raises Refused if the project was started already, or git could not bring back or commit what is there."""
     if not DEMO_FILES.exists() or DEMO.exists():
         raise Refused(f"this project was started already, and the demo is in {DEMO}: nothing was changed")
-    if git("rev-parse", "--is-inside-work-tree").returncode:
+    if git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
         raise Refused("this folder is no git repository: git init && git add -A && git commit -m Template, then again")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in MADE)).stdout
     if changed:
@@ -69,6 +69,7 @@ def require_startable() -> None:
         raise Refused(f"{link} is a link, and the demo is moved: put the files themselves there")
     if git("var", "GIT_COMMITTER_IDENT").returncode:
         raise Refused("git does not know who commits: git config user.name NAME && git config user.email ADDRESS")
+    check(PARAMETERS)
 
 
 def linked() -> Iterator[Path]:
@@ -145,8 +146,8 @@ def write_skeletons(values: Path, name: str) -> list[Path]:
         if path == README:
             text = text.format(name=name, model=read_yaml(values)["base"]["model"])
         if path == GENERAL:
-            known = DEMO / GENERAL if values.stem == BUILT_IN else Path("recipes/general.jsonl")
-            text += known.read_text(encoding="utf-8")
+            of_built_in = values.stem == BUILT_IN and (DEMO / GENERAL).exists()
+            text += (DEMO / GENERAL if of_built_in else Path("recipes/general.jsonl")).read_text(encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
         written.append(path)
@@ -157,7 +158,7 @@ def commit(name: str, written: list[Path]) -> None:
     paths = [*map(str, written), str(DEMO), "params.yaml"]
     if PIPELINE.exists():
         paths.append(str(PIPELINE))
-    for command in (["add", "--", *paths], ["commit", "--quiet", "--all", "--message", f"Start {name}"]):
+    for command in (["add", "--", *paths], ["commit", "--quiet", "--message", f"Start {name}", "--", "."]):
         done = git(*command)
         if done.returncode:
             said = " ".join(f"{done.stderr} {done.stdout}".split()) or "without a word"
