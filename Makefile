@@ -63,7 +63,7 @@ release: setup
 # What was installed may have changed since: pip install -U trl.
 PINS := --requirement requirements.txt --requirement llama.cpp/requirements.txt
 setup: $(VENV)/.installed
-	@python -m pipeline.pinned 2> /dev/null || pip install $(PINS)
+	@python -m pipeline.common.pinned 2> /dev/null || pip install $(PINS)
 
 # Debian has a part of venv in another package than python3.
 $(VENV)/bin/pip:

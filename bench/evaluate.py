@@ -29,13 +29,13 @@ from transformers import PreTrainedModel
 from bench.gpu_case import random_nf4
 from bench.project import ROOT, TINY
 from bench.train import WIDE
-from pipeline.answers import prompt, sit
-from pipeline.chat_template import end_tokens, load_tokenizer
-from pipeline.exam import Question, read_questions
-from pipeline.models import load_tuned, reproducible
-from pipeline.refusal import Refused, run
-from pipeline.rows import question_and_answer
-from pipeline.supervision import IGNORED, supervised
+from pipeline.common.errors import UserError
+from pipeline.common.rows import question_and_answer
+from pipeline.evaluation.answers import answer_questions, prompt
+from pipeline.evaluation.questions import Question, read_questions
+from pipeline.model.chat_template import end_tokens, load_tokenizer
+from pipeline.model.loading import load_tuned, reproducible
+from pipeline.model.supervision import IGNORED, supervised
 
 CPU = torch.device("cpu")
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("base", choices=["tiny", "wide"])
     wide = parser.parse_args().base == "wide"
     if not find_spec("lm_eval"):
-        raise Refused("lm-evaluation-harness is missing: pip install -c requirements.txt lm_eval==0.4.13")
+        raise UserError("lm-evaluation-harness is missing: pip install -c requirements.txt lm_eval==0.4.13")
     reproducible(seed=0, threads=2)
     tokenizer, questions = load_tokenizer(TINY), read_questions(ROOT / "data/questions.jsonl")
     if wide:
@@ -168,9 +168,9 @@ def harness(exam: Exam, batch_size: int = 1) -> Sat:
 
 def this_pipeline(exam: Exam, batch_size: int) -> Sat:
     started = clock()
-    answers = sit(exam.model, exam.tokenizer, exam.questions, batch_size, exam.max_new_tokens)
+    answers = answer_questions(exam.model, exam.tokenizer, exam.questions, batch_size, exam.max_new_tokens)
     return Sat([answer.text for answer in answers], [answer.nll for answer in answers], [clock() - started])
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -34,13 +34,13 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.adapter import lora_config, with_adapter
-from pipeline.base import copy_tokenizer
-from pipeline.chat_template import load_tokenizer
-from pipeline.embedding import keep_in_ram
-from pipeline.models import nf4, pick_device, pick_dtype, reproducible
-from pipeline.parameters import Parameters, check
-from pipeline.trainer import build_trainer
+from pipeline.common.parameters import Parameters, check
+from pipeline.model.adapter import lora_config, with_adapter
+from pipeline.model.base import copy_tokenizer
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.embedding import keep_in_ram
+from pipeline.model.loading import nf4, pick_device, pick_dtype, reproducible
+from pipeline.training.trainer import build_trainer
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "models/tiny-base"
@@ -239,7 +239,7 @@ class Clock(TrainerCallback):
 
 
 def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Random weights as `pipeline.models.load_quantized` loads a base's, made one at a time: there are never more than
+    """Random weights as `pipeline.model.loading.load_quantized` loads a base's, made one at a time: there are never more than
     one tensor's in 16 bits on the device beside those that stay so."""
     quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
     with init_empty_weights(include_buffers=False):

@@ -27,7 +27,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from bench.gpu_case import MODELS, OUT_OF_MEMORY, RECIPES, ROOT, TINY, of_params_yaml
-from pipeline.memory import training
+from pipeline.training.memory import training
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
 GIB = 2**30

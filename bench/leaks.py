@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.exam import EXAM, GENERAL, Question, read_questions
-from pipeline.facts import questions_of_facts, read_facts, read_forms
-from pipeline.formats import conversation, parsed
-from pipeline.leaks import Exam
-from pipeline.words import words
+from pipeline.common.words import words
+from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
+from pipeline.data.formats import conversation, parsed
+from pipeline.data.leaks import Exam
+from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT / "bench/questions.jsonl"
@@ -240,7 +240,7 @@ def demo_others(questions: list[Question], exam: list[Question]) -> dict[str, li
 def demo_rows() -> list[str]:
     """What the demo trains on: its facts in all their phrasings, and data/curated."""
     raw, curated = ROOT / "data/raw", sorted((ROOT / "data/curated").glob("*.jsonl"))
-    facts = questions_of_facts(read_facts([raw / "facts.csv"]), read_forms([raw / "forms.yaml"]), sys.maxsize)
+    facts = questions_of_facts(read_facts([raw / "facts.csv"]), read_phrasings([raw / "phrasings.yaml"]), sys.maxsize)
     lines = (line for file in curated for line in file.read_bytes().splitlines())
     talks = map(conversation, map(parsed, lines))
     return ["\n".join(turn["content"] for turn in talk) for talk in [*(fact["messages"] for fact in facts), *talks]]

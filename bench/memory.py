@@ -1,4 +1,4 @@
-"""What `pipeline.memory` predicts that training needs on a CPU, beside what it took.
+"""What `pipeline.training.memory` predicts that training needs on a CPU, beside what it took.
 
     python -m bench.memory [CASE ...]    # numbers from 0 on; all unless told otherwise: ten minutes, up to 6 GiB
 
@@ -21,10 +21,10 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from bench.project import ROOT, make_project
-from pipeline.chat_template import load_tokenizer
-from pipeline.memory import training
-from pipeline.parameters import check
-from pipeline.special_tokens import trainable_tokens
+from pipeline.common.parameters import check
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.special_tokens import trainable_tokens
+from pipeline.training.memory import training
 
 
 def llama(hidden: int, layers: int, vocabulary: int = 32_000, **more: Any) -> PreTrainedConfig:
@@ -56,7 +56,7 @@ CASES = [
     ("Gemma 131M", gemma(768, 12, 64_000), 1, 512, True, []),
     ("Llama 592M", llama(1536, 20), 1, 128, False, []),
     ("Llama 592M", llama(1536, 20), 1, 512, True, []),
-    # The constants in pipeline.memory were fitted to those above, not to these.
+    # The constants in pipeline.training.memory were fitted to those above, not to these.
     ("Llama 133M", llama(768, 16), 2, 256, False, []),
     ("Qwen 308M", qwen(1280, 12, 64_000), 1, 256, True, []),
     ("Gemma 41M", gemma(512, 8, 32_000), 8, 64, False, []),

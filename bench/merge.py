@@ -26,8 +26,8 @@ from pathlib import Path
 import psutil
 from ruamel.yaml import YAML
 
-from pipeline.exam import EXAM, read_questions
-from pipeline.words import words
+from pipeline.common.words import words
+from pipeline.evaluation.questions import EXAM, read_questions
 
 ROOT = Path(__file__).parent.parent
 

@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pipeline.tensor_files import stored_tensors
+from pipeline.model.tensor_files import stored_tensors
 
 ROOT = Path(__file__).parent.parent
 RUNS = 2
@@ -41,8 +41,8 @@ ARITHMETIC = (
     """
 import json
 import torch
-from pipeline.merging import change_of, parts_by_weight
-from pipeline.tensor_files import weights_by_file
+from pipeline.export.merging import change_of, parts_by_weight
+from pipeline.model.tensor_files import weights_by_file
 weights = {name: weight for tensors in weights_by_file(base).values() for name, weight in tensors.items()}
 config = json.loads((adapter / "adapter_config.json").read_text())
 parts = parts_by_weight(adapter, config, weights)
@@ -55,7 +55,7 @@ for name in parts:
         change(rows[: last - first].float(), first).to(weight.dtype).sum(dtype=torch.float32).isfinite()
 """,
 )
-MERGE = "from pipeline.merging import merge"
+MERGE = "from pipeline.export.merging import merge"
 PEFT = (
     """
 import torch

@@ -19,14 +19,14 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.answers import prompt_and_reference, sit
-from pipeline.base import located
-from pipeline.chat_template import end_tokens, load_tokenizer
-from pipeline.exam import EXAM, GENERAL, Question, read_questions
-from pipeline.matching import correct
-from pipeline.merging import merge
-from pipeline.models import load_tuned, pick_device, pick_dtype
-from pipeline.parameters import check
+from pipeline.common.parameters import check
+from pipeline.evaluation.answers import answer_questions, prompt_and_reference
+from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
+from pipeline.evaluation.rules import correct
+from pipeline.export.merging import merge
+from pipeline.model.base import located
+from pipeline.model.chat_template import end_tokens, load_tokenizer
+from pipeline.model.loading import load_tuned, pick_device, pick_dtype
 
 ADAPTER = Path("outputs/trained")
 
@@ -44,12 +44,12 @@ def main() -> None:
             Path(merged, "config.json").write_bytes((folder / "config.json").read_bytes())
             models[name] = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, device_map={"": device})
             models[name].generation_config = trained.generation_config
-    tokenizer, knobs = load_tokenizer(folder), parameters.evaluate
+    tokenizer, evaluate = load_tokenizer(folder), parameters.evaluate
     print(f"{'':32}  correct     NLL   mean KL  largest KL")
     for exam in (EXAM, GENERAL):
         questions = read_questions(exam)
         for name, model in models.items():
-            answers = sit(model, tokenizer, questions, knobs.batch_size, knobs.max_new_tokens)
+            answers = answer_questions(model, tokenizer, questions, evaluate.batch_size, evaluate.max_new_tokens)
             right = fmean(correct(a.text, q.answers, q.rule) for a, q in zip(answers, questions, strict=True))
             nats = torch.cat([divergences(trained, model, tokenizer, question) for question in questions])
             print(

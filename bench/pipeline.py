@@ -26,7 +26,7 @@ from bench.kills import change
 RUNS = 7
 CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "threads": 1,
-    "generate.forms_per_fact": 3,
+    "generate.phrasings_per_fact": 3,
     "generate.model": "another",
     "merge.valid_share": 0.1,
     "train.max_length": 256,
@@ -35,7 +35,7 @@ CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "evaluate.max_kl": 0.02,
     "merge_adapter.base": "dequantized_nf4",
     "gguf.num_ctx": 1024,
-    "gate.hop_fall": 0.05,
+    "gate.max_conversion_drop": 0.05,
 }
 
 

@@ -8,8 +8,8 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from pipeline.base import copy_tokenizer, describe
-from pipeline.outputs import write_json
+from pipeline.common.outputs import write_json
+from pipeline.model.base import copy_tokenizer, describe
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models/tiny-base"

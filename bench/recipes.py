@@ -1,4 +1,4 @@
-"""What `pipeline.memory` foretells that the recipes need on a GPU, as the table in recipes/README.md.
+"""What `pipeline.training.memory` foretells that the recipes need on a GPU, as the table in recipes/README.md.
 
     python -m bench.recipes [RECIPE ...]    # all unless told otherwise; a minute each
 
@@ -14,8 +14,8 @@ from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from bench.gpu_case import MODELS, config
 from bench.gpu_qlora import flops_of_a_token
-from pipeline.memory import training
-from pipeline.parameters import Train, check, read_yaml
+from pipeline.common.parameters import Train, check, read_yaml
+from pipeline.training.memory import training
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30

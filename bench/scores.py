@@ -12,16 +12,16 @@ from collections.abc import Callable
 
 from sacrebleu import corpus_chrf
 
-from pipeline.exam import EXAM, read_questions
-from pipeline.matching import CHARACTER, words
-from pipeline.refusal import Refused
-from pipeline.scores import chrf, exact_match, f1, rouge_l
+from pipeline.common.errors import UserError
+from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.evaluation.rules import CHARACTER, normalised_words
+from pipeline.evaluation.scores import chrf, exact_match, f1, rouge_l
 
 try:
     from rouge_score.rouge_scorer import RougeScorer
     from torchmetrics.functional.text import squad
 except ImportError:
-    raise Refused("pip install torchmetrics rouge-score, with which the scores are compared") from None
+    raise UserError("pip install torchmetrics rouge-score, with which the scores are compared") from None
 
 ODD = [
     *["", " ", ".", "The", "a the an", "?!", "\n\n", "\t7\u00a0000"],
@@ -35,7 +35,7 @@ class OurWords:
     """rouge-score drops every letter that is not ASCII, and with it Korean, unless it is given another tokenizer."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words(text)
+        return normalised_words(text)
 
 
 def main() -> None:

@@ -36,8 +36,8 @@ from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig
 
 from bench.project import ROOT, make_project
-from pipeline.models import load_tuned
-from pipeline.parameters import Parameters, check
+from pipeline.common.parameters import Parameters, check
+from pipeline.model.loading import load_tuned
 
 WIDE = LlamaConfig(
     hidden_size=768,

@@ -2,7 +2,7 @@
 
     python llama.cpp/quantize.py SOURCE DESTINATION q4_k_m [--importance FILE]
 
-FILE is of pipeline/importance.py: by the name of each weight in Transformers, how much each of its inputs counts.
+FILE is of pipeline/export/importance.py: by the name of each weight in Transformers, how much each of its inputs counts.
 """
 
 import argparse

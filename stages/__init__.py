@@ -4,11 +4,14 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from types import TracebackType
 
-from pipeline.pinned import REQUIREMENTS, require_pinned
-from pipeline.printing import calm_libraries
-from pipeline.refusal import put_back_outputs, run
+from pipeline.common.dvc_outputs import put_back_outputs
+from pipeline.common.errors import OUT_OF_MEMORY, UserError
+from pipeline.common.pinned import REQUIREMENTS, require_pinned
+from pipeline.common.printing import calm_libraries
 
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
@@ -34,6 +37,18 @@ def without_traceback(kind: type[BaseException], error: BaseException, trace: Tr
         print("interrupted: run dvc repro again to go on", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def run(stage: Callable[[], None]) -> None:
+    """Run a stage's main function; if it fails, put back the outputs that DVC deleted before it started the stage."""
+    try:
+        stage()
+    except (Exception, SystemExit) as error:
+        if "DVC_STAGE" in os.environ and find_spec("dvc"):  # not in a Python other than the environment's
+            put_back_outputs(os.environ["DVC_STAGE"])
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which not every stage imports
+            raise UserError(OUT_OF_MEMORY) from None
+        raise
 
 
 sys.excepthook = without_traceback

@@ -15,17 +15,17 @@ from typing import Any
 from dvc.repo import Repo
 from safetensors.torch import save_file
 
-from pipeline.base import LICENSE, file_hash, located, public_name, require_same_base
-from pipeline.disk import gguf_bytes, room_for
-from pipeline.importance import mean_squares, some_rows
-from pipeline.llama_cpp import no_gguf_lora, run_script
-from pipeline.modelfile import adapter_modelfile, modelfile
-from pipeline.models import load_merged, pick_device, pick_dtype, reproducible
-from pipeline.outputs import scratch, whole, write_json
-from pipeline.parameters import Parameters, load
-from pipeline.pinned import LLAMA_CPP, require_pinned
-from pipeline.refusal import run
-from pipeline.tensor_files import parameter_count
+from pipeline.common.outputs import atomic_output, scratch, write_json
+from pipeline.common.parameters import Parameters, load
+from pipeline.common.pinned import LLAMA_CPP, require_pinned
+from pipeline.export.disk import gguf_bytes, room_for
+from pipeline.export.importance import mean_squares, some_rows
+from pipeline.export.llama_cpp import no_gguf_lora, run_script
+from pipeline.export.modelfile import adapter_modelfile, modelfile
+from pipeline.model.base import LICENSE, file_hash, located, public_name, require_same_base
+from pipeline.model.loading import load_merged, pick_device, pick_dtype, reproducible
+from pipeline.model.tensor_files import parameter_count
+from stages import run
 
 TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")
@@ -40,7 +40,7 @@ def main() -> None:
     require_same_base(TRAINED, base)
     with (
         room_for(gguf_bytes(parameter_count(MERGED), parameters.gguf.quantize), GGUF),
-        whole(GGUF) as aside,
+        atomic_output(GGUF) as aside,
         scratch(GGUF) as temporary,
     ):
         aside.mkdir()

@@ -10,16 +10,16 @@ metrics/answers_general.jsonl (the general exam: what was forgotten)
 from pathlib import Path
 from typing import Any
 
-from pipeline.answers import sit
-from pipeline.base import located, require_same_base
-from pipeline.chat_template import load_tokenizer
-from pipeline.exam import EXAM, GENERAL, Answer, Question, read_answers, read_questions
-from pipeline.gain import comparison
-from pipeline.models import load_tuned, pick_device, pick_dtype, reproducible
-from pipeline.outputs import rounded, write_json, write_jsonl
-from pipeline.parameters import load
-from pipeline.refusal import run
-from pipeline.scores import graded
+from pipeline.common.outputs import rounded, write_json, write_jsonl
+from pipeline.common.parameters import load
+from pipeline.evaluation.answers import answer_questions
+from pipeline.evaluation.comparison import comparison
+from pipeline.evaluation.questions import EXAM, GENERAL, Answer, Question, read_answers, read_questions
+from pipeline.evaluation.scores import graded
+from pipeline.model.base import located, require_same_base
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import load_tuned, pick_device, pick_dtype, reproducible
+from stages import run
 
 TRAINED = Path("outputs/trained")
 Line = dict[str, Any]  # of an answers file
@@ -33,7 +33,7 @@ def main() -> None:
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
     model = load_tuned(folder, TRAINED, device, pick_dtype(parameters.base.compute_dtype, device))
-    answers = sit(
+    answers = answer_questions(
         model,
         load_tokenizer(folder),
         [*exam, *general],

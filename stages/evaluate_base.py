@@ -6,15 +6,15 @@ models/base.json, data/questions.jsonl, data/general.jsonl -> metrics/answers_ba
 metrics/answers_general_base.jsonl
 """
 
-from pipeline.answers import sit
-from pipeline.base import located
-from pipeline.chat_template import load_tokenizer
-from pipeline.exam import EXAM, GENERAL, read_questions
-from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
-from pipeline.outputs import write_jsonl
-from pipeline.parameters import load
-from pipeline.refusal import run
-from pipeline.scores import graded
+from pipeline.common.outputs import write_jsonl
+from pipeline.common.parameters import load
+from pipeline.evaluation.answers import answer_questions
+from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
+from pipeline.evaluation.scores import graded
+from pipeline.model.base import located
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import load_quantized, pick_device, pick_dtype, reproducible
+from stages import run
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
     model = load_quantized(folder, device, pick_dtype(parameters.base.compute_dtype, device))
-    answers = sit(
+    answers = answer_questions(
         model,
         load_tokenizer(folder),
         [*exam, *general],

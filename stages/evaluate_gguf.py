@@ -1,4 +1,4 @@
-"""Let every GGUF file sit the exam in llama.cpp, and attribute what the answers lost to the hop that lost it.
+"""Let every GGUF file sit the exam in llama.cpp, and attribute what the answers lost to the conversion that lost it.
 
     python -m stages.evaluate_gguf
 
@@ -15,19 +15,22 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.answers import prompt_and_reference, sit
-from pipeline.base import located, require_same_base
-from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
-from pipeline.exam import EXAM, Question, read_answers, read_questions
-from pipeline.hops import Form, NextToken, hop_table, measured, of_same_weights, source
-from pipeline.llama_cpp import Server, run_script, served
-from pipeline.markdown import table
-from pipeline.models import load_merged, load_tuned, pick_device, pick_dtype, reproducible
-from pipeline.next_tokens import in_llama_cpp, in_transformers
-from pipeline.outputs import scratch, write_json, write_jsonl
-from pipeline.parameters import load
-from pipeline.pinned import LLAMA_CPP, require_pinned
-from pipeline.refusal import Refused, run
+from pipeline.common.errors import UserError
+from pipeline.common.markdown import table
+from pipeline.common.outputs import scratch, write_json, write_jsonl
+from pipeline.common.parameters import load
+from pipeline.common.pinned import LLAMA_CPP, require_pinned
+from pipeline.evaluation.answers import answer_questions, prompt_and_reference
+from pipeline.evaluation.conversions import NextToken, Variant, measured, of_same_weights, source
+from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
+from pipeline.evaluation.questions import EXAM, Question, read_answers, read_questions
+from pipeline.export.llama_cpp import run_script
+from pipeline.model.base import located, require_same_base
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.model.llama_server import Server, served
+from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.report.readable import conversion_table
+from stages import run
 
 TRAINED = Path("outputs/trained")
 GGUF = Path("models/gguf")
@@ -51,12 +54,14 @@ def main() -> None:
     model = load_tuned(folder, TRAINED, device, dtype)
     tuned = read_answers(Path("metrics/answers.jsonl"), questions)
     given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
-    forms = {"tuned": Form(given, along(model, asked))}
+    variants = {"tuned": Variant(given, along(model, asked))}
     del model
     release_memory()  # a small GPU has no room for both
     model = load_merged(MERGED, device, dtype)
-    given = [(answer.text, answer.stopped) for answer in sit(model, tokenizer, questions, batch_size, length)]
-    forms["merged"] = Form(given, along(model, asked))
+    given = [
+        (answer.text, answer.stopped) for answer in answer_questions(model, tokenizer, questions, batch_size, length)
+    ]
+    variants["merged"] = Variant(given, along(model, asked))
     del model
     release_memory()  # nor has a small machine for it and llama.cpp's f16 file
 
@@ -65,15 +70,15 @@ def main() -> None:
     with scratch(GGUF) as temporary:
         for name, file, lora in files_to_examine(folder, temporary):
             with served(file, context, parameters.threads, lora) as server:
-                forms[name], cost[name] = sit_in_llama_cpp(server, name, questions, asked, ends, length)
+                variants[name], cost[name] = answer_in_llama_cpp(server, name, questions, asked, ends, length)
 
-    made = [name for name in forms if name != "tuned"]
-    rows = [{"id": q.id} | {name: forms[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
-    metrics = {name: measured(name, forms, questions) | size(name) for name in made}
+    made = [name for name in variants if name != "tuned"]
+    rows = [{"id": q.id} | {name: variants[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
+    metrics = {name: measured(name, variants, questions) | size(name) for name in made}
     write_jsonl("metrics/answers_gguf.jsonl", rows)
     write_json("metrics/gguf.json", metrics)
     write_json("metrics/gguf_cost.json", cost)
-    print("\n".join(table(*hop_table(metrics))))
+    print("\n".join(table(*conversion_table(metrics))))
     require_converted(metrics, parameters.evaluate.max_kl, parameters.merge_adapter.base)
 
 
@@ -99,9 +104,9 @@ def files_to_examine(base: Path, temporary: Path) -> list[tuple[str, Path, Path 
     ]
 
 
-def sit_in_llama_cpp(
+def answer_in_llama_cpp(
     server: Server, name: str, questions: list[Question], asked: list[Asked], ends: set[int], length: int
-) -> tuple[Form, dict[str, float]]:
+) -> tuple[Variant, dict[str, float]]:
     """What a file does in the exam, and how fast.
 
     One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
@@ -115,38 +120,38 @@ def sit_in_llama_cpp(
     require_ended(replies, questions, ends, name)
     given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
     speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
-    return Form(given, [in_llama_cpp(server, *each) for each in asked]), {"tokens_per_second": speed}
+    return Variant(given, [in_llama_cpp(server, *each) for each in asked]), {"tokens_per_second": speed}
 
 
 def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
-    """Raises Refused with the first question whose prompt the file renders or tokenizes otherwise than Transformers."""
+    """Raises UserError with the first question whose prompt the file renders or tokenizes otherwise than Transformers."""
     for question, expected in zip(questions, prompts, strict=True):
         tokens = server.tokens([{"role": "user", "content": question.question}])
         if tokens != expected:
-            raise Refused(
+            raise UserError(
                 f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "
                 f"{expected} in Transformers: the file would answer other questions than the model was trained on"
             )
 
 
 def require_same_ends(server: Server, prompt: list[int], ends: set[int], name: str) -> None:
-    """Raises Refused with the first of the tokens that end the base's answers at which the file does not stop."""
+    """Raises UserError with the first of the tokens that end the base's answers at which the file does not stop."""
     for end in sorted(ends):
         if not server.stops_at(prompt, end):
-            raise Refused(
+            raise UserError(
                 f"{name}: llama.cpp does not stop at token {end}, which ends the base's answers: it would run on; "
                 "name that token as eos_token in tokenizer_config.json of a local copy of the base, or choose another"
             )
 
 
 def require_ended(replies: list[dict[str, Any]], questions: list[Question], ends: set[int], name: str) -> None:
-    """Raises Refused with the first answer that llama.cpp ends at a token at which Transformers goes on. A quantized
+    """Raises UserError with the first answer that llama.cpp ends at a token at which Transformers goes on. A quantized
     model may have come to say one; then the answer counts as not stopped."""
     if source(name) != "merged":
         return
     for question, reply in zip(questions, replies, strict=True):
         if reply["stop_type"] == "eos" and reply["tokens"][-1] not in ends:
-            raise Refused(
+            raise UserError(
                 f"{name}: llama.cpp ends the answer to question {question.id} at token {reply['tokens'][-1]}, but "
                 f"Transformers at {sorted(ends)}: add it to eos_token_id in the base's generation_config.json"
             )
@@ -157,12 +162,12 @@ def size(name: str) -> dict[str, int]:
 
 
 def require_converted(metrics: dict[str, Any], max_kl: float, merged_onto: str) -> None:
-    """Raises Refused with the first file in 16 bits that is another model than the one that it was made of."""
+    """Raises UserError with the first file in 16 bits that is another model than the one that it was made of."""
     for name, of in metrics.items():
-        moved = of["hop"]["kl"]
+        moved = of["conversion"]["kl"]
         if source(name) == "merged" and of_same_weights(name, merged_onto) and not moved <= max_kl:  # nor NaN
-            raise Refused(
-                f"{name}: in the hop merged → {name} its next-token probabilities moved by {moved:.2g} "
+            raise UserError(
+                f"{name}: in the conversion merged → {name} its next-token probabilities moved by {moved:.2g} "
                 f"nats, and evaluate.max_kl allows {max_kl:g}: it is not the model that was merged; run dvc repro -f "
                 "convert_gguf, choose another base.model, or allow more"
             )

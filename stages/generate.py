@@ -1,4 +1,4 @@
-"""Ask every fact in several forms, and have a language model ask about every passage of the documents.
+"""Ask every fact in several phrasings, and have a language model ask about every passage of the documents.
 
     python -m stages.generate
 
@@ -6,30 +6,30 @@ data/raw/ -> data/train.jsonl, data/ungrounded.jsonl (questions of documents tha
 metrics/generate.json;
 data/replies.jsonl, to which a run adds what it paid for
 
-In data/raw, in any folders: facts (.csv .json .yaml), the forms to ask them in (the same, in files named forms...), and
+In data/raw, in any folders: facts (.csv .json .yaml), the phrasings to ask them in (the same, in files named phrasings...), and
 documents (.docx .html .md .pdf .txt).
 """
 
 from collections import Counter
 
-from pipeline.documents import passages_of
-from pipeline.endpoint import ask
-from pipeline.facts import questions_of_facts, read_facts, read_forms
-from pipeline.grounding import FAULTS, grounded
-from pipeline.outputs import write_json, write_jsonl
-from pipeline.parameters import load
-from pipeline.raw_files import raw_files, require_endpoint
-from pipeline.refusal import run
+from pipeline.common.outputs import write_json, write_jsonl
+from pipeline.common.parameters import load
+from pipeline.data.documents import passages_of
+from pipeline.data.endpoint import ask
+from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
+from pipeline.data.grounding import FAULTS, grounded
+from pipeline.data.raw_files import raw_files, require_endpoint
+from stages import run
 
 
 def main() -> None:
     parameters = load("generate")
     generate = parameters.generate
-    facts, forms, documents = raw_files()
+    facts, phrasings, documents = raw_files()
     if documents:
         require_endpoint(documents[0], generate)
     known = read_facts(facts)
-    of_facts = questions_of_facts(known, read_forms(forms), generate.forms_per_fact)
+    of_facts = questions_of_facts(known, read_phrasings(phrasings), generate.phrasings_per_fact)
     passages = passages_of(documents, generate.passage_length)
     replies = ask(passages, generate)
     of_documents, ungrounded = grounded(passages, replies, generate.grounding)

@@ -18,22 +18,23 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.checked_rows import CheckedRows, Chunk, by_count, checked
-from pipeline.data_page import page
-from pipeline.exam import EXAM, GENERAL, read_questions
-from pipeline.formats import KINDS, kind
-from pipeline.near_duplicates import first_of_each, near_duplicates
-from pipeline.outputs import whole, write_json, write_jsonl
-from pipeline.parameters import Merge, load
-from pipeline.quarantine import EXAMPLES, Quarantine
-from pipeline.refusal import Refused, run
-from pipeline.rows import file_of
-from pipeline.user_files import user_files
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import atomic_output, write_json, write_jsonl
+from pipeline.common.parameters import Merge, load
+from pipeline.common.rows import file_of
+from pipeline.common.user_files import user_files
+from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
+from pipeline.data.data_page import data_page
+from pipeline.data.formats import KINDS, kind
+from pipeline.data.near_duplicates import first_of_each, near_duplicates
+from pipeline.data.quarantine import EXAMPLES, Quarantine
+from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
+from stages import run
 
 GENERATED = Path("data/train.jsonl")
-FATES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
+OUTCOMES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
 SHOWN_KEYS = 50  # by name, of those that no format knows
-DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(FATES))
+DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(OUTCOMES))
 
 Integers = NDArray[np.int64]
 
@@ -43,7 +44,7 @@ def main() -> None:
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryFile(dir="data"))
         train, valid, aside = (
-            stack.enter_context(open(stack.enter_context(whole(f"data/{name}.jsonl")), "wb"))
+            stack.enter_context(open(stack.enter_context(atomic_output(f"data/{name}.jsonl")), "wb"))
             for name in ("train_merged", "valid", "quarantine")
         )
         quarantine = stack.enter_context(closing(Quarantine(aside)))
@@ -51,18 +52,18 @@ def main() -> None:
         exams = [*read_questions(EXAM), *read_questions(GENERAL)]
         chunks = stack.enter_context(closing(checked(files, GENERATED, exams, parameters.merge)))
         rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
-        fates, repeated = decide(rows, parameters.merge)
-        require_both_sides(fates, parameters.merge.valid_share)
-        kept = write(rows, fates, repeated, train, valid, quarantine)
-        conflicts = conflicting(rows, np.flatnonzero(fates >= TRAIN))
-        examples = [told(rows, *pair) for pair in conflicts[:EXAMPLES]]
+        outcomes, repeated = decide(rows, parameters.merge)
+        require_both_sides(outcomes, parameters.merge.valid_share)
+        kept = write(rows, outcomes, repeated, train, valid, quarantine)
+        conflicts = conflicting(rows, np.flatnonzero(outcomes >= TRAIN))
+        examples = [answers_of(rows, *pair) for pair in conflicts[:EXAMPLES]]
         metrics = counted(files, rows, kept + quarantine.counts, len(conflicts))
     sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
     write_jsonl("data/conflicts.jsonl", sources)
     generated = json.loads(Path("metrics/generate.json").read_text(encoding="utf-8"))
     write_json("metrics/data.json", metrics)
-    with whole("metrics/data.md") as text:
-        text.write_text(page(generated, metrics, quarantine.examples, examples), encoding="utf-8")
+    with atomic_output("metrics/data.md") as text:
+        text.write_text(data_page(generated, metrics, quarantine.examples, examples), encoding="utf-8")
 
 
 def curated_files() -> list[Path]:
@@ -70,94 +71,94 @@ def curated_files() -> list[Path]:
     files = user_files(Path("data/curated"))
     for file in files:
         if kind(file) not in KINDS:
-            raise Refused(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
+            raise UserError(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
     return files
 
 
 def only_valid(chunks: Iterator[Chunk], on_invalid: str, quarantine: Quarantine) -> Iterator[Chunk]:
-    """The chunks, once their invalid rows are in quarantine. Raises Refused after the last, if any are to be raised."""
+    """The chunks, once their invalid rows are in quarantine. Raises UserError after the last, if any are to be raised."""
     for chunk in chunks:
         for entry in chunk.invalid:
             quarantine.add(entry)
         yield chunk
     if quarantine.counts and on_invalid == "raise":
         first = next(iter(quarantine.examples.values()))[0]
-        raise Refused(
+        raise UserError(
             f"{first['source']}: {first['explanation']}: correct or remove the row, or set merge.on_invalid to skip, "
             f"which lists such rows in data/quarantine.jsonl ({quarantine.counts.total()} in all)"
         )
 
 
-def decide(rows: CheckedRows, knobs: Merge) -> tuple[NDArray[np.uint8], Integers]:
-    """The fate of each row, as a place in FATES, and the earlier row that it repeats.
+def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers]:
+    """The outcome of each row, as a place in OUTCOMES, and the earlier row that it repeats.
 
     Of rows alike the first stays: files of data/curated by name, then generated rows. Adding rows never moves another
     between training and validation: a hash of the row decides that, or of its fact or passage.
     """
     first = first_of_each(rows.ids)
     repeated = first.copy()
-    fates = np.where(first == np.arange(len(rows)), TRAIN, DUPLICATE).astype(np.uint8)
-    leaked = [at for at in rows.leaks if fates[at] == TRAIN]
-    if leaked and knobs.on_leak == "raise":
-        raise Refused(
+    outcomes = np.where(first == np.arange(len(rows)), TRAIN, DUPLICATE).astype(np.uint8)
+    leaked = [at for at in rows.leaks if outcomes[at] == TRAIN]
+    if leaked and merge.on_leak == "raise":
+        raise UserError(
             f"{rows.sources[leaked[0]]}: {asks(rows, leaked[0])}, which would train on the exam: "
             f"reword or remove the row, or set merge.on_leak to drop ({len(leaked)} of {len(rows)} rows)"
         )
-    fates[leaked] = LEAKED
-    if knobs.near_duplicate is not None:
+    outcomes[leaked] = LEAKED
+    if merge.near_duplicate is not None:
         near = near_duplicates(
-            rows.bands, np.flatnonzero(fates == TRAIN), rows.question_and_answer, knobs.near_duplicate
+            rows.bands, np.flatnonzero(outcomes == TRAIN), rows.question_and_answer, merge.near_duplicate
         )
-        fates[list(near)] = NEAR_DUPLICATE
+        outcomes[list(near)] = NEAR_DUPLICATE
         repeated[list(near)] = list(near.values())
-    decisive = rows.groups if knobs.split_by == "source" else rows.ids
-    left = fates == TRAIN
+    decisive = rows.groups if merge.split_by == "source" else rows.ids
+    left = outcomes == TRAIN
     lowest = decisive == decisive[left].min(initial=2**64 - 1)  # one at least, of few rows too
-    fates[left & (lowest | (decisive < knobs.valid_share * 2.0**64))] = VALID
-    return fates, repeated
+    outcomes[left & (lowest | (decisive < merge.valid_share * 2.0**64))] = VALID
+    return outcomes, repeated
 
 
-def require_both_sides(fates: NDArray[np.uint8], valid_share: float) -> None:
-    train, valid = int((fates == TRAIN).sum()), int((fates == VALID).sum())
+def require_both_sides(outcomes: NDArray[np.uint8], valid_share: float) -> None:
+    train, valid = int((outcomes == TRAIN).sum()), int((outcomes == VALID).sum())
     if not train or not valid:
-        raise Refused(
-            f"{len(fates)} rows can be used, and merge.valid_share {valid_share} leaves {train} of them to train on "
+        raise UserError(
+            f"{len(outcomes)} rows can be used, and merge.valid_share {valid_share} leaves {train} of them to train on "
             f"and {valid} to validate with: both need one: add rows to data/raw or data/curated, or lower that share"
         )
 
 
 def write(
     rows: CheckedRows,
-    fates: NDArray[np.uint8],
+    outcomes: NDArray[np.uint8],
     repeated: Integers,
     train: IO[bytes],
     valid: IO[bytes],
     quarantine: Quarantine,
 ) -> Counter[tuple[str, str]]:
-    """Every row to the file of its fate. Returns how many stay, by file and side."""
+    """Every row to the file of its outcome. Returns how many stay, by file and side."""
     kept: Counter[tuple[str, str]] = Counter()
-    for at, (line, fate) in enumerate(zip(rows.lines(), fates.tolist(), strict=True)):
+    for at, (line, outcome) in enumerate(zip(rows.lines(), outcomes.tolist(), strict=True)):
         source = rows.sources[at]
-        if fate in (TRAIN, VALID):
-            (train if fate == TRAIN else valid).write(line)
-            kept[file_of(source), FATES[fate]] += 1
+        if outcome in (TRAIN, VALID):
+            (train if outcome == TRAIN else valid).write(line)
+            kept[file_of(source), OUTCOMES[outcome]] += 1
         else:
             quarantine.add(
                 {
                     "id": f"{rows.ids[at]:016x}",
                     "source": source,
-                    "reason": FATES[fate],
-                    "explanation": why(rows, at, fate, int(repeated[at])),
+                    "reason": OUTCOMES[outcome],
+                    "explanation": why(rows, at, outcome, int(repeated[at])),
                     "row": line[:1000].decode(errors="ignore"),
                 }
             )
     return kept
 
 
-def why(rows: CheckedRows, at: int, fate: int, earlier: int) -> str:
-    if fate == LEAKED:
+def why(rows: CheckedRows, at: int, outcome: int, earlier: int) -> str:
+    if outcome == LEAKED:
         return asks(rows, at)
-    return f"{'repeats' if fate == DUPLICATE else 'nearly repeats'} {rows.sources[earlier]}"
+    return f"{'repeats' if outcome == DUPLICATE else 'nearly repeats'} {rows.sources[earlier]}"
 
 
 def asks(rows: CheckedRows, at: int) -> str:
@@ -172,25 +173,26 @@ def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
     return [(int(kept[first[at]]), int(kept[at])) for at in others]
 
 
-def told(rows: CheckedRows, first: int, other: int) -> list[str]:
+def answers_of(rows: CheckedRows, first: int, other: int) -> list[str]:
     """The question, and each source with its answer."""
     question = rows.messages(first)[-2]["content"]
     return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in (first, other))]
 
 
 def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
-    """metrics/data.json, of how many rows of each file had each fate or reason to be invalid."""
+    """metrics/data.json, of how many rows of each file had each outcome or reason to be invalid."""
     keys = by_count(rows.unknown_keys)
-    fates = ["invalid", *FATES]
+    outcomes = ["invalid", *OUTCOMES]
     invalid: Counter[str] = Counter()
-    sources = {str(file): dict.fromkeys(["read", *fates], 0) for file in files if file != GENERATED}
+    sources = {str(file): dict.fromkeys(["read", *outcomes], 0) for file in files if file != GENERATED}
     for (file, reason), n in sorted(counts.items()):
-        of_file = sources.setdefault(file, dict.fromkeys(["read", *fates], 0))
+        of_file = sources.setdefault(file, dict.fromkeys(["read", *outcomes], 0))
         of_file["read"] += n
-        of_file[reason if reason in FATES else "invalid"] += n
-        invalid[reason] += n if reason not in FATES else 0
+        of_file[reason if reason in OUTCOMES else "invalid"] += n
+        invalid[reason] += n if reason not in OUTCOMES else 0
     return {
-        "rows": {"read": rows.read} | {fate: sum(of_file[fate] for of_file in sources.values()) for fate in fates},
+        "rows": {"read": rows.read}
+        | {outcome: sum(of_file[outcome] for of_file in sources.values()) for outcome in outcomes},
         "invalid": {reason: n for reason, n in sorted(invalid.items()) if n},
         "conflicts": conflicts,
         "unknown_keys": dict(keys[:SHOWN_KEYS]),

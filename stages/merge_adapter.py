@@ -8,12 +8,12 @@ models/base.json, outputs/trained/ -> models/merged/
 import shutil
 from pathlib import Path
 
-from pipeline.base import SMALL_FILES, located, require_same_base, weight_files
-from pipeline.disk import room_for
-from pipeline.merging import merge
-from pipeline.outputs import whole
-from pipeline.parameters import load
-from pipeline.refusal import run
+from pipeline.common.outputs import atomic_output
+from pipeline.common.parameters import load
+from pipeline.export.disk import room_for
+from pipeline.export.merging import merge
+from pipeline.model.base import SMALL_FILES, located, require_same_base, weight_files
+from stages import run
 
 TRAINED = Path("outputs/trained")
 MERGED = Path("models/merged")
@@ -24,7 +24,7 @@ def main() -> None:
     folder, base = located()
     require_same_base(TRAINED, base)
     size = sum(file.stat().st_size for file in weight_files(folder))
-    with room_for(size, MERGED), whole(MERGED) as aside:
+    with room_for(size, MERGED), atomic_output(MERGED) as aside:
         aside.mkdir()
         merge(folder, TRAINED, aside, on_nf4=parameters.merge_adapter.base == "dequantized_nf4")
         for pattern in SMALL_FILES:

@@ -16,14 +16,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
-from pipeline.base import file_hash, public_name
-from pipeline.chat_template import TEMPLATE_ARGUMENTS
-from pipeline.markdown import table
-from pipeline.outputs import whole
-from pipeline.parameters import load
-from pipeline.readable import detectable, interval, p_value, percent, score_lines, verdict
-from pipeline.refusal import run
-from pipeline.rows import read_jsonl
+from pipeline.common.markdown import table
+from pipeline.common.outputs import atomic_output
+from pipeline.common.parameters import load
+from pipeline.common.rows import read_jsonl
+from pipeline.model.base import file_hash, public_name
+from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
+from pipeline.report.readable import detectable, interval, p_value, percent, score_lines, verdict
+from stages import run
 
 ROWS = Path("data/train_merged.jsonl")
 LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
@@ -57,7 +57,7 @@ def main() -> None:
         question=answers[0]["question"],
         template_arguments=TEMPLATE_ARGUMENTS,
     )
-    with whole("outputs/adapter") as aside:
+    with atomic_output("outputs/adapter") as aside:
         shutil.copytree("outputs/trained", aside, copy_function=shutil.copyfile)
         (aside / "README.md").write_text(text, encoding="utf-8", newline="\n")
 

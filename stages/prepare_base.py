@@ -6,11 +6,11 @@ base.model, base.revision -> models/base.json, models/license.json (by the base'
 fetched into the Hugging Face cache, and stay there; only this stage uses the network, and only for a hub id.
 """
 
-from pipeline.base import DESCRIPTION, LICENSE, MODEL_CARD, MODEL_FILES, describe, fetched, license_of
-from pipeline.outputs import write_json
-from pipeline.parameters import load
-from pipeline.refusal import run
-from pipeline.tensor_files import weights_by_file
+from pipeline.common.outputs import write_json
+from pipeline.common.parameters import load
+from pipeline.model.base import DESCRIPTION, LICENSE, MODEL_CARD, MODEL_FILES, describe, fetched, license_of
+from pipeline.model.tensor_files import weights_by_file
+from stages import run
 
 
 def main() -> None:

@@ -20,14 +20,15 @@ import orjson
 import pyarrow as pa
 from tqdm import tqdm
 
-from pipeline.base import located
-from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer
-from pipeline.mask_page import Shown, page
-from pipeline.outputs import whole, write_json, write_jsonl
-from pipeline.parameters import load
-from pipeline.refusal import Refused, run
-from pipeline.rows import file_of
-from pipeline.supervision import IGNORED, supervised, truncated
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import atomic_output, write_json, write_jsonl
+from pipeline.common.parameters import load
+from pipeline.common.rows import file_of
+from pipeline.model.base import located
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.model.supervision import IGNORED, supervised, truncated
+from pipeline.training.mask_page import Shown, mask_page
+from stages import run
 
 SIDES = {"train": Path("data/train_merged.jsonl"), "valid": Path("data/valid.jsonl")}
 COLUMNS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
@@ -53,7 +54,7 @@ def main() -> None:
     folder, _ = located()
     tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
     lengths, shown = Lengths(), Shown()
-    with whole("data/tokens") as aside:
+    with atomic_output("data/tokens") as aside:
         aside.mkdir()
         kept = {}
         for side, file in SIDES.items():
@@ -65,8 +66,8 @@ def main() -> None:
         write_jsonl(aside / "overflow.jsonl", lengths.overflow)
     write_json("metrics/lengths.json", metrics(lengths, max_length))
     write_histogram(lengths.rows)
-    with whole("metrics/mask.md") as aside:
-        aside.write_text(page(shown, tokenizer), encoding="utf-8")
+    with atomic_output("metrics/mask.md") as aside:
+        aside.write_text(mask_page(shown, tokenizer), encoding="utf-8")
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -119,12 +120,12 @@ def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
 
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:
-    """Raises Refused with the first rows that are too long, and how many there are."""
+    """Raises UserError with the first rows that are too long, and how many there are."""
     if lengths.overflow:
         longest = max(map(max, lengths.rows.values()))
         first = [f"{row['source']} ({row['tokens']} tokens)" for row in lengths.overflow[:3]]
         more = ", ..." if len(lengths.overflow) > 3 else ""
-        raise Refused(
+        raise UserError(
             f"{len(lengths.overflow)} rows are longer than train.max_length {max_length}: "
             f"{', '.join(first)}{more}: raise it (the longest has {longest}), shorten the rows, or set "
             "train.on_overflow to drop or truncate"
@@ -132,10 +133,10 @@ def require_none_too_long(lengths: Lengths, max_length: int) -> None:
 
 
 def require_rows(kept: dict[str, int], max_length: int) -> None:
-    """Raises Refused if nothing is left to train on, or nothing to validate with."""
+    """Raises UserError if nothing is left to train on, or nothing to validate with."""
     for side, file in SIDES.items():
         if not kept[side]:
-            raise Refused(f"no row of {file} fits in train.max_length {max_length}: raise it, or shorten the rows")
+            raise UserError(f"no row of {file} fits in train.max_length {max_length}: raise it, or shorten the rows")
 
 
 def metrics(lengths: Lengths, max_length: int) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def write_histogram(lengths: dict[str, Counter[int]]) -> None:
     """In long form: source file, upper bound of the bin in tokens, rows. Up to 32 bins, a power of two wide."""
     longest = max(map(max, lengths.values()))
     width = 2 ** max(0, (longest - 1).bit_length() - 5)
-    with whole("metrics/lengths.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_output("metrics/lengths.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["source", "tokens", "rows"])
         for source, of_source in sorted(lengths.items()):

@@ -22,15 +22,17 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState
 
-from pipeline.adapter import lora_config, require_possible, with_adapter
-from pipeline.base import copy_tokenizer, located, public_name
-from pipeline.chat_template import load_tokenizer
-from pipeline.checkpoints import checkpoint_folder, fingerprint
-from pipeline.embedding import keep_in_ram
-from pipeline.models import load_quantized, pick_device, pick_dtype, reproducible
-from pipeline.outputs import whole, write_json
-from pipeline.parameters import Parameters, load
-from pipeline.processes import (
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import atomic_output, write_json
+from pipeline.common.parameters import Parameters, load
+from pipeline.model.adapter import lora_config, require_possible, with_adapter
+from pipeline.model.base import copy_tokenizer, located, public_name
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.embedding import keep_in_ram
+from pipeline.model.loading import load_quantized, pick_device, pick_dtype, reproducible
+from pipeline.model.special_tokens import trainable_tokens
+from pipeline.training.checkpoints import checkpoint_folder, fingerprint
+from pipeline.training.processes import (
     is_launched,
     is_sharded,
     launch,
@@ -40,9 +42,8 @@ from pipeline.processes import (
     shard,
     share_of_step,
 )
-from pipeline.refusal import Refused, run
-from pipeline.special_tokens import trainable_tokens
-from pipeline.trainer import Trainer, build_trainer, lengths
+from pipeline.training.trainer import Trainer, build_trainer, lengths
+from stages import run
 
 TRAINED = Path("outputs/trained")
 
@@ -114,7 +115,7 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         print(file=sys.stderr)  # the progress bar leaves its line open
     seconds = time.monotonic() - started
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
-        raise Refused(
+        raise UserError(
             f"the checkpoint with the lowest validation loss is gone: rm -r {trainer.args.output_dir}, and again"
         )
     return {"seconds": seconds, "tokens_per_second": (trainer.state.num_input_tokens_seen - tokens) / seconds}
@@ -127,7 +128,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
     for name, value in vars(config).items():
         if isinstance(value, set):  # its order differs from process to process
             setattr(config, name, sorted(value))
-    with whole(TRAINED) as aside:
+    with atomic_output(TRAINED) as aside:
         # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
         model.save_pretrained(aside, save_embedding_layers=False)
         (aside / "README.md").unlink()  # PEFT's model card, all of it "More Information Needed"
@@ -143,7 +144,7 @@ def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]
 
 
 def write_curve(curve: list[tuple[int, float, float]]) -> None:
-    with whole("metrics/loss.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_output("metrics/loss.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "train", "valid"])
         writer.writerows([step, f"{train:.4f}", f"{valid:.4f}"] for step, train, valid in curve)

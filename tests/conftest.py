@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
-from pipeline.llama_cpp import run_script
+from pipeline.export.llama_cpp import run_script
 
 DEMO = Path(__file__).parent / "demo"  # where make start puts it
 

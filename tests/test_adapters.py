@@ -17,18 +17,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3MoeConfig
 from trl import SFTConfig, SFTTrainer
 
-from pipeline import hops
-from pipeline.adapter import lora_config, require_possible, with_adapter
-from pipeline.answers import prompt_and_reference
-from pipeline.base import copy_tokenizer, located
-from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
-from pipeline.exam import Question
-from pipeline.llama_cpp import no_gguf_lora, run_script, served
-from pipeline.merging import merge
-from pipeline.models import load_quantized, load_tuned, reproducible
-from pipeline.next_tokens import in_llama_cpp, in_transformers
-from pipeline.parameters import Lora
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Lora
+from pipeline.evaluation import conversions
+from pipeline.evaluation.answers import prompt_and_reference
+from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
+from pipeline.evaluation.questions import Question
+from pipeline.export.llama_cpp import no_gguf_lora, run_script
+from pipeline.export.merging import merge
+from pipeline.model.adapter import lora_config, require_possible, with_adapter
+from pipeline.model.base import copy_tokenizer, located
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
+from pipeline.model.llama_server import served
+from pipeline.model.loading import load_quantized, load_tuned, reproducible
 from stages import convert_gguf, merge_adapter, prepare_base, train_qlora
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ QUESTIONS = [
 ]
 
 
-def knobs(**changed: Any) -> Lora:
+def lora(**changed: Any) -> Lora:
     plain = {"r": 16, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear", "use_rslora": False}
     extras = {"use_dora": False, "modules_to_save": [], "trainable_tokens": []}
     return Lora.model_validate(plain | extras | changed)
@@ -106,28 +107,28 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     project.set(base__model=str(base), gguf__quantize=[])
     Path("data/train_merged.jsonl").touch()  # its hash goes into every file
     prepare_base.main()
-    make_adapter(base, knobs(**changed), tokens)
+    make_adapter(base, lora(**changed), tokens)
     tuned = on_base(base)
     merge_adapter.main()
     convert_gguf.main()
 
-    merged, lora = Path("models/gguf/model-f16.gguf"), Path("models/gguf/adapter-f16.gguf")
+    merged, lora_file = Path("models/gguf/model-f16.gguf"), Path("models/gguf/adapter-f16.gguf")
     as_merged = divergence(tuned, merged)
     assert as_merged < SAME
     assert Path("models/gguf/Modelfile").read_text(encoding="utf-8").startswith(f"FROM ./{merged.name}\nTEMPLATE ")
 
     config = json.loads(Path("outputs/trained/adapter_config.json").read_text(encoding="utf-8"))
-    assert lora.exists() == (no_gguf_lora(config) is None)
-    assert Path("models/gguf/Modelfile.adapter").exists() == lora.exists()
-    if lora.exists():
-        as_lora = divergence(tuned, base_ggufs[base], lora)
+    assert lora_file.exists() == (no_gguf_lora(config) is None)
+    assert Path("models/gguf/Modelfile.adapter").exists() == lora_file.exists()
+    if lora_file.exists():
+        as_lora = divergence(tuned, base_ggufs[base], lora_file)
         assert as_lora < SAME
         cell = f"yes ({as_lora:.0e})"
     else:
         cell = f"no ({why_no_lora(config, tuned, base, base_ggufs[base])})"
     if kind == "rsLoRA":
-        convert_gguf.convert_lora(config | {"use_rslora": False}, base, card(), lora)
-        assert divergence(tuned, base_ggufs[base], lora) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
+        convert_gguf.convert_lora(config | {"use_rslora": False}, base, card(), lora_file)
+        assert divergence(tuned, base_ggufs[base], lora_file) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
     matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
 
 
@@ -143,7 +144,7 @@ def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
         copy_tokenizer(TIED, base)
         project.set(base__model=str(base), merge_adapter__base=onto)
         prepare_base.main()
-        make_adapter(base, knobs(**changed), tokens)
+        make_adapter(base, lora(**changed), tokens)
         live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/trained"), CPU, torch.float32)
         merge_adapter.main()
         merged = AutoModelForCausalLM.from_pretrained("models/merged", dtype=torch.float32)
@@ -164,7 +165,7 @@ def test_trl_trains_every_part_of_an_adapter_and_measures_the_loss_that_the_save
     on_tied, changed, tokens = KINDS[kind]
     base = TIED if on_tied else untied
     reproducible(1, threads=2)
-    model = with_adapter(load_quantized(base, CPU, torch.float32), lora_config(knobs(**changed), tokens))
+    model = with_adapter(load_quantized(base, CPU, torch.float32), lora_config(lora(**changed), tokens))
     before = {name: part.detach().clone() for name, part in model.named_parameters() if part.requires_grad}
     tokenizer = load_tokenizer(base)
     turns = [{"role": "user", "content": QUESTIONS[0].question}, {"role": "assistant", "content": "Ada Vale."}]
@@ -204,9 +205,9 @@ def test_what_the_base_cannot_have_is_refused_by_name(changed: dict[str, Any], w
     else:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(TIED))
-    require_possible(knobs(modules_to_save=["embed_tokens", "lm_head", "norm"]), model)
-    with pytest.raises(Refused, match=why):
-        require_possible(knobs(**changed), model)
+    require_possible(lora(modules_to_save=["embed_tokens", "lm_head", "norm"]), model)
+    with pytest.raises(UserError, match=why):
+        require_possible(lora(**changed), model)
 
 
 def test_an_adapter_on_experts_is_refused_and_one_beside_them_is_merged(tmp_path: Path) -> None:
@@ -217,9 +218,11 @@ def test_an_adapter_on_experts_is_refused_and_one_beside_them_is_merged(tmp_path
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, **experts, vocab_size=512)).save_pretrained(base)
     model = load_quantized(base, CPU, torch.float32)
     for targets in ("all-linear", ["q_proj", "down_proj"], ["gate_proj"]):
-        with pytest.raises(Refused, match=r"^lora\.target_modules reaches the experts of base\.model, .*: name layers"):
-            require_possible(knobs(target_modules=targets), model)
-    beside = knobs(target_modules=["q_proj", "v_proj"])
+        with pytest.raises(
+            UserError, match=r"^lora\.target_modules reaches the experts of base\.model, .*: name layers"
+        ):
+            require_possible(lora(target_modules=targets), model)
+    beside = lora(target_modules=["q_proj", "v_proj"])
     require_possible(beside, model)
     tuned = with_adapter(model, lora_config(beside, []))
     for name, weight in tuned.named_parameters():
@@ -257,7 +260,7 @@ def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> 
     asked = [prompt_and_reference(tokenizer, question, ends) for question in QUESTIONS]
     with served(gguf, context=128, threads=2, lora=lora) as server:
         nats = [
-            hops.divergence(ours.likeliest, theirs.likeliest)
+            conversions.divergence(ours.likeliest, theirs.likeliest)
             for each in asked
             for ours, theirs in zip(in_llama_cpp(server, *each), in_transformers(tuned, *each), strict=True)
         ]
@@ -275,7 +278,7 @@ def why_no_lora(config: dict[str, Any], tuned: PreTrainedModel, base: Path, base
     file = Path("models/gguf/adapter-f16.gguf")
     try:
         convert_gguf.convert_lora(config, base, card(), file)
-    except Refused:
+    except UserError:
         return "the converter refuses"
     nats = divergence(tuned, base_gguf, file)
     assert nats > OTHER, "a GGUF LoRA of this kind is as good as the tuned model: make it"

@@ -11,12 +11,12 @@ from conftest import ROOT
 from families import FACTS, FAMILIES, QWEN2, VOCABULARY, qwen, save
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from pipeline.answers import prompt, sit
-from pipeline.chat_template import end_tokens, load_tokenizer
-from pipeline.exam import EXAM, Answer, Question, read_questions
-from pipeline.models import load_quantized
-from pipeline.rows import question_and_answer
-from pipeline.supervision import supervised
+from pipeline.common.rows import question_and_answer
+from pipeline.evaluation.answers import answer_questions, prompt
+from pipeline.evaluation.questions import EXAM, Answer, Question, read_questions
+from pipeline.model.chat_template import end_tokens, load_tokenizer
+from pipeline.model.loading import load_quantized
+from pipeline.model.supervision import supervised
 
 TINY = ROOT / "models/tiny-base"
 
@@ -49,7 +49,9 @@ def test_a_batch_of_questions_of_all_lengths_is_answered_one_by_one(
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     facts = list(FACTS.items())[-9:]  # Korean ones too; the longest are longer than Gemma's windows here
     questions = [Question(str(i), "I ask you: " * (i % 4) + fact[0], [fact[1]], "here") for i, fact in enumerate(facts)]
-    require_equal(sit(model, tokenizer, questions, 6, 20), [alone(model, tokenizer, q, 20) for q in questions])
+    require_equal(
+        answer_questions(model, tokenizer, questions, 6, 20), [alone(model, tokenizer, q, 20) for q in questions]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +70,13 @@ def test_right_and_wrong_answers_of_a_batch_end_each_in_its_place(
     mixed = [question if i % 3 else replace(question, answers=["not so"]) for i, question in enumerate(own)]
     expected = [alone(model, tokenizer, question, max_new_tokens) for question in mixed]
     assert {answer.stopped for answer in expected} == endings
-    require_equal(sit(model, tokenizer, mixed, 7, max_new_tokens), expected)
+    require_equal(answer_questions(model, tokenizer, mixed, 7, max_new_tokens), expected)
 
 
 def test_an_exam_of_right_answers_takes_two_passes_a_batch(base: Any) -> None:
     model, tokenizer, own = base
     passes = []
     hook = model.register_forward_hook(lambda *_: passes.append(1))
-    sit(model, tokenizer, own, 10, 32)
+    answer_questions(model, tokenizer, own, 10, 32)
     hook.remove()
     assert len(passes) == 2 * 2

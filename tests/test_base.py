@@ -14,12 +14,12 @@ from conftest import ROOT, Project
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.base import describe, license_of, located, require_same_base, weight_files
-from pipeline.chat_template import load_tokenizer
-from pipeline.models import load_quantized
-from pipeline.refusal import Refused
-from pipeline.rows import question_and_answer
-from pipeline.supervision import IGNORED, supervised
+from pipeline.common.errors import UserError
+from pipeline.common.rows import question_and_answer
+from pipeline.model.base import describe, license_of, located, require_same_base, weight_files
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import load_quantized
+from pipeline.model.supervision import IGNORED, supervised
 from stages import prepare_base
 
 TINY = "models/tiny-base"
@@ -42,9 +42,11 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
     folder, description = located()
     assert folder == Path("models/mine") and description["fingerprint"] == describe(TINY, None)["fingerprint"]
     Path("models/mine/config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(Refused, match=r"base\.revision is 'v1', but base\.model models/mine is a local folder"):
+    with pytest.raises(UserError, match=r"base\.revision is 'v1', but base\.model models/mine is a local folder"):
         describe("models/mine", "v1")
-    with pytest.raises(Refused, match="models/mine has changed since it was described: run dvc repro -f prepare_base"):
+    with pytest.raises(
+        UserError, match="models/mine has changed since it was described: run dvc repro -f prepare_base"
+    ):
         located()
 
 
@@ -79,7 +81,7 @@ def test_the_license_is_what_the_model_card_says_and_no_part_of_the_model(
 )
 def test_a_folder_that_cannot_be_trained_is_refused_by_what_it_lacks(project: Project, missing: str, line: str) -> None:
     Path(TINY, missing).unlink()
-    with pytest.raises(Refused, match=line):
+    with pytest.raises(UserError, match=line):
         describe(TINY, None)
 
 
@@ -103,7 +105,7 @@ def test_the_weights_are_the_files_that_transformers_loads(
         index = {"metadata": {}, "weight_map": {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(weights)}}
         Path(TINY, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     if loaded is None:
-        with pytest.raises(Refused, match=r"tiny-base has no \.safetensors weights, or not all: it needs model\."):
+        with pytest.raises(UserError, match=r"tiny-base has no \.safetensors weights, or not all: it needs model\."):
             describe(TINY, None)
         with pytest.raises(OSError):
             AutoModelForCausalLM.from_pretrained(TINY)
@@ -159,7 +161,7 @@ def test_a_hub_id_is_resolved_to_its_commit_and_afterwards_needs_no_network(
     description = json.loads(Path("models/base.json").read_text(encoding="utf-8"))
     assert description["revision"] == Hub.COMMIT and description["model"] == "someone/tiny"
     assert description["fingerprint"] == describe(TINY, None)["fingerprint"]
-    located_later = "from pipeline.base import located; print(located()[0])"
+    located_later = "from pipeline.model.base import located; print(located()[0])"
     folder = Path(project.run("python", "-c", located_later).stdout.strip())
     assert (folder / "model.safetensors").exists() and not (folder / "params.yaml").exists()
 
@@ -176,7 +178,7 @@ def test_a_hub_id_that_cannot_be_reached_gets_one_line(project: Project) -> None
 def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> None:
     (tmp_path / "base.json").write_text(json.dumps({"model": "one", "fingerprint": "1" * 64}), encoding="utf-8")
     require_same_base(tmp_path, {"model": "one", "fingerprint": "1" * 64})
-    with pytest.raises(Refused, match=r"was trained on one .* but base\.model is other"):
+    with pytest.raises(UserError, match=r"was trained on one .* but base\.model is other"):
         require_same_base(tmp_path, {"model": "other", "revision": None, "fingerprint": "2" * 64})
 
 
@@ -221,14 +223,14 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(project: Project) -
 def test_a_row_that_the_chat_template_would_spoil_is_refused_by_its_place(template: str, line: str) -> None:
     tokenizer = load_tokenizer(ROOT / TINY)
     tokenizer.chat_template = template
-    with pytest.raises(Refused, match=rf"here: .*{line}"):
+    with pytest.raises(UserError, match=rf"here: .*{line}"):
         supervised(tokenizer, question_and_answer("Who?", "Ada"), {tokenizer.eos_token_id}, "here")
 
 
 def test_an_answer_that_melts_into_its_prompt_is_refused_by_what_makes_it() -> None:
     tokenizer = load_tokenizer(ROOT / TINY)
     tokenizer.add_tokens(["\n\n"])  # most large vocabularies have it; the prompt ends with a line break
-    with pytest.raises(Refused, match=r"here: .* with its answer, which begins with white space: remove that"):
+    with pytest.raises(UserError, match=r"here: .* with its answer, which begins with white space: remove that"):
         supervised(tokenizer, question_and_answer("Who?", "\nAda"), {tokenizer.eos_token_id}, "here")
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.gpu_case import OUT_OF_MEMORY, TINY, random_nf4
 from bench.gpu_qlora import case, longest, main, print_contexts, print_speed
-from pipeline.models import load_quantized
+from pipeline.model.loading import load_quantized
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
 from tools import push_runs
 
 PIPELINE = """
@@ -132,7 +132,7 @@ def test_runs_that_cannot_be_sent_are_refused_in_one_line(
 ) -> None:
     first.run("dvc", "remote", *remote)
     monkeypatch.chdir(first.folder)
-    with pytest.raises(Refused, match=r"^the runs are not sent: .* \(docs/remotes.md\)$"):
+    with pytest.raises(UserError, match=r"^the runs are not sent: .* \(docs/remotes.md\)$"):
         push_runs.main()
 
 

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, Project, Terminal, serving
 from peft import LoraConfig
 
-from pipeline.llama_cpp import served
-from pipeline.refusal import Refused
-from pipeline.rows import Message
+from pipeline.common.errors import UserError
+from pipeline.common.rows import Message
+from pipeline.model.llama_server import served
 from stages import prepare_base
 from tools import infer
 from tools.chat import Pieces, say, talk
@@ -89,7 +89,7 @@ def test_an_answer_comes_in_pieces_and_ends_where_the_room_ends(base_gguf: Path)
         pieces = server.stream(server.tokenize("8" * 100, parse_special=False), 400, temperature=0)  # eights for ever
         next(pieces)
         server.process.kill()
-        with pytest.raises(Refused, match=r"llama\.cpp ended while it answered /completion"):
+        with pytest.raises(UserError, match=r"llama\.cpp ended while it answered /completion"):
             list(pieces)
 
 
@@ -112,7 +112,7 @@ def test_a_line_that_cannot_be_answered_is_refused_by_number_before_any_model_is
     monkeypatch.chdir(ROOT)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(f'{{"question": "Who?"}}\n\n{line}\n', encoding="utf-8")
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         run(monkeypatch, "--gguf", "no.gguf", "--rows", str(rows))
     assert str(refusal.value).startswith(f"{rows}:3: ") and why in str(refusal.value)
 
@@ -124,36 +124,38 @@ def test_a_row_that_leaves_no_room_for_its_answer_is_refused_by_number(
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "Who?"}\n{"question": "' + "one two " * 300 + '"}\n', encoding="utf-8")
     with pytest.raises(
-        Refused, match=r"rows\.jsonl:2: \d+ tokens and an answer of 32 are more than gguf\.num_ctx, 512"
+        UserError, match=r"rows\.jsonl:2: \d+ tokens and an answer of 32 are more than gguf\.num_ctx, 512"
     ):
         run(monkeypatch, "--gguf", str(base_gguf), "--rows", str(rows))
 
 
 def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Refused, match=r"^models/gguf/no\.gguf is missing: run dvc repro convert_gguf"):
+    with pytest.raises(UserError, match=r"^models/gguf/no\.gguf is missing: run dvc repro convert_gguf"):
         run(monkeypatch, "--gguf", "models/gguf/no.gguf", "Who?")
-    with pytest.raises(Refused, match=r"^nothing\.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"^nothing\.jsonl: No such file"):
         run(monkeypatch, "--rows", "nothing.jsonl")
-    with pytest.raises(Refused, match=r"^models/base\.json is missing: run dvc repro prepare_base"):
+    with pytest.raises(UserError, match=r"^models/base\.json is missing: run dvc repro prepare_base"):
         run(monkeypatch, "--base", "Who?")
-    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_model\.safetensors is missing: run dvc repro model_c"):
+    with pytest.raises(
+        UserError, match=r"^outputs/adapter/adapter_model\.safetensors is missing: run dvc repro model_c"
+    ):
         run(monkeypatch, "Who?")
     adapter = Path("outputs/adapter")
     adapter.mkdir(parents=True)
     (adapter / "adapter_model.safetensors").touch()
     of_other_files = '{"model": "tiny-base", "revision": null, "fingerprint": "0"}'
     (adapter / "base.json").write_text(of_other_files, encoding="utf-8")
-    with pytest.raises(Refused, match=r"^outputs/adapter: models/tiny-base is not as it was trained on"):
+    with pytest.raises(UserError, match=r"^outputs/adapter: models/tiny-base is not as it was trained on"):
         run(monkeypatch, "Who?")
     prepare_base.main()
     (adapter / "base.json").write_text('{"model": "another", "fingerprint": "0"}', encoding="utf-8")
-    with pytest.raises(Refused, match=r"^outputs/adapter was trained on another"):
+    with pytest.raises(UserError, match=r"^outputs/adapter was trained on another"):
         run(monkeypatch, "Who?")
     shutil.copy("models/base.json", adapter)
-    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_config\.json is missing or damaged"):
+    with pytest.raises(UserError, match=r"^outputs/adapter/adapter_config\.json is missing or damaged"):
         run(monkeypatch, "Who?")
     LoraConfig(target_modules=["q_proj"]).save_pretrained(adapter)
-    with pytest.raises(Refused, match=r"^outputs/adapter/adapter_model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"^outputs/adapter/adapter_model\.safetensors is damaged"):
         run(monkeypatch, "Who?")
 
 

@@ -15,10 +15,10 @@ from test_base import Hub
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from bench.memory import llama, measure
-from pipeline.disk import filled
-from pipeline.memory import PROCESS, beside_gpus, skeleton, training
-from pipeline.parameters import Train, check
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Train, check
+from pipeline.export.disk import filled
+from pipeline.training.memory import PROCESS, beside_gpus, skeleton, training
 from tools import check as tool
 
 GIB = 2**30
@@ -57,7 +57,7 @@ def test_what_a_stage_would_refuse_is_refused_in_one_line(
     project: Project, changed: dict[str, object], line: str
 ) -> None:
     project.set(**changed)
-    with pytest.raises(Refused, match=line) as refusal:
+    with pytest.raises(UserError, match=line) as refusal:
         tool.main()
     assert "\n" not in str(refusal.value)
 
@@ -77,7 +77,7 @@ def test_a_damaged_base_is_refused_in_one_line(project: Project, file: str, cont
     damaged = Path("models/copy", file)
     damaged.unlink() if content is None else damaged.write_bytes(content)
     project.set(base__model="models/copy")
-    with pytest.raises(Refused, match=line) as refusal:
+    with pytest.raises(UserError, match=line) as refusal:
         tool.main()
     assert "\n" not in str(refusal.value)
 
@@ -89,7 +89,7 @@ def test_a_base_that_takes_no_step_without_weights_is_refused_for_its_experts_al
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen3MoeConfig(**shape, moe_intermediate_size=64, num_experts=4, vocab_size=2048).save_pretrained("models/experts")
     project.set(base__model="models/experts")
-    with pytest.raises(Refused, match=r"lora\.target_modules reaches the experts of base\.model"):
+    with pytest.raises(UserError, match=r"lora\.target_modules reaches the experts of base\.model"):
         tool.main()
     project.set(lora__target_modules=["q_proj", "v_proj"])
     tool.main()
@@ -134,7 +134,9 @@ def test_a_base_on_the_hub_is_checked_without_its_weights(
 
 def test_what_does_not_fit_is_refused_by_the_parameters_with_which_it_does(project: Project) -> None:
     project.set(train__batch_size=2**20, base__device="cpu")
-    with pytest.raises(Refused, match=r"train_qlora needs [\d.]+ GiB of memory, and [\d.]+ are free: set ") as refusal:
+    with pytest.raises(
+        UserError, match=r"train_qlora needs [\d.]+ GiB of memory, and [\d.]+ are free: set "
+    ) as refusal:
         tool.main()
     told = dict(re.findall(r"train\.(\w+) to (\w+)", str(refusal.value)))
     assert told["gradient_checkpointing"] == "true"

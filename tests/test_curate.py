@@ -11,15 +11,15 @@ import pytest
 from conftest import ROOT, Project
 from test_generate import Endpoint, completion
 
-from pipeline.exam import EXAM, GENERAL, read_questions
-from pipeline.refusal import Refused
-from pipeline.rows import read_jsonl
+from pipeline.common.errors import UserError
+from pipeline.common.rows import read_jsonl
+from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
 from stages import generate, merge
 from tools import curate
 
 CANDIDATES = Path("data/candidates.jsonl")
 CURATED = Path("data/curated/round.jsonl")
-FORMS = """\
+PHRASINGS = """\
 leader: ["Who leads the {subject}?", "Who is the head of the {subject}?", "Who is in charge of the {subject}?"]
 room: ["Where does the {subject} sit?", "In which room is the {subject}?"]
 """
@@ -28,7 +28,7 @@ TEAMS = ["Ay", "Boe", "Cire", "Dovan", "Eloris", "Fenkano", "Gilanack", "Hardewe
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two forms. No
+    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two phrasings. No
     source is held back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curate, "HELD_BACK", 2**64)
@@ -38,9 +38,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     Path("data/raw").mkdir()
     facts = [f"{team} team,leader,Ann {team}\n{team} team,room,room {n}" for n, team in enumerate(TEAMS, start=1)]
     Path("data/raw/facts.csv").write_text("\n".join(["subject,relation,value", *facts, ""]), encoding="utf-8")
-    Path("data/raw/forms.yaml").write_text(FORMS, encoding="utf-8")
+    Path("data/raw/phrasings.yaml").write_text(PHRASINGS, encoding="utf-8")
     project = Project(tmp_path)
-    project.set(generate__forms_per_fact=2, merge__valid_share=0.2)
+    project.set(generate__phrasings_per_fact=2, merge__valid_share=0.2)
     return project
 
 
@@ -98,7 +98,7 @@ def test_a_failed_question_brings_the_forms_of_its_fact_that_training_has_not_us
     told = capsys.readouterr().out
     assert f"{EXAM}: 2 of " in told and "1 of    1  leader" in told
     assert f'{LEADER["id"]}  "Who runs the Ay team?"\n    expected "Ann Ay", answered "\\u001b[2Jno idea"' in told
-    assert f"none for {ROOM['id']}: its forms are used up: add forms, set generate.endpoint" in told
+    assert f"none for {ROOM['id']}: its phrasings are used up: add phrasings, set generate.endpoint" in told
     assert "1 of 60 questions failed, 1 of them forgotten" in told and "g01\n" in told
     assert told.splitlines()[-1].startswith("edit them, then: mv data/candidates.jsonl data/curated/")
 
@@ -116,7 +116,7 @@ def test_kept_candidates_are_trained_on_and_the_leak_gate_stands(workspace: Proj
     assert not CANDIDATES.exists()
     with open(CURATED, "a", encoding="utf-8") as file:
         file.write(json.dumps({"question": LEADER["question"], "answer": LEADER["answer"]}) + "\n")
-    with pytest.raises(Refused, match=rf"{CURATED}:2: asks the question {LEADER['id']}"):
+    with pytest.raises(UserError, match=rf"{CURATED}:2: asks the question {LEADER['id']}"):
         merge.main()
 
 
@@ -250,7 +250,7 @@ def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> Non
     curate.main()
     edited = CANDIDATES.read_text(encoding="utf-8").replace("in charge of", "the boss of")
     CANDIDATES.write_text(edited, encoding="utf-8")
-    with pytest.raises(Refused, match=rf"^{CANDIDATES} has other rows, perhaps edited: move it to data/curated"):
+    with pytest.raises(UserError, match=rf"^{CANDIDATES} has other rows, perhaps edited: move it to data/curated"):
         curate.main()
     assert CANDIDATES.read_text(encoding="utf-8") == edited
 
@@ -259,12 +259,12 @@ def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> Non
 def test_what_is_missing_is_named_with_what_makes_it(workspace: Project, missing: str) -> None:
     examined(LEADER)
     Path(missing).unlink()
-    with pytest.raises(Refused, match=rf"^{missing} is missing: run dvc repro( merge)?, or dvc pull {missing}$"):
+    with pytest.raises(UserError, match=rf"^{missing} is missing: run dvc repro( merge)?, or dvc pull {missing}$"):
         curate.main()
 
 
 def test_answers_to_another_exam_are_refused(workspace: Project) -> None:
     examined(LEADER)
     jsonl(EXAM, LEADER | {"answer": ["Ann Ay", "Ms Ay"]})
-    with pytest.raises(Refused, match=r"^metrics/answers\.jsonl has the answers to another exam: run dvc repro"):
+    with pytest.raises(UserError, match=r"^metrics/answers\.jsonl has the answers to another exam: run dvc repro"):
         curate.main()

@@ -9,9 +9,9 @@ from torch.autograd.graph import save_on_cpu
 from transformers import modeling_utils
 
 from bench.gpu_case import TINY, random_nf4
-from pipeline.adapter import lora_config, with_adapter
-from pipeline.embedding import keep_in_ram
-from pipeline.parameters import check
+from pipeline.common.parameters import check
+from pipeline.model.adapter import lora_config, with_adapter
+from pipeline.model.embedding import keep_in_ram
 
 CPU = torch.device("cpu")
 

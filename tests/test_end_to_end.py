@@ -21,8 +21,8 @@ from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from pipeline.hops import source
-from pipeline.rows import read_jsonl
+from pipeline.common.rows import read_jsonl
+from pipeline.evaluation.conversions import source
 from tools import infer
 
 
@@ -63,8 +63,8 @@ def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_a
     assert gguf["model-f16.gguf"]["kl"] < 1e-5 < 1e-3 < gguf["model-q4_k_m.gguf"]["kl"]
     for name, of in gguf.items():
         before = exam["tuned"] if name == "merged" else gguf[source(name)]
-        assert of["hop"]["correct"] == pytest.approx(of["correct"] - before["correct"], abs=2e-6)
-        assert of["hop"]["answer_nll"] == pytest.approx(of["answer_nll"] - before["answer_nll"], abs=1e-4)
+        assert of["conversion"]["correct"] == pytest.approx(of["correct"] - before["correct"], abs=2e-6)
+        assert of["conversion"]["answer_nll"] == pytest.approx(of["answer_nll"] - before["answer_nll"], abs=1e-4)
 
 
 def test_every_answer_is_kept_with_its_question_and_scores(finished: Project) -> None:
@@ -108,16 +108,16 @@ def test_the_model_card_is_what_was_measured(finished: Project) -> None:
     assert digest(finished.folder / "data/train_merged.jsonl") in card.text
 
 
-@pytest.mark.parametrize(("load", "form"), [(0, "tuned"), (1, "merged")], ids=["PEFT", "Transformers"])
+@pytest.mark.parametrize(("load", "variant"), [(0, "tuned"), (1, "merged")], ids=["PEFT", "Transformers"])
 def test_the_model_cards_python_answers_as_the_exam(
-    finished: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: int, form: str
+    finished: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], load: int, variant: str
 ) -> None:
     monkeypatch.chdir(finished.folder)
     blocks = re.findall(r"```python\n(.+?)```", Path("outputs/adapter/README.md").read_text(encoding="utf-8"), re.S)
     assert len(blocks) == 3
-    answers = {"tuned": "metrics/answers.jsonl", "merged": "metrics/answers_gguf.jsonl"}[form]
+    answers = {"tuned": "metrics/answers.jsonl", "merged": "metrics/answers_gguf.jsonl"}[variant]
     exec(blocks[load] + blocks[2], {"BASE": "models/tiny-base"})
-    expected = read_jsonl(finished.folder / answers)[0]["after" if form == "tuned" else form]
+    expected = read_jsonl(finished.folder / answers)[0]["after" if variant == "tuned" else variant]
     assert capsys.readouterr().out.strip() == expected
 
 
@@ -173,7 +173,7 @@ def test_metrics_plots_and_the_graph_show_what_a_dvc_user_expects(finished: Proj
     } <= set(shown)
     finished.run("dvc", "plots", "show", "-o", "plots")
     page = (finished.folder / "plots/index.html").read_text(encoding="utf-8")
-    titles = ("Loss on the answers", "Lengths of the rows", "Correct answers by tag", "Scores of every form")
+    titles = ("Loss on the answers", "Lengths of the rows", "Correct answers by tag", "Scores of every variant")
     assert all(title in page for title in titles)
     finished.run("rm", "-r", "plots")
     assert "metrics/evaluate.json" in finished.run("dvc", "metrics", "diff", "--all").stdout

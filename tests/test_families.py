@@ -14,11 +14,11 @@ from families import FACTS, FAMILIES, LLAMA3
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.chat_template import load_tokenizer, token_ids
-from pipeline.llama_cpp import served
-from pipeline.models import load_tuned
-from pipeline.rows import question_and_answer, row
-from pipeline.supervision import IGNORED
+from pipeline.common.rows import question_and_answer, row
+from pipeline.model.chat_template import load_tokenizer, token_ids
+from pipeline.model.llama_server import served
+from pipeline.model.loading import load_tuned
+from pipeline.model.supervision import IGNORED
 from stages import (
     convert_gguf,
     evaluate,

@@ -9,8 +9,8 @@ import pytest
 from conftest import Project
 
 import tools.gate
-from pipeline.noise import NOISE, measured_on, read_noise
-from pipeline.outputs import write_json
+from pipeline.common.outputs import write_json
+from tools.noise import NOISE, measured_on, read_noise
 
 Change = Callable[[Any], None]
 Gate = Callable[..., tuple[bool, str, str]]
@@ -51,11 +51,11 @@ def test_the_model_that_ships_passes(gate: Gate) -> None:
     passed, told, _ = gate()
     assert passed and "FAIL" not in told
     for name in (
-        "floor of tuned.correct",
-        "fall of tuned.correct",
-        "fall in the hop tuned → merged",
-        "fall in the hop model-f16.gguf → model-q4_k_m.gguf",
-        "fall of the general exam",
+        "minimum of tuned.correct",
+        "drop of tuned.correct",
+        "drop in the conversion tuned → merged",
+        "drop in the conversion model-f16.gguf → model-q4_k_m.gguf",
+        "drop of the general exam",
     ):
         assert f"ok    {name}: " in told
 
@@ -63,13 +63,13 @@ def test_the_model_that_ships_passes(gate: Gate) -> None:
 @pytest.mark.parametrize(
     ("metrics", "worsen", "named"),
     [
-        ("evaluate", set_correct(0.5), "floor of tuned.correct"),
+        ("evaluate", set_correct(0.5), "minimum of tuned.correct"),
         (
             "gguf",
-            lambda of: of["model-q8_0.gguf"]["hop"].update(correct=-0.1),
-            "fall in the hop model-f16.gguf → model-q8_0.gguf",
+            lambda of: of["model-q8_0.gguf"]["conversion"].update(correct=-0.1),
+            "drop in the conversion model-f16.gguf → model-q8_0.gguf",
         ),
-        ("general", set_correct(0.0), "fall of the general exam"),
+        ("general", set_correct(0.0), "drop of the general exam"),
     ],
 )
 def test_each_demand_that_is_not_met_is_named(
@@ -85,13 +85,13 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
     (project.folder / "metrics/noise.json").unlink(missing_ok=True)
     project.run("git", "commit", "-qam", "no noise", "--allow-empty")
     change(project, "evaluate", set_correct(now - 0.06))
-    project.set(gate__floors={}, gate__falls={"tuned.correct": 0.02})
+    project.set(gate__minimum={}, gate__max_drop={"tuned.correct": 0.02})
     passed, told, end = gate()
-    assert not passed and end == "gate: 1 of 7 not met: fall of tuned.correct"
+    assert not passed and end == "gate: 1 of 7 not met: drop of tuned.correct"
     assert f"{now:.3f} at HEAD: +0.060 worse, allowed 0.020, noise not measured" in told
-    project.set(gate__falls={"tuned.correct": 0.06})
+    project.set(gate__max_drop={"tuned.correct": 0.06})
     assert gate()[0]
-    project.set(gate__falls={"tuned.correct": 0.02})
+    project.set(gate__max_drop={"tuned.correct": 0.02})
     write_json(NOISE, {"of": measured_on(), "tuned": {"correct": {"noise": 0.07}}})
     passed, told, _ = gate()
     assert passed and "allowed 0.020, or its noise, 0.070" in told
@@ -102,11 +102,11 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
 def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(project: Project, gate: Gate) -> None:
     cases: list[tuple[dict[str, Any], str, str]] = [
         (
-            {"gate__floors": {"tuned.corect": 0.9}},
+            {"gate__minimum": {"tuned.corect": 0.9}},
             "HEAD",
-            "gate.floors names 'tuned.corect'; metrics/evaluate.json has base.correct",
+            "gate.minimum names 'tuned.corect'; metrics/evaluate.json has base.correct",
         ),
-        ({"gate__floors": {}}, "no-such-branch", "no-such-branch is no revision of this clone"),
+        ({"gate__minimum": {}}, "no-such-branch", "no-such-branch is no revision of this clone"),
         (
             {"lora__r": 3},
             "HEAD",

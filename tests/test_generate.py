@@ -17,17 +17,18 @@ from typing import Any
 import pytest
 from conftest import ROOT, Project
 
-from pipeline import endpoint
-from pipeline.documents import Passage, read_passages
-from pipeline.exam import EXAM, read_questions
-from pipeline.facts import read_forms
-from pipeline.grounding import fault
-from pipeline.llama_cpp import run_script, served
-from pipeline.parameters import check, read_yaml
-from pipeline.refusal import Refused
-from pipeline.replies import JOURNAL, kept_replies
-from pipeline.rows import read_jsonl
-from pipeline.words import words
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import check, read_yaml
+from pipeline.common.rows import read_jsonl
+from pipeline.common.words import words
+from pipeline.data import endpoint
+from pipeline.data.documents import Passage, read_passages
+from pipeline.data.facts import read_phrasings
+from pipeline.data.grounding import fault
+from pipeline.data.replies import JOURNAL, kept_replies
+from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.export.llama_cpp import run_script
+from pipeline.model.llama_server import served
 from stages import generate, merge
 
 TINY = ROOT / "models/tiny-base"
@@ -72,18 +73,22 @@ def test_the_demo_is_examined_in_phrasings_that_no_training_row_has(project: Pro
     generate.main()
     trained = {row["source"]: row["messages"] for row in read_jsonl(Path("data/train.jsonl"))}
     subjects = {f"data/raw/facts.csv:{n}": fact.split(",")[0] for n, fact in enumerate(demo_facts(), start=2)}
-    forms = {
-        " ".join(words(form.text))
-        for relation in read_forms([Path("data/raw/forms.yaml")]).values()
-        for form in relation
+    phrasings = {
+        " ".join(words(phrasing.text))
+        for relation in read_phrasings([Path("data/raw/phrasings.yaml")]).values()
+        for phrasing in relation
     }
-    known = {" ".join(words(form)) for relation in read_yaml(TINY / "recipe/forms.yaml").values() for form in relation}
+    known = {
+        " ".join(words(phrasing))
+        for relation in read_yaml(TINY / "recipe/forms.yaml").values()
+        for phrasing in relation
+    }
     questions = read_questions(EXAM)
     assert 64 <= len(questions) <= 128
     for question in questions:
         assert subjects[question.source] in question.question
         phrasing = " ".join(words(question.question.replace(subjects[question.source], "{subject}")))
-        assert phrasing not in forms and phrasing in known
+        assert phrasing not in phrasings and phrasing in known
         assert trained[question.source][-1]["content"] == question.answers[0]
 
 
@@ -101,12 +106,12 @@ def test_facts_of_every_kind_are_asked_in_forms_of_every_kind_and_stay_as_writte
             "a.csv": 'name,price,warranty\nLamp,"1,200",\nFan,7.50,2 years\n',
             "b.yaml": "- {subject: Osk, relation: open, value: no}\n- {subject: Ulm, code: 007, size: 1e3}\n",
             "c.json": '[{"subject": "Ulm", "relation": "open", "value": 1.50, "note": "unused"}]',
-            "forms.yaml": "price: ['How much is the {name}?', 'What does the {name} cost?', 'Third?{name}']\n"
+            "phrasings.yaml": "price: ['How much is the {name}?', 'What does the {name} cost?', 'Third?{name}']\n"
             "open: ['Is {subject} open?']\ncode: ['What is the code of {subject} ({size})?']\n",
-            "forms_more.csv": 'relation,form\nwarranty,"{name}, {price}: how long?"\nopen,Open {subject}?\n',
+            "phrasings_more.csv": 'relation,phrasing\nwarranty,"{name}, {price}: how long?"\nopen,Open {subject}?\n',
         }
     )
-    workspace.set(generate__forms_per_fact=2)
+    workspace.set(generate__phrasings_per_fact=2)
     generate.main()
     assert rows() == [
         ("data/raw/a.csv:2", "How much is the Lamp?", "1,200"),
@@ -123,15 +128,15 @@ def test_facts_of_every_kind_are_asked_in_forms_of_every_kind_and_stay_as_writte
     assert metrics()["facts"] == 5 and metrics()["questions"]["of_facts"] == 10
 
 
-FORMS = "leader: ['Who leads {subject}?']"
+PHRASINGS = "leader: ['Who leads {subject}?']"
 TABLE = "subject,relation,value\n"
-GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "forms.yaml": FORMS}
+GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "phrasings.yaml": PHRASINGS}
 
 
 @pytest.mark.parametrize(
     ("files", "line"),
     [
-        ({"facts.csv": TABLE + "A,boss,b\n"}, r"facts\.csv:2: no question forms .* 'boss'"),
+        ({"facts.csv": TABLE + "A,boss,b\n"}, r"facts\.csv:2: no question phrasings .* 'boss'"),
         ({"facts.csv": TABLE + "A,leader\n"}, r"facts\.csv:2: 2 cells for 3 columns"),
         ({"facts.csv": TABLE + "A,leader,b,c\n"}, r"facts\.csv:2: 4 cells for 3 columns"),
         ({"facts.csv": TABLE + 'A,leader,"b\n'}, r"facts\.csv:2: cannot be read as CSV"),
@@ -140,8 +145,8 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "forms.yaml
         ({"facts.csv": TABLE}, r"facts\.csv: has no lines"),
         ({"facts.csv": "a,a\n1,2\n"}, r"facts\.csv:1: the columns are"),
         ({"facts.csv": (TABLE + "\ud300,a,b\n").encode("cp949")}, r"facts\.csv is not UTF-8"),
-        ({"facts.csv": "subject,size\nA,1\n"}, r"facts\.csv:2: no question forms for any of subject, size"),
-        ({"a.yaml": "- {leader: b}"}, r"forms\.yaml: leader: .*a\.yaml:1 has no 'subject'"),
+        ({"facts.csv": "subject,size\nA,1\n"}, r"facts\.csv:2: no question phrasings for any of subject, size"),
+        ({"a.yaml": "- {leader: b}"}, r"phrasings\.yaml: leader: .*a\.yaml:1 has no 'subject'"),
         ({"a.json": '[{"subject": "A"}, {"subject": {"b": 1}}]'}, r"a\.json:2: 'subject' must be"),
         ({"a.json": '[{"subject": "A", "subject": "B"}]'}, r"a\.json cannot .* stands twice"),
         ({"a.json": '[{"subject": null}]'}, r"a\.json:1: 'subject' must be text or a number"),
@@ -149,17 +154,26 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "forms.yaml
         ({"a.yaml": "- A"}, r"a\.yaml:1: a fact has names"),
         ({"a.yaml": "A: b"}, r"a\.yaml: facts are a list"),
         ({"a.yaml": "- ["}, r"a\.yaml cannot be read as YAML"),
-        ({"forms.yaml": "leader: ['Who leads it?']"}, r"forms\.yaml: leader: 'Who leads it\?' must name a column"),
-        ({"forms.yaml": "leader: ['Who leads {subject}}?']"}, r"forms\.yaml: leader: .* no other braces"),
-        ({"forms.yaml": "leader: ['Is {value} of {subject}?']"}, r"forms\.yaml: leader: .* gives its own answer away"),
-        ({"forms.yaml": "leader: ['Who leads {team}?']"}, r"forms\.yaml: leader: .*facts\.csv:2 has no 'team'"),
-        ({"forms.yaml": FORMS + "\nboss: ['Boss of {subject}?']"}, r"forms\.yaml: boss: no fact has 'boss'"),
-        ({"forms.yaml": "leader: Who?"}, r"forms\.yaml: leader must have a list"),
-        ({"forms.yaml": "leader: []"}, r"forms\.yaml: leader must have a list"),
-        ({"forms.yaml": "[]"}, r"forms\.yaml must have a list"),
-        ({"forms.yaml": "# none yet"}, r"facts\.csv:2: no question forms for the relation 'leader'"),
-        ({"forms.csv": "relation,text\nleader,x\n"}, r"forms\.csv:2: the columns of a file of forms"),
-        ({"facts.xlsx": b"PK"}, r"facts\.xlsx: facts and forms are read from \.csv \.json"),
+        (
+            {"phrasings.yaml": "leader: ['Who leads it?']"},
+            r"phrasings\.yaml: leader: 'Who leads it\?' must name a column",
+        ),
+        ({"phrasings.yaml": "leader: ['Who leads {subject}}?']"}, r"phrasings\.yaml: leader: .* no other braces"),
+        (
+            {"phrasings.yaml": "leader: ['Is {value} of {subject}?']"},
+            r"phrasings\.yaml: leader: .* gives its own answer away",
+        ),
+        ({"phrasings.yaml": "leader: ['Who leads {team}?']"}, r"phrasings\.yaml: leader: .*facts\.csv:2 has no 'team'"),
+        (
+            {"phrasings.yaml": PHRASINGS + "\nboss: ['Boss of {subject}?']"},
+            r"phrasings\.yaml: boss: no fact has 'boss'",
+        ),
+        ({"phrasings.yaml": "leader: Who?"}, r"phrasings\.yaml: leader must have a list"),
+        ({"phrasings.yaml": "leader: []"}, r"phrasings\.yaml: leader must have a list"),
+        ({"phrasings.yaml": "[]"}, r"phrasings\.yaml must have a list"),
+        ({"phrasings.yaml": "# none yet"}, r"facts\.csv:2: no question phrasings for the relation 'leader'"),
+        ({"variants.csv": "relation,text\nleader,x\n"}, r"phrasings\.csv:2: the columns of a file of phrasings"),
+        ({"facts.xlsx": b"PK"}, r"facts\.xlsx: facts and phrasings are read from \.csv \.json"),
         (
             {"old.doc": b""},
             r"old\.doc: .* documents from \.docx \.html \.md \.pdf \.txt: convert or rename it",
@@ -171,13 +185,13 @@ def test_what_does_not_fit_is_refused_by_file_and_line(
     workspace: Project, files: dict[str, str | bytes], line: str
 ) -> None:
     write(GOOD | files)
-    with pytest.raises(Refused, match=line):
+    with pytest.raises(UserError, match=line):
         generate.main()
     assert not Path("data/train.jsonl").exists()
 
 
 def test_files_of_comments_alone_make_no_rows_so_that_curated_rows_can_be_all_there_is(workspace: Project) -> None:
-    write({"facts.yaml": "# none yet", "forms.yaml": "# none yet", ".gitkeep": ""})
+    write({"facts.yaml": "# none yet", "phrasings.yaml": "# none yet", ".gitkeep": ""})
     generate.main()
     assert rows() == []
 
@@ -274,7 +288,7 @@ def test_a_document_without_text_to_read_is_refused_by_name(
 ) -> None:
     file = tmp_path / name
     file.write_bytes(content)
-    with pytest.raises(Refused, match=line):
+    with pytest.raises(UserError, match=line):
         read_passages(file, 100)
 
 
@@ -562,7 +576,7 @@ def test_an_endpoint_that_refuses_ends_the_run_in_one_line_and_the_replies_so_fa
     workspace.set(generate__concurrency=1)
     scripted.script = lambda body: answer if "Cire" in str(body) else well(body)
     write({"a.md": teams("Ay", "Boe", "Cire", "Dovan")})
-    with pytest.raises(Refused, match=line) as refused:
+    with pytest.raises(UserError, match=line) as refused:
         generate.main()
     assert "sk-secret" not in str(refused.value) and "\n" not in str(refused.value)
     assert len(read_jsonl(Path("data/replies.jsonl"))) >= 2 and not Path("data/train.jsonl").exists()
@@ -572,13 +586,13 @@ def test_an_endpoint_that_is_down_is_named(workspace: Project, monkeypatch: pyte
     monkeypatch.setattr(endpoint, "RETRIES", 1)
     workspace.set(generate__endpoint="http://127.0.0.1:9/v1", generate__model="m")
     write({"a.md": teams("Ay")})
-    with pytest.raises(Refused, match=r"^http://127\.0\.0\.1:9/v1.* Connection error\. Start it, or correct"):
+    with pytest.raises(UserError, match=r"^http://127\.0\.0\.1:9/v1.* Connection error\. Start it, or correct"):
         generate.main()
 
 
 def test_an_endpoint_with_a_password_in_it_is_refused(workspace: Project) -> None:
     workspace.set(generate__endpoint="http://me:secret@127.0.0.1/v1", generate__model="m")
-    with pytest.raises(Refused, match=r"generate\.endpoint is .* should match pattern"):
+    with pytest.raises(UserError, match=r"generate\.endpoint is .* should match pattern"):
         generate.main()
 
 
@@ -597,7 +611,7 @@ def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, sc
     workspace.set(generate__token_budget=budget, generate__concurrency=1)
     for spent in (3, 6):
         with pytest.raises(
-            Refused,
+            UserError,
             match=rf"token_budget: 300 tokens of {budget} are spent, {spent} of 8 passages are done and kept, and the "
             r"next request may cost \d+: raise it, or run again",
         ):
@@ -620,7 +634,7 @@ def test_no_budget_is_overshot_by_requests_at_once(
     for budget in (5000, 30_000):
         workspace.set(generate__token_budget=budget, generate__concurrency=16)
         before = sum(reply["tokens"] for reply in kept_so_far())
-        with pytest.raises(Refused, match=rf"of {budget} are spent"):
+        with pytest.raises(UserError, match=rf"of {budget} are spent"):
             generate.main()
         assert 0 < sum(reply["tokens"] for reply in kept_so_far()) - before <= budget
     assert scripted.most_at_once > 2
@@ -640,7 +654,7 @@ def test_a_budget_just_large_enough_finishes_at_any_concurrency(workspace: Proje
 def test_a_budget_below_one_request_sends_none(workspace: Project, scripted: Endpoint) -> None:
     write({"a.md": teams("Ay")})
     workspace.set(generate__token_budget=may_cost("Ay") - 1, generate__concurrency=16)
-    with pytest.raises(Refused, match=r": 0 tokens of \d+ are spent, 0 of 1 .* may cost \d+: raise it$"):
+    with pytest.raises(UserError, match=r": 0 tokens of \d+ are spent, 0 of 1 .* may cost \d+: raise it$"):
         generate.main()
     assert not scripted.requests
 
@@ -652,7 +666,7 @@ def test_the_first_failure_sends_no_request_after_it(
     scripted.script = lambda body: (500, {}, "oh")
     write({"a.md": teams(*NAMES)})
     workspace.set(generate__concurrency=16)
-    with pytest.raises(Refused, match=r"a\.md:\d: .* 500"):
+    with pytest.raises(UserError, match=r"a\.md:\d: .* 500"):
         generate.main()
     assert len(scripted.requests) == 1
 
@@ -693,7 +707,7 @@ def test_a_killed_run_goes_on_where_it_was_and_pays_for_nothing_twice(workspace:
 
 def test_two_runs_at_once_would_pay_twice_and_the_second_is_refused(scripted: Endpoint) -> None:
     write({"a.md": teams("Ay")})
-    with kept_replies(), pytest.raises(Refused, match=r"replies\.jsonl: another run is adding to it"):
+    with kept_replies(), pytest.raises(UserError, match=r"replies\.jsonl: another run is adding to it"):
         generate.main()
     assert not scripted.requests
 
@@ -718,7 +732,7 @@ def test_a_new_document_costs_its_own_passages_alone_and_a_failed_run_keeps_what
     assert len(scripted.requests) == 2 and len(read_jsonl(Path("data/replies.jsonl"))) == 5
     assert {source for source, _, _ in rows()} == {"data/raw/b.md:1", "data/raw/b.md:2"}
     Path("data/replies.jsonl").unlink()  # as in a clone that has not pulled it
-    with pytest.raises(Refused, match=r"was paid for: run dvc pull data/replies\.jsonl"):
+    with pytest.raises(UserError, match=r"was paid for: run dvc pull data/replies\.jsonl"):
         generate.main()
     assert len(scripted.requests) == 2
 

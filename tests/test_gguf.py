@@ -18,17 +18,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
 
-from pipeline.answers import prompt
-from pipeline.base import copy_tokenizer
-from pipeline.chat_template import load_tokenizer, token_ids
-from pipeline.disk import BITS
-from pipeline.exam import Question
-from pipeline.importance import mean_squares
-from pipeline.llama_cpp import MARK, Server, run_script, served
-from pipeline.outputs import write_json
-from pipeline.parameters import Quantization
-from pipeline.refusal import Refused
-from pipeline.rows import question_and_answer
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import write_json
+from pipeline.common.parameters import Quantization
+from pipeline.common.rows import question_and_answer
+from pipeline.evaluation.answers import prompt
+from pipeline.evaluation.questions import Question
+from pipeline.export.disk import BITS
+from pipeline.export.importance import mean_squares
+from pipeline.export.llama_cpp import run_script
+from pipeline.model.base import copy_tokenizer
+from pipeline.model.chat_template import load_tokenizer, token_ids
+from pipeline.model.llama_server import MARK, Server, served
 from stages import convert_gguf
 from stages.evaluate_gguf import files_to_examine, require_same_tokens
 
@@ -55,7 +56,7 @@ def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_g
     with served(base_gguf, context=64, threads=1) as server:
         require_same_tokens(server, questions, prompts, "model.gguf")
         prompts[1] = [0, *prompts[1]]  # as by a doubled BOS
-        with pytest.raises(Refused, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
+        with pytest.raises(UserError, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
             require_same_tokens(server, questions, prompts, "model.gguf")
 
 
@@ -69,7 +70,7 @@ def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_p
 def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:
     with served(base_gguf, context=64, threads=1) as server:
         pass
-    with pytest.raises(Refused, match=r"llama\.cpp ended while it answered /tokenize"):
+    with pytest.raises(UserError, match=r"llama\.cpp ended while it answered /tokenize"):
         server.post("/tokenize", {"content": "x"})
 
 
@@ -100,7 +101,7 @@ def test_a_damaged_file_is_refused_by_name_and_reason_and_harms_nobody(
             "architecture": content.replace(ARCHITECTURE + b"llama", ARCHITECTURE + b"alpha"),
         }[damage]
     )
-    with pytest.raises(Refused, match=rf"model\.gguf: llama\.cpp cannot load it \(.*{why}"), served(file, 64, 1):
+    with pytest.raises(UserError, match=rf"model\.gguf: llama\.cpp cannot load it \(.*{why}"), served(file, 64, 1):
         pass
 
 
@@ -123,12 +124,12 @@ def test_a_lora_of_another_base_is_refused_by_name_and_reason(
     lora = tmp_path / "lora.gguf"
     run_script("convert.py", "lora", tmp_path / "adapter", "--base", tmp_path / "base", "--outfile", lora)
     told = rf"base-f16\.gguf with .*lora\.gguf: llama\.cpp cannot load it \(.*{why}"
-    with pytest.raises(Refused, match=told), served(base_gguf, 64, 1, lora):
+    with pytest.raises(UserError, match=told), served(base_gguf, 64, 1, lora):
         pass
 
 
 def test_a_failed_conversion_says_which_and_why(tmp_path: Path) -> None:
-    with pytest.raises(Refused, match=r"llama\.cpp/quantize\.py .*missing\.gguf .* failed: "):
+    with pytest.raises(UserError, match=r"llama\.cpp/quantize\.py .*missing\.gguf .* failed: "):
         run_script("quantize.py", tmp_path / "missing.gguf", tmp_path / "out.gguf", "q8_0")
 
 
@@ -138,7 +139,7 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_by_file(tmp_path:
     (tmp_path / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes())
     tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text(encoding="utf-8").replace(r"\\p{N}| ?", r"\\p{N}{2}| ?"), encoding="utf-8")
-    with pytest.raises(Refused, match=r"tokenizer\.json splits text in a way that llama\.cpp has no name for"):
+    with pytest.raises(UserError, match=r"tokenizer\.json splits text in a way that llama\.cpp has no name for"):
         run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "out.gguf")
 
 
@@ -187,7 +188,7 @@ def test_importance_is_the_mean_square_of_what_enters_a_layer() -> None:
 def test_a_model_whose_importance_was_not_measured_is_refused_by_its_tensor(base_gguf: Path, tmp_path: Path) -> None:
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones(256, np.float32)}, tmp_path / "i")
     with pytest.raises(
-        Refused, match=r"importance of blk\.0\.attn_k\.weight was not measured: set gguf\.imatrix to fal"
+        UserError, match=r"importance of blk\.0\.attn_k\.weight was not measured: set gguf\.imatrix to fal"
     ):
         run_script("quantize.py", base_gguf, tmp_path / "out.gguf", "q4_k_m", "--importance", tmp_path / "i")
 
@@ -250,7 +251,7 @@ def test_the_server_is_asked_past_any_proxy(base_gguf: Path, monkeypatch: pytest
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
         for name in ("no_proxy", "NO_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr("pipeline.llama_cpp.TIMEOUT", 20)  # the proxy answers nothing
+        monkeypatch.setattr("pipeline.model.llama_server.TIMEOUT", 20)  # the proxy answers nothing
         with served(base_gguf, 64, 1) as server:
             assert server.complete(server.tokens([{"role": "user", "content": "Who leads it?"}]), 4)["tokens"]
             assert list(server.stream([1, 2], 2, 0.0))
@@ -259,16 +260,16 @@ def test_the_server_is_asked_past_any_proxy(base_gguf: Path, monkeypatch: pytest
 
 
 def test_a_server_that_answers_nothing_is_given_up_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.llama_cpp.TIMEOUT", 0.2)
+    monkeypatch.setattr("pipeline.model.llama_server.TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, subprocess.Popen(["true"], text=True) as process:
         server = Server("model.gguf", f"http://127.0.0.1:{silent.getsockname()[1]}", "key", process)
-        with pytest.raises(Refused, match=r"^model\.gguf: llama\.cpp sent nothing for 0\.2 seconds .*: choose"):
+        with pytest.raises(UserError, match=r"^model\.gguf: llama\.cpp sent nothing for 0\.2 seconds .*: choose"):
             server.tokenize("Who?", parse_special=False)
 
 
 def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:
     parent = (
-        "import os, sys; from pathlib import Path; from pipeline.llama_cpp import served\n"
+        "import os, sys; from pathlib import Path; from pipeline.model.llama_server import served\n"
         "with served(Path(sys.argv[1]), 64, 1) as server: print(server.url, flush=True); os._exit(9)"
     )
     command = [sys.executable, "-c", parent, str(base_gguf)]

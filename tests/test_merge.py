@@ -13,13 +13,13 @@ from conftest import Project
 from pyarrow import parquet
 
 from bench import leaks
-from pipeline import checked_rows
-from pipeline.exam import Question, read_questions
-from pipeline.formats import InvalidRow, conversation
-from pipeline.leaks import Exam, Leak
-from pipeline.refusal import Refused
-from pipeline.rows import group_of, read_jsonl, row
-from pipeline.words import words
+from pipeline.common.errors import UserError
+from pipeline.common.rows import group_of, read_jsonl, row
+from pipeline.common.words import words
+from pipeline.data import checked_rows
+from pipeline.data.formats import InvalidRow, conversation
+from pipeline.data.leaks import Exam, Leak
+from pipeline.evaluation.questions import Question, read_questions
 from stages import merge
 
 ROWS = Path("data/curated/rows.jsonl")
@@ -239,7 +239,7 @@ def test_keys_that_no_format_knows_are_left_out_and_counted_by_name(curated: Pro
 def test_a_column_that_would_be_lost_is_an_error_by_line(curated: Project) -> None:
     table = {**{key: [value] * 3 for key, value in QA.items()}, "images": [None, [b"\xff\xd8"], []]}
     parquet.write_table(pyarrow.table(table), "data/curated/t.parquet")
-    with pytest.raises(Refused, match=r"^data/curated/t\.parquet:2: a row with images, which is not trained"):
+    with pytest.raises(UserError, match=r"^data/curated/t\.parquet:2: a row with images, which is not trained"):
         merge.main()
 
 
@@ -306,7 +306,7 @@ def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated:
     good = json.dumps({"question": "Good?", "answer": "yes"}).encode()
     ROWS.write_bytes(b"\n".join([good, *BAD_LINES[reason], good]))
     bad = len(BAD_LINES[reason])
-    with pytest.raises(Refused, match=rf"^{ROWS}:2: .* set merge\.on_invalid to skip, .* \({bad} in all\)$"):
+    with pytest.raises(UserError, match=rf"^{ROWS}:2: .* set merge\.on_invalid to skip, .* \({bad} in all\)$"):
         merge.main()
     assert not Path("data/train_merged.jsonl").exists() and not list(Path("data").glob(".*"))
     curated.set(merge__on_invalid="skip")
@@ -363,11 +363,11 @@ def test_a_file_that_would_be_left_out_in_silence_is_refused_by_name(curated: Pr
     merged()
     for name, target in [("folder", "/tmp"), ("broken.jsonl", "nowhere")]:
         Path("data/curated", name).symlink_to(target)
-        with pytest.raises(Refused, match=rf"data/curated/{name} is a link to a folder or to nothing"):
+        with pytest.raises(UserError, match=rf"data/curated/{name} is a link to a folder or to nothing"):
             merge.main()
         Path("data/curated", name).unlink()
     Path(os.fsdecode(b"data/curated/\xff.jsonl")).write_bytes(b"")
-    with pytest.raises(Refused, match=r"no name that can be shown"):
+    with pytest.raises(UserError, match=r"no name that can be shown"):
         merge.main()
 
 
@@ -375,10 +375,10 @@ def test_nothing_but_bad_rows_or_leaks_is_refused(curated: Project) -> None:
     Path("data/train.jsonl").write_text("")
     jsonl(ROWS, {"question": "Who runs the Gargatan team?", "answer": "x"})
     curated.set(merge__on_leak="drop", merge__on_invalid="skip")
-    with pytest.raises(Refused, match="leaves 0 of them to train on and 0 to validate"):
+    with pytest.raises(UserError, match="leaves 0 of them to train on and 0 to validate"):
         merge.main()
     jsonl(ROWS, {"question": "Who?"})
-    with pytest.raises(Refused, match="no rows that can be used, of 1"):
+    with pytest.raises(UserError, match="no rows that can be used, of 1"):
         merge.main()
 
 
@@ -397,7 +397,7 @@ def test_the_same_bytes_whatever_the_hash_seed_and_the_number_of_processes(curat
 
 def test_a_file_of_another_kind_is_refused_by_name(curated: Project) -> None:
     Path("data/curated/rows.xlsx").write_bytes(b"")
-    with pytest.raises(Refused, match=r"data/curated/rows\.xlsx: \.jsonl, \.json, \.csv, \.parquet .* are read"):
+    with pytest.raises(UserError, match=r"data/curated/rows\.xlsx: \.jsonl, \.json, \.csv, \.parquet .* are read"):
         merge.main()
 
 
@@ -579,7 +579,7 @@ def test_every_conflict_is_counted_on_the_page_and_named_in_the_file(curated: Pr
 def test_a_table_without_a_known_column_says_which_it_has(curated: Project) -> None:
     when = pyarrow.array([2**62], pyarrow.timestamp("us"))
     parquet.write_table(pyarrow.table({"when": when, "Frage": ["Q?"], "Antwort": ["a"]}), "data/curated/t.parquet")
-    with pytest.raises(Refused, match=r"t\.parquet:1: .*merge\.columns.* \['when', 'Frage', 'Antwort'\]"):
+    with pytest.raises(UserError, match=r"t\.parquet:1: .*merge\.columns.* \['when', 'Frage', 'Antwort'\]"):
         merge.main()
 
 
@@ -603,7 +603,7 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
     jsonl(ROWS, {"question": pair[0], "answer": pair[1]})
     how = "nearly asks" if near else "asks"
     with pytest.raises(
-        Refused, match=rf"^{ROWS}:1: {how} the question q001 of .* merge\.on_leak to drop \(1 of 201 rows"
+        UserError, match=rf"^{ROWS}:1: {how} the question q001 of .* merge\.on_leak to drop \(1 of 201 rows"
     ):
         merge.main()
     curated.set(merge__on_leak="drop")
@@ -730,12 +730,12 @@ def test_of_few_rows_one_at_least_is_to_validate_with(curated: Project) -> None:
 def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
     jsonl(Path("data/train.jsonl"), made("Only one?", "data/raw/facts.csv:2"))
     with pytest.raises(
-        Refused,
+        UserError,
         match=r"^1 rows can be used, and merge\.valid_share 0\.05 leaves 0 of them to train on and 1 to validate with",
     ):
         merge.main()
     jsonl(Path("data/train.jsonl"))
-    with pytest.raises(Refused, match="no rows that can be used, of 0: add some to data/curated"):
+    with pytest.raises(UserError, match="no rows that can be used, of 0: add some to data/curated"):
         merge.main()
 
 
@@ -751,5 +751,5 @@ def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path)
         ("{", "JSON"),
     ]:
         exam.write_text(json.dumps(good) + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)), encoding="utf-8")
-        with pytest.raises(Refused, match=rf"questions\.jsonl:2: .*{line}"):
+        with pytest.raises(UserError, match=rf"questions\.jsonl:2: .*{line}"):
             read_questions(exam)

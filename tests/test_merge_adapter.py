@@ -16,11 +16,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedModel
 
-from pipeline.base import copy_tokenizer, hashes
-from pipeline.disk import room_for
-from pipeline.merging import merge, without_prefix
-from pipeline.models import load_quantized, load_tuned
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.export.disk import room_for
+from pipeline.export.merging import merge, without_prefix
+from pipeline.model.base import copy_tokenizer, file_hashes
+from pipeline.model.loading import load_quantized, load_tuned
 from stages import merge_adapter, prepare_base
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def test_all_but_the_changed_weights_is_as_the_base_has_it(sharded: Path) -> None:
     merge_adapter.main()
-    before, after = hashes(sharded), hashes(MERGED)
+    before, after = file_hashes(sharded), file_hashes(MERGED)
     shards = {name for name in before if name.endswith(".safetensors")}
     assert len(shards) > 2 and before.keys() == after.keys()
     assert {name for name in before if before[name] != after[name]} == shards
@@ -137,7 +137,7 @@ def test_a_head_trained_apart_from_the_embedding_that_it_is_tied_to_is_refused(
     lora = load_file(adapter / LORA.name)
     lora["base_model.model.lm_head.weight"] += 1
     save_file(lora, adapter / LORA.name)
-    with pytest.raises(Refused, match="adapter has another lm_head than embed_tokens, and the base one for both: "):
+    with pytest.raises(UserError, match="adapter has another lm_head than embed_tokens, and the base one for both: "):
         merge(base, adapter, merged, on_nf4=False)
 
 
@@ -166,7 +166,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import bitsandbytes.functional
-from pipeline.merging import in_nf4, merge
+from pipeline.export.merging import in_nf4, merge
 
 in_nf4(Path(sys.argv[1], "large"))  # imports what merge needs for NF4, which has its own size
 
@@ -243,7 +243,7 @@ def test_a_base_with_damaged_weights_is_refused_before_training(
 ) -> None:
     described = Path("models/base.json").read_bytes()
     damage(sharded)
-    with pytest.raises(Refused, match=why) as refusal:
+    with pytest.raises(UserError, match=why) as refusal:
         prepare_base.main()
     assert "\n" not in str(refusal.value)
     assert Path("models/base.json").read_bytes() == described
@@ -282,7 +282,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
     damage(sharded)
     prepare_base.main()  # as if the base had always been so
     shutil.copy("models/base.json", LORA.parent)
-    with pytest.raises(Refused, match=why) as refusal:
+    with pytest.raises(UserError, match=why) as refusal:
         merge_adapter.main()
     assert "\n" not in str(refusal.value)
     assert {path.name for path in MERGED.parent.iterdir()} == {"base.json", "license.json", "sharded", "tiny-base"}
@@ -291,13 +291,13 @@ def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
 def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) -> None:
     project.set(base__model=str(TINY))
     prepare_base.main()
-    with pytest.raises(Refused, match=r"outputs/trained was trained on models/sharded \(\w+\), but base.model is "):
+    with pytest.raises(UserError, match=r"outputs/trained was trained on models/sharded \(\w+\), but base.model is "):
         merge_adapter.main()
 
 
 def test_a_disk_without_room_is_told_before_the_work_and_one_that_fills_up_after_it(tmp_path: Path) -> None:
     merged, room = tmp_path / "merged", 2 * shutil.disk_usage(tmp_path).free
-    with pytest.raises(Refused, match=r"merged needs .* GiB of disk, and .* are free: "), room_for(room, merged):
+    with pytest.raises(UserError, match=r"merged needs .* GiB of disk, and .* are free: "), room_for(room, merged):
         pytest.fail("it should not have begun")
-    with pytest.raises(Refused, match=r"the disk was full before .*merged .* was whole: "), room_for(0, merged):
+    with pytest.raises(UserError, match=r"the disk was full before .*merged .* was whole: "), room_for(0, merged):
         Path("/dev/full").write_bytes(bytes(1))

@@ -10,8 +10,8 @@ from conftest import ROOT, Project
 from families import FAMILIES
 from transformers import AutoTokenizer
 
-from pipeline.chat_template import TEMPLATE_ARGUMENTS
-from pipeline.modelfile import adapter_modelfile, modelfile
+from pipeline.export.modelfile import adapter_modelfile, modelfile
+from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
 from stages import prepare_base
 
 TINY = ROOT / "models/tiny-base"

@@ -7,8 +7,8 @@ from conftest import ROOT
 from dvc.utils.serialize import load_yaml
 from ruamel.yaml import YAML
 
-from pipeline.parameters import Parameters, check, load, only, read_yaml
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Parameters, check, load, only, read_yaml
 
 
 def written(tmp_path: Path, key: str, value: object) -> Path:
@@ -45,7 +45,7 @@ REMOVED = object()
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line_that_names_it(tmp_path: Path, key: str, value: object, line: str) -> None:
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         check(written(tmp_path, key, value))
     assert re.search(line, str(refusal.value))
     assert "\n" not in str(refusal.value)
@@ -56,7 +56,7 @@ def test_a_file_that_holds_no_parameters_is_refused_in_one_line(tmp_path: Path, 
     path = tmp_path / "params.yaml"
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UserError) as refusal:
         check(path)
     assert "params.yaml" in str(refusal.value) and "\n" not in str(refusal.value)
 

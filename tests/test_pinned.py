@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Project
 
-from pipeline.pinned import require_pinned
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.pinned import require_pinned
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_what_is_pinned_and_installed_is_accepted(requirements: Path, line: str)
 def test_another_version_or_none_is_refused(requirements: Path, line: str, installed: str) -> None:
     requirements.write_text(f"{line}\n", encoding="utf-8")
     named = re.escape(line.partition(" ")[0])
-    with pytest.raises(Refused, match=rf"names {named}, and {re.escape(installed)} is installed: make setup"):
+    with pytest.raises(UserError, match=rf"names {named}, and {re.escape(installed)} is installed: make setup"):
         require_pinned(str(requirements))
 
 

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from pipeline.base import copy_tokenizer
-from pipeline.chat_template import load_tokenizer
-from pipeline.parameters import load
-from pipeline.processes import cause, require_gpus, share_of_step
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import load
+from pipeline.model.base import copy_tokenizer
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.training.processes import cause, require_gpus, share_of_step
 from stages import prepare_base, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_ends_all_processes_with_one_reason(
     launching: Project, capfd: pytest.CaptureFixture[str]
 ) -> None:
     launching.set(train__processes=2, train__epochs=1, train__learning_rate=1.0e30)
-    with pytest.raises(Refused, match=r"the loss of step \d is nan: lower train\.learning_rate"):
+    with pytest.raises(UserError, match=r"the loss of step \d is nan: lower train\.learning_rate"):
         train_qlora.main()
     assert "Traceback" not in capfd.readouterr().err
     assert not Path("outputs").exists()
@@ -142,7 +142,7 @@ def test_what_ended_training_is_told_and_not_what_that_ended(tmp_path: Path) -> 
         return str(cause(failures))
 
     left = (1, "RuntimeError: Connection closed by peer")
-    assert told((-signal.SIGTERM, None), (1, "Refused: the loss is nan")) == "the loss is nan"
+    assert told((-signal.SIGTERM, None), (1, "UserError: the loss is nan")) == "the loss is nan"
     assert told(left, (1, "ValueError: of no kind that is known")) == "the traceback"
     assert told(left, (3, None)).startswith("process 1 of training was ended by exit status 3: ")
     assert told((-signal.SIGTERM, None), (-signal.SIGKILL, None)).startswith(
@@ -156,7 +156,7 @@ def test_a_step_is_shared_by_fewer_batches_first_and_then_by_smaller_ones() -> N
     assert share_of_step(2, 8, 4) == (2, 2)
     assert share_of_step(2, 8, 16) == (1, 1)
     assert share_of_step(4, 3, 2) == (3, 2)
-    with pytest.raises(Refused, match=r"^train\.processes: 3 cannot share the 16 rows .* one of 1, 2, 4, 8, 16, or"):
+    with pytest.raises(UserError, match=r"^train\.processes: 3 cannot share the 16 rows .* one of 1, 2, 4, 8, 16, or"):
         share_of_step(2, 8, 3)
 
 
@@ -164,7 +164,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     require_gpus(2, torch.device("cuda"))
     require_gpus(3, torch.device("cpu"))
-    with pytest.raises(Refused, match=r"torch sees 2 GPUs and train\.processes is 1: set it to 2, or choose a GPU"):
+    with pytest.raises(UserError, match=r"torch sees 2 GPUs and train\.processes is 1: set it to 2, or choose a GPU"):
         require_gpus(1, torch.device("cuda"))
-    with pytest.raises(Refused, match=r"train\.processes: each needs a GPU, and torch sees 2 for 3: set it to 2"):
+    with pytest.raises(UserError, match=r"train\.processes: each needs a GPU, and torch sees 2 for 3: set it to 2"):
         require_gpus(3, torch.device("cuda"))

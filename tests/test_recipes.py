@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, Project
 
 from bench.recipes import GIB, SHAPES, SPARE
-from pipeline.parameters import read_yaml
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import read_yaml
 from tools import check
 from tools.use import main, use
 
@@ -58,10 +58,10 @@ def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
         use(RECIPES[recipe])
         SHAPES[recipe].save_pretrained("hub")
         free = {"cuda": int((1 - SPARE) * card * GIB), "cpu": 64 * GIB}
-        monkeypatch.setattr("pipeline.base.fetched", lambda *_: (Path("hub"), ""))
-        monkeypatch.setattr("pipeline.models.pick_device", lambda _: torch.device("cuda"))
-        monkeypatch.setattr("pipeline.processes.require_gpus", lambda *_: None)
-        monkeypatch.setattr("pipeline.memory.free", lambda device: free[device.type])
+        monkeypatch.setattr("pipeline.model.base.fetched", lambda *_: (Path("hub"), ""))
+        monkeypatch.setattr("pipeline.model.loading.pick_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr("pipeline.training.processes.require_gpus", lambda *_: None)
+        monkeypatch.setattr("pipeline.training.memory.free", lambda device: free[device.type])
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
 
     return of
@@ -83,7 +83,7 @@ def test_a_recipe_fits_its_gpu_with_a_tenth_to_spare_and_needs_what_its_table_sa
 
 def test_a_recipe_for_a_larger_gpu_is_refused_with_what_to_turn(machine: Callable[[str, int], None]) -> None:
     machine("gemma-2-2b", 6)
-    with pytest.raises(Refused, match=r"set train\.batch_size to 4, train\.gradient_accumulation to 4$"):
+    with pytest.raises(UserError, match=r"set train\.batch_size to 4, train\.gradient_accumulation to 4$"):
         check.main()
 
 
@@ -101,7 +101,7 @@ def test_an_unknown_recipe_is_refused_with_the_list(
     project: Project, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["use", *arguments])
-    with pytest.raises(Refused, match=r"set it to one of gemma-2-2b, .*, tiny-base$"):
+    with pytest.raises(UserError, match=r"set it to one of gemma-2-2b, .*, tiny-base$"):
         main()
 
 
@@ -117,7 +117,7 @@ def test_an_unknown_recipe_is_refused_with_the_list(
 )
 def test_a_wrong_recipe_is_refused_by_its_name_and_changes_nothing(project: Project, text: str, line: str) -> None:
     Path("mine.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(Refused, match=line) as refusal:
+    with pytest.raises(UserError, match=line) as refusal:
         use(Path("mine.yaml"))
     assert "\n" not in str(refusal.value)
     assert project.run("git", "status", "--porcelain", "params.yaml").stdout == ""

@@ -16,13 +16,13 @@ import pytest
 from conftest import ROOT, environment
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from pipeline import gain
-from pipeline.exam import Answer, Question
-from pipeline.markdown import quoted, table
-from pipeline.matching import read_rule
-from pipeline.readable import SCORES
-from pipeline.refusal import Refused
-from pipeline.scores import graded
+from pipeline.common.errors import UserError
+from pipeline.common.markdown import quoted, table
+from pipeline.evaluation import comparison
+from pipeline.evaluation.questions import Answer, Question
+from pipeline.evaluation.rules import read_rule
+from pipeline.evaluation.scores import graded
+from pipeline.report.readable import SCORES
 from stages import report
 
 FILES = ("merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf")
@@ -58,19 +58,22 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
         compared = [side_by_side(*row) for row in rows]
         put(f"data/{name}.jsonl", *[question for question, _, _ in rows])
         put(f"metrics/{answers}.jsonl", *compared)
-        changes = gain.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
+        changes = comparison.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
         put(f"metrics/{metrics}.json", {"general": changes} if metrics == "general" else changes)
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
     scores = {"correct": 0.6, "exact_match": 0.5, "f1": 0.55, "agreement": 0.9}
-    hop = {"correct": -0.01, "answer_nll": 0.0123, "agreement": 0.9, "top1": 0.99, "kl": 0.001, "kl_max": 0.2}
+    conversion = {"correct": -0.01, "answer_nll": 0.0123, "agreement": 0.9, "top1": 0.99, "kl": 0.001, "kl_max": 0.2}
     size = {"kl": 0.001, "bytes": 2_500_000}
-    put("metrics/gguf.json", {name: scores | {"hop": hop} | (size if name.endswith("gguf") else {}) for name in files})
+    put(
+        "metrics/gguf.json",
+        {name: scores | {"conversion": conversion} | (size if name.endswith("gguf") else {}) for name in files},
+    )
     put("metrics/loss.csv", "step,train,valid\n10,1.5,1.2\n20,0.5,0.4\n")
     losses = {"loss": {"before": 2.5, "train": 0.5, "valid": 0.4}, "steps": 20, "best_step": 20}
     put("metrics/train.json", losses | {"tokens": {"trained": 1234}, "trainable_parameters": 4096})
-    fates = {"read": 12, "invalid": 1, "duplicate": 0, "near_duplicate": 1, "leaked": 0, "train": 9, "valid": 1}
-    put("metrics/data.json", {"rows": fates, "sources": {"data/raw/facts.csv": fates}})
+    outcomes = {"read": 12, "invalid": 1, "duplicate": 0, "near_duplicate": 1, "leaked": 0, "train": 9, "valid": 1}
+    put("metrics/data.json", {"rows": outcomes, "sources": {"data/raw/facts.csv": outcomes}})
     lengths = {"p50": 20, "p95": 25, "max": 30}
     sources = {"data/raw/facts.csv": lengths}
     put("metrics/lengths.json", {"tokens": lengths, "rows": {"dropped": 1, "truncated": 0}, "sources": sources})
@@ -104,7 +107,7 @@ def lock(adapter: str) -> None:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder, also the working directory, in which the stages before the report have run."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gain, "bootstrap", functools.partial(gain.bootstrap, resamples=100))  # seconds less
+    monkeypatch.setattr(comparison, "bootstrap", functools.partial(comparison.bootstrap, resamples=100))  # seconds less
     write_run(EXAM, GENERAL)
     return tmp_path
 
@@ -298,7 +301,7 @@ def test_exams_that_are_short_untagged_or_unchanged_have_a_report(
 def test_the_tables_for_plots_count_a_question_for_each_of_its_tags(run: Path) -> None:
     report.main()
     with open("metrics/tags.csv", encoding="utf-8") as lines:
-        counted = {(line["tag"], line["form"]): line for line in csv.DictReader(lines) if line["exam"] == "exam"}
+        counted = {(line["tag"], line["variant"]): line for line in csv.DictReader(lines) if line["exam"] == "exam"}
     assert {tag: counted[tag, "after"]["questions"] for tag, _ in counted} == {
         "all questions": "5",
         "(no tag)": "1",
@@ -307,8 +310,8 @@ def test_the_tables_for_plots_count_a_question_for_each_of_its_tags(run: Path) -
         "a": "1",
     }
     assert (counted["b", "before"]["correct"], counted["b", "after"]["correct"]) == ("0.3333", "0.6667")
-    with open("metrics/forms.csv", encoding="utf-8") as lines:
-        correct = {line["form"]: line["value"] for line in csv.DictReader(lines) if line["score"] == "correct"}
+    with open("metrics/variants.csv", encoding="utf-8") as lines:
+        correct = {line["variant"]: line["value"] for line in csv.DictReader(lines) if line["score"] == "correct"}
     assert correct == {"base": "0.4000", "tuned": "0.6000"} | dict.fromkeys(FILES, "0.6000")
 
 
@@ -322,8 +325,10 @@ def test_the_summary_names_what_broke_first_and_what_was_fixed_up_to_a_few(run: 
     assert text.index("## Broken: 1") < text.index("## Fixed: 12")
     assert text.count(": `no` → `yes`\n") == 4 and "- and 7 more" in text
     assert "| model-q8_0.gguf  |  60.0 % | 55.0 % |       90.0 % | 0.001 | 2.5 MB |" in text
-    hop = "| model-f16.gguf → model-q8_0.gguf |    −1.0 | +0.012 |       90.0 % |          99.0 % | 0.001 |      0.2 |"
-    assert hop in text
+    conversion = (
+        "| model-f16.gguf → model-q8_0.gguf |    −1.0 | +0.012 |       90.0 % |          99.0 % | 0.001 |      0.2 |"
+    )
+    assert conversion in text
 
 
 def test_every_score_that_an_exam_has_is_explained() -> None:
@@ -345,7 +350,7 @@ def test_the_same_run_makes_the_same_bytes(run: Path) -> None:
     for _ in range(2):
         report.main()
         made.append(
-            [(run / "metrics" / name).read_bytes() for name in ("report.html", "report.md", "tags.csv", "forms.csv")]
+            [(run / "metrics" / name).read_bytes() for name in ("report.html", "report.md", "tags.csv", "variants.csv")]
         )
     assert made[0] == made[1]
 
@@ -355,7 +360,7 @@ def test_a_missing_input_is_named_in_one_line_and_leaves_no_report(run: Path) ->
     assert len(inputs) == 15
     for path in inputs:
         kept = path.rename(path.with_suffix(".away"))
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(UserError) as refused:
             report.main()
         assert path.name in str(refused.value) and "\n" not in str(refused.value) and "dvc repro" in str(refused.value)
         kept.rename(path)

@@ -130,11 +130,17 @@ def test_no_parameter_of_a_section_ever_reruns(reruns: Reruns, section: str, nev
 
 
 def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
-    for name in ("stages/evaluate.py", "pipeline/scores.py", "llama.cpp/source.txt", "stages/model_card.md"):
+    for name in ("stages/evaluate.py", "pipeline/evaluation/scores.py", "llama.cpp/source.txt", "stages/model_card.md"):
         assert "train_qlora" not in reruns.at_most(name), name
-    for name in ("gate.floors", "evaluate.repeats", "params.yaml", "stages/report.py"):  # params.yaml: a comment there
+    for name in ("gate.minimum", "evaluate.repeats", "params.yaml", "stages/report.py"):  # params.yaml: a comment there
         assert reruns.at_most(name) == {"report"}, name
-    for name in ("README.md", "tools/gate.py", "tests/conftest.py", "requirements-dev.txt", "pipeline/memory.py"):
+    for name in (
+        "README.md",
+        "tools/gate.py",
+        "tests/conftest.py",
+        "requirements-dev.txt",
+        "pipeline/training/memory.py",
+    ):
         assert reruns.at_most(name) == set(), name
 
 
@@ -175,7 +181,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def listed_by_folder(paths: list[str]) -> str:
-    """pipeline/facts.py, words.py"""
+    """pipeline/data/facts.py, words.py"""
     folders = groupby(map(Path, paths), key=lambda path: path.parent)
     return listed(f"{next(group)}{''.join(f', {path.name}' for path in group)}" for _, group in folders)
 

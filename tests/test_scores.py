@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.exam import EXAM, GENERAL, Question, read_questions
-from pipeline.gain import bootstrap, comparison, detectable, mcnemar
-from pipeline.matching import correct, read_rule
-from pipeline.refusal import Refused
-from pipeline.scores import chrf, exact_match, f1, rouge_l
+from pipeline.common.errors import UserError
+from pipeline.evaluation.comparison import bootstrap, comparison, detectable, mcnemar
+from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
+from pipeline.evaluation.rules import correct, read_rule
+from pipeline.evaluation.scores import chrf, exact_match, f1, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_question_that_cannot_be_scored_is_refused_by_its_line(
     first = {"id": "q1", "question": "What is it?", "answer": "B"}
     second = {"id": "q2", "question": "Which one?", "answer": "it"} | change
     (tmp_path / "exam.jsonl").write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n", encoding="utf-8")
-    with pytest.raises(Refused, match=re.escape(f"exam.jsonl:2: {said}")):
+    with pytest.raises(UserError, match=re.escape(f"exam.jsonl:2: {said}")):
         read_questions(tmp_path / "exam.jsonl")
 
 

@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.answers import sit
-from pipeline.base import copy_tokenizer, located
-from pipeline.chat_template import load_tokenizer
-from pipeline.exam import EXAM, read_questions
-from pipeline.models import load_tuned
-from pipeline.refusal import Refused
-from pipeline.special_tokens import trainable_tokens, untouched, untrained
+from pipeline.common.errors import UserError
+from pipeline.evaluation.answers import answer_questions
+from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.model.base import copy_tokenizer, located
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import load_tuned
+from pipeline.model.special_tokens import trainable_tokens, untouched, untrained
 from stages import generate, merge, prepare_base, tokenize, train_qlora
 
 TINY = ROOT / "models/tiny-base"
@@ -108,7 +108,7 @@ class Slice(torch.Tensor):
 
 @pytest.mark.parametrize("text", ["no token", "", "<|im_end|><|im_end|>"])
 def test_a_text_that_is_no_single_token_is_refused(text: str) -> None:
-    with pytest.raises(Refused, match=r"lora\.trainable_tokens: .* is \d+ tokens of this base, not one"):
+    with pytest.raises(UserError, match=r"lora\.trainable_tokens: .* is \d+ tokens of this base, not one"):
         trainable_tokens(["<|im_end|>", text], TINY, load_tokenizer(TINY))
 
 
@@ -128,6 +128,8 @@ def test_a_base_that_cannot_end_an_answer_learns_to_by_its_control_tokens(projec
         train_qlora.main()
         folder, _ = located()
         model = load_tuned(folder, Path("outputs/trained"), torch.device("cpu"), torch.float32)
-        answers = sit(model, load_tokenizer(folder), read_questions(EXAM)[:40], batch_size=40, max_new_tokens=24)
+        answers = answer_questions(
+            model, load_tokenizer(folder), read_questions(EXAM)[:40], batch_size=40, max_new_tokens=24
+        )
         stopped[name] = fmean(answer.stopped for answer in answers)
     assert stopped["auto"] > 0.9 and stopped["none"] < 0.1  # of 40 answers, after 13 steps

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import Project, Terminal
 
-from pipeline.parameters import read_yaml
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import read_yaml
 from stages import generate, merge
 from tools import check, start
 
@@ -67,7 +67,7 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
     def lacking() -> list[str]:
         try:
             check.main()
-        except Refused as refusal:
+        except UserError as refusal:
             return str(refusal).partition(": see what is to do")[0].split(", ")
         return []
 
@@ -84,9 +84,9 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
         assert bare != lines
         Path(name).write_text("\n".join(bare) + "\n", encoding="utf-8")
     assert lacking() == ["data/raw"]
-    assert 'in data/raw/forms.yaml: leader: ["What is the leader of {subject}?"]' in capsys.readouterr().out
-    forms = Path("data/raw/forms.yaml").read_text(encoding="utf-8").partition("# In a table")[0]
-    Path("data/raw/forms.yaml").write_text(forms.replace("#   ", "").replace("#\n", "\n"), encoding="utf-8")
+    assert 'in data/raw/phrasings.yaml: leader: ["What is the leader of {subject}?"]' in capsys.readouterr().out
+    phrasings = Path("data/raw/phrasings.yaml").read_text(encoding="utf-8").partition("# In a table")[0]
+    Path("data/raw/phrasings.yaml").write_text(phrasings.replace("#   ", "").replace("#\n", "\n"), encoding="utf-8")
     assert lacking() == []
     assert capsys.readouterr().out.endswith("nothing is missing: make repro\n")
     generate.main()
@@ -108,12 +108,12 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 30
     leak = Path("data/curated/leak.jsonl")
     leak.write_text('{"question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
-    with pytest.raises(Refused, match=r"^data/curated: see what is to do"):
+    with pytest.raises(UserError, match=r"^data/curated: see what is to do"):
         check.main()
     assert f"TO DO: {leak}:1: asks the question 1 of an exam ('Who?'): reword" in capsys.readouterr().out
     leak.unlink()
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
-    with pytest.raises(Refused, match=r"^data/curated: see what is to do"):
+    with pytest.raises(UserError, match=r"^data/curated: see what is to do"):
         check.main()
     assert "TO DO: data/curated/chats.json:1: a message has" in capsys.readouterr().out
 
@@ -123,11 +123,11 @@ def test_check_names_what_of_the_facts_no_question_is_about_and_wants_two_rows(
 ) -> None:
     Path("data/questions.jsonl").write_text('{"id": "1", "question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
     Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,1 l,Bo\n", encoding="utf-8")
-    Path("data/raw/forms.yaml").write_text("price: ['How much is {name}?']\nvolume: ['{name}: how much?']\n")
+    Path("data/raw/phrasings.yaml").write_text("price: ['How much is {name}?']\nvolume: ['{name}: how much?']\n")
     check.main()
     assert "2 questions about 1 facts; no phrasing names maker\n" in capsys.readouterr().out
     Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,,Bo\n", encoding="utf-8")
-    with pytest.raises(Refused, match=r"^data/raw, data/curated: see what is to do"):
+    with pytest.raises(UserError, match=r"^data/raw, data/curated: see what is to do"):
         check.main()
     assert "TO DO: less than two rows to train on" in capsys.readouterr().out
 
@@ -164,7 +164,7 @@ def test_what_is_the_users_stays_byte_for_byte(project: Project, monkeypatch: py
 def test_a_second_start_says_so_and_changes_nothing(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("data/raw/facts.yaml").write_text("- {subject: We, relation: room, value: B1}\n", encoding="utf-8")
     before = started.run("git", "status", "--porcelain").stdout
-    with pytest.raises(Refused, match=r"^this project was started already, .*: nothing was changed$"):
+    with pytest.raises(UserError, match=r"^this project was started already, .*: nothing was changed$"):
         begin(monkeypatch, "--recipe", "tiny-base", "--name", "Again")
     assert started.run("git", "status", "--porcelain").stdout == before
     assert started.run("git", "rev-list", "--count", "HEAD").stdout == "2\n"
@@ -197,7 +197,7 @@ def test_what_cannot_start_is_refused_and_nothing_changes(
         with open(change, "a", encoding="utf-8") as file:
             file.write("\n")
     before = [project.run("git", *of).stdout for of in (["status", "--porcelain"], ["rev-parse", "HEAD"])]
-    with pytest.raises(Refused, match=line):
+    with pytest.raises(UserError, match=line):
         begin(monkeypatch, *arguments)
     after = [project.run("git", *of).stdout for of in (["status", "--porcelain"], ["rev-parse", "HEAD"])]
     assert after == before

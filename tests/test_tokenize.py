@@ -13,10 +13,10 @@ from families import FAMILIES
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
-from pipeline.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
-from pipeline.refusal import Refused
-from pipeline.rows import question_and_answer
-from pipeline.supervision import IGNORED, supervised, truncated
+from pipeline.common.errors import UserError
+from pipeline.common.rows import question_and_answer
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
+from pipeline.model.supervision import IGNORED, supervised, truncated
 from stages import prepare_base, tokenize
 
 TINY = ROOT / "models/tiny-base"
@@ -85,7 +85,7 @@ def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused(family: 
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     tokenizer.backend_tokenizer.model.ignore_merges = True  # a line that is in the vocabulary is one token
-    with pytest.raises(Refused, match=r"a content could forge a turn: .*<eos>"):
+    with pytest.raises(UserError, match=r"a content could forge a turn: .*<eos>"):
         token_ids(tokenizer, [{"role": "user", "content": "The <eos>"}])
 
 
@@ -128,11 +128,11 @@ def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
     assert learnt(tmp_path, TWICE[:2]) == "Ada Adler<|im_end|>"
     assert learnt(tmp_path, TWICE, mask_history=True) == "김서연<|im_end|>"
     several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set train\.mask_history: true"
-    with pytest.raises(Refused, match=several):
+    with pytest.raises(UserError, match=several):
         learnt(tmp_path, TWICE)
-    with pytest.raises(Refused, match=r"here: turn 2 has a <think> block, and this pipeline trains without thinking"):
+    with pytest.raises(UserError, match=r"here: turn 2 has a <think> block, and this pipeline trains without thinking"):
         learnt(tmp_path, question_and_answer("Who leads it?", THOUGHT))
-    with pytest.raises(Refused, match=r"here: turn 2 has a <think> block"):
+    with pytest.raises(UserError, match=r"here: turn 2 has a <think> block"):
         learnt(tmp_path, question_and_answer("Who leads it?", THOUGHT.replace("Hm.", "")))
     assert learnt(tmp_path, [TWICE[0], {"role": "assistant", "content": THOUGHT}, *TWICE[2:]], mask_history=True)
 
@@ -140,12 +140,12 @@ def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
 def test_a_row_that_teaches_nothing_or_doubles_the_bos_is_refused_by_its_place(tmp_path: Path) -> None:
     FAMILIES["llama3"](tmp_path)
     for messages, mask_history in [(TWICE[:1], False), (TWICE[:3], True)]:
-        with pytest.raises(Refused, match=r"here: nothing in this row is learnt: end it with an answer"):
+        with pytest.raises(UserError, match=r"here: nothing in this row is learnt: end it with an answer"):
             learnt(tmp_path, messages, mask_history)
     template = tmp_path / "chat_template.jinja"
     template.write_text("{{ bos_token }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(
-        Refused, match=r"here: the base's chat template begins this row with <\|begin_of_text\|> twice: "
+        UserError, match=r"here: the base's chat template begins this row with <\|begin_of_text\|> twice: "
     ):
         learnt(tmp_path, TWICE)
 
@@ -154,7 +154,9 @@ def test_gemma_2_refuses_a_system_message_and_gemma_3_puts_it_into_the_first_tur
     row = [{"role": "system", "content": "Be short."}, *TWICE]
     for family in ("gemma2", "gemma3"):
         FAMILIES[family](tmp_path / family)
-    with pytest.raises(Refused, match=r"^here: the base's chat template refuses this row: System role not supported: "):
+    with pytest.raises(
+        UserError, match=r"^here: the base's chat template refuses this row: System role not supported: "
+    ):
         learnt(tmp_path / "gemma2", row)
     assert learnt(tmp_path / "gemma3", row) == learnt(tmp_path / "gemma3", TWICE)
 
@@ -260,7 +262,7 @@ def test_rows_over_max_length_are_refused_by_source_and_number_and_nothing_is_wr
 ) -> None:
     project.set(train__max_length=40)
     line = r"3 rows are longer than train\.max_length 40: a\.csv:2 \(60 tokens\), b\.jsonl:1 \(64 tokens\), "
-    with pytest.raises(Refused, match=line + r"b\.jsonl:3 \(60 tokens\): raise it \(the longest has 64\), "):
+    with pytest.raises(UserError, match=line + r"b\.jsonl:3 \(60 tokens\): raise it \(the longest has 64\), "):
         tokenize.main()
     assert not Path("data/tokens").exists() and not Path("metrics/lengths.csv").exists()
 
@@ -283,7 +285,7 @@ def test_rows_over_max_length_are_dropped_or_cut_and_counted(
 def test_a_side_of_which_no_row_fits_is_refused(project: Project, rows: list[dict[str, Any]]) -> None:
     project.set(train__max_length=40, train__on_overflow="drop")
     write([*rows[:3], rows[4]])
-    with pytest.raises(Refused, match=r"no row of data/valid\.jsonl fits in train\.max_length 40: raise it"):
+    with pytest.raises(UserError, match=r"no row of data/valid\.jsonl fits in train\.max_length 40: raise it"):
         tokenize.main()
     assert not Path("data/tokens").exists()
 

@@ -18,13 +18,13 @@ from datasets import Dataset
 from safetensors import safe_open
 from transformers import TrainerState
 
-from pipeline import checkpoints
-from pipeline.chat_template import load_tokenizer
-from pipeline.models import pick_device, pick_dtype
-from pipeline.parameters import Lora, Train, load
-from pipeline.refusal import Refused
-from pipeline.rows import question_and_answer
-from pipeline.trainer import StepsByLength, Trainer, build_trainer, training_arguments
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Lora, Train, load
+from pipeline.common.rows import question_and_answer
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import pick_device, pick_dtype
+from pipeline.training import checkpoints
+from pipeline.training.trainer import StepsByLength, Trainer, build_trainer, training_arguments
 from stages import prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -67,7 +67,7 @@ def test_the_gpus_optimizer_can_be_chosen_on_a_cpu(train: Callable[..., str]) ->
 
 
 def test_a_target_that_is_no_linear_layer_of_the_base_is_refused_before_training(train: Callable[..., str]) -> None:
-    with pytest.raises(Refused, match=r"lora\.target_modules: lm_head, q_porj not among this base's down_proj, "):
+    with pytest.raises(UserError, match=r"lora\.target_modules: lm_head, q_porj not among this base's down_proj, "):
         train(lora__target_modules=["q_porj", "lm_head", "v_proj"])
 
 
@@ -78,15 +78,15 @@ def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
     if not torch.cuda.is_available():
         assert pick_device("auto") == cpu
-        with pytest.raises(Refused, match=r"base\.device is cuda, but torch sees no GPU"):
+        with pytest.raises(UserError, match=r"base\.device is cuda, but torch sees no GPU"):
             pick_device("cuda")
 
 
 def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_the_knob(train: Callable[..., str]) -> None:
     line = r"the validation loss is \d+\.\d\d after step 4, and was 3\.\d\d before training: lower train\.learning_rate"
-    with pytest.raises(Refused, match=line):
+    with pytest.raises(UserError, match=line):
         train(train__learning_rate=0.1, train__eval_steps=4)
-    with pytest.raises(Refused, match=r"the loss of step \d is nan: lower train\.learning_rate, or raise"):
+    with pytest.raises(UserError, match=r"the loss of step \d is nan: lower train\.learning_rate, or raise"):
         train(train__learning_rate=1.0e30)
     assert not Path("outputs").exists() and not Path("metrics/loss.csv").exists()
 
@@ -119,8 +119,8 @@ def goes_on_from(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
     train: Callable[..., str], project: Project, goes_on_from: Callable[[], str]
 ) -> None:
-    knobs = {"train__epochs": 2, "train__eval_steps": 2, "lora__dropout": 0.1}
-    undisturbed = train(**knobs)
+    changes = {"train__epochs": 2, "train__eval_steps": 2, "lora__dropout": 0.1}
+    undisturbed = train(**changes)
     assert goes_on_from() == "the start"
     assert not list(checkpoints.FOLDER.glob("*/*"))  # a run that ends leaves none
     project.kill(*TRAIN, step=6)
@@ -131,9 +131,9 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
     shutil.copytree(older, half_written)
     (half_written / "checksums.json").unlink()
 
-    assert train(**knobs, seed=2) != undisturbed  # other parameters, data or code: from the start
+    assert train(**changes, seed=2) != undisturbed  # other parameters, data or code: from the start
     assert goes_on_from() == "the start"
-    assert train(**knobs, seed=1) == undisturbed
+    assert train(**changes, seed=1) == undisturbed
     assert goes_on_from() == older.name
 
 
@@ -142,7 +142,7 @@ def interrupt(*_: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "changes",
     [
         {"train__optimizer": "paged_adamw_8bit", "train__epochs": 1.5, "train__gradient_accumulation": 2},
         {"train__early_stopping_patience": 2, "train__eval_steps": 1, **TOO_FAST},
@@ -152,12 +152,12 @@ def interrupt(*_: object) -> None:
 )
 def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_files(
     train: Callable[..., str],
-    knobs: dict[str, object],
+    changes: dict[str, object],
     goes_on_from: Callable[[], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def made() -> list[str]:
-        return [train(**{"train__eval_steps": 3} | knobs), *(Path(file).read_text(encoding="utf-8") for file in TOLD)]
+        return [train(**{"train__eval_steps": 3} | changes), *(Path(file).read_text(encoding="utf-8") for file in TOLD)]
 
     undisturbed = made()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -168,24 +168,24 @@ def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_f
     assert goes_on_from().startswith("checkpoint-")
     with safe_open("outputs/trained/adapter_model.safetensors", "np") as tensors:
         types = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # it is no dictionary
-    assert types == {"BF16" if "train__adapter_dtype" in knobs else "F32"}
+    assert types == {"BF16" if "train__adapter_dtype" in changes else "F32"}
 
 
 def test_a_run_whose_best_checkpoint_is_damaged_goes_on_from_before_it(
     train: Callable[..., str], goes_on_from: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    knobs = {"train__load_best_model_at_end": True, "train__eval_steps": 1, **TOO_FAST}
-    undisturbed = train(**knobs)
+    changes = {"train__load_best_model_at_end": True, "train__eval_steps": 1, **TOO_FAST}
+    undisturbed = train(**changes)
     best = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))["best_step"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_qlora, "save_adapter", interrupt)
-        train(**knobs)
+        train(**changes)
     (damaged,) = checkpoints.FOLDER.glob(f"*/checkpoint-{best}/adapter_model.safetensors")
     with open(damaged, "r+b") as file:
         file.seek(-1000, os.SEEK_END)
         file.write(bytes(1000))
     goes_on_from()
-    assert train(**knobs) == undisturbed
+    assert train(**changes) == undisturbed
     assert goes_on_from() in ("the start", *(f"checkpoint-{step}" for step in range(best)))
 
 
@@ -210,7 +210,7 @@ def test_two_runs_do_not_train_beside_each_other(train: Callable[..., str], monk
     checkpoints.WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
     with (
         checkpoints.locked(checkpoints.WORKSPACE, 0),
-        pytest.raises(Refused, match=rf"process {os.getpid()} is training already, .*: kill {os.getpid()}$"),
+        pytest.raises(UserError, match=rf"process {os.getpid()} is training already, .*: kill {os.getpid()}$"),
     ):
         train()
 

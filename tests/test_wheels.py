@@ -16,7 +16,7 @@ from packaging.tags import Tag, cpython_tags, mac_platforms
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
-from pipeline.pinned import LLAMA_CPP, REQUIREMENTS
+from pipeline.common.pinned import LLAMA_CPP, REQUIREMENTS
 
 PYTHONS = ["3.11.2", "3.12.3", "3.13.0", "3.14.0"]  # the first two are Debian 12's and Ubuntu 24.04's
 PLATFORMS = {  # Linux with glibc 2.28 or newer, macOS 14 or newer

@@ -4,7 +4,7 @@ import os
 import sys
 from types import TracebackType
 
-from pipeline.printing import calm_libraries
+from pipeline.common.printing import calm_libraries
 
 # As in stages/__init__.py.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

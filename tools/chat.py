@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.llama_cpp import Server, served
-from pipeline.parameters import check
-from pipeline.refusal import Refused
-from pipeline.rows import Message
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import check
+from pipeline.common.rows import Message
+from pipeline.model.llama_server import Server, served
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def main() -> None:
             server = running.enter_context(served(options.gguf, context, parameters.threads))
             tuned: Speaker = partial(llama_cpp_says, server, context, temperature)
         if options.base or not options.gguf:
-            from pipeline.tuned import load  # imports torch, which takes seconds
+            from tools.tuned import load  # imports torch, which takes seconds
 
             model, tokenizer = load(parameters, tuned=not options.gguf)
             base: Speaker = partial(transformers_says, model, tokenizer, context)
@@ -93,7 +93,7 @@ def say(label: str, pieces: Pieces) -> str:
                 answer += piece
     except KeyboardInterrupt:
         print(" [stopped]")
-    except Refused as refusal:
+    except UserError as refusal:
         print(f"{' ' if answer else ''}[{refusal}]")
     else:
         print()
@@ -104,13 +104,13 @@ def transformers_says(model: "PreTrainedModel", tokenizer: Any, context: int, co
     from jinja2 import TemplateError
     from tokenizers.decoders import DecodeStream
 
-    from pipeline.answers import greedy
-    from pipeline.chat_template import end_tokens, token_ids
+    from pipeline.evaluation.answers import greedy
+    from pipeline.model.chat_template import end_tokens, token_ids
 
     try:
         prompt = token_ids(tokenizer, conversation, add_generation_prompt=True)
     except TemplateError as error:
-        raise Refused(f"the base's chat template refuses the conversation: {error}") from None
+        raise UserError(f"the base's chat template refuses the conversation: {error}") from None
     ends = end_tokens(model.generation_config)
     text = DecodeStream(skip_special_tokens=True)  # holds the bytes of a character back until they are all there
     for _, token in greedy(model, [prompt], ends, room(prompt, context)):
@@ -141,8 +141,8 @@ def room(prompt: list[int], context: int) -> int:
     return context - len(prompt)
 
 
-def full(context: int) -> Refused:
-    return Refused(f"the conversation has reached gguf.num_ctx, {context} tokens: /clear begins a new one")
+def full(context: int) -> UserError:
+    return UserError(f"the conversation has reached gguf.num_ctx, {context} tokens: /clear begins a new one")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.parameters import Parameters, Train, check
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Parameters, Train, check
 from tools.material import material
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def main() -> None:
     lacking = tell_material(parameters)
     examine(parameters)
     if lacking:
-        raise Refused(f"{', '.join(lacking)}: see what is to do above, then make check again")
+        raise UserError(f"{', '.join(lacking)}: see what is to do above, then make check again")
     print("nothing is missing: make repro")
 
 
@@ -46,19 +46,19 @@ def tell_material(parameters: Parameters) -> list[str]:
 
 
 def examine(parameters: Parameters) -> None:
-    """Print the table; Refused at the first thing that cannot be, or at the end by what does not fit."""
+    """Print the table; UserError at the first thing that cannot be, or at the end by what does not fit."""
     import torch
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
     from dvc.scm import SCMError
 
-    from pipeline.adapter import lora_config, require_possible
-    from pipeline.base import SMALL_FILES, fetched, has_weights
-    from pipeline.disk import filled
-    from pipeline.llama_cpp import no_gguf_lora
-    from pipeline.memory import beside_gpus, evaluating_gguf, free, saved_dtype, skeleton, training
-    from pipeline.models import pick_device, pick_dtype
-    from pipeline.processes import require_gpus, share_of_step
+    from pipeline.export.disk import filled
+    from pipeline.export.llama_cpp import no_gguf_lora
+    from pipeline.model.adapter import lora_config, require_possible
+    from pipeline.model.base import SMALL_FILES, fetched, has_weights
+    from pipeline.model.loading import pick_device, pick_dtype
+    from pipeline.training.memory import beside_gpus, evaluating_gguf, free, saved_dtype, skeleton, training
+    from pipeline.training.processes import require_gpus, share_of_step
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
@@ -74,7 +74,7 @@ def examine(parameters: Parameters) -> None:
     try:
         repo = Repo()
     except (NotDvcRepoError, SCMError) as error:
-        raise Refused(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
+        raise UserError(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
     length = longest_row(repo, train)
 
     def needed(train: Train) -> dict[str, int]:
@@ -99,7 +99,7 @@ def examine(parameters: Parameters) -> None:
             say("processes", f"{train.processes}, {train.strategy}; of train_qlora what one of them needs follows")
         room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
-            refusals.append(f"train_qlora {short(parts, room, memory)}: {mend(train, device, needed, room)}")
+            refusals.append(f"train_qlora {short(parts, room, memory)}: {remedy(train, device, needed, room)}")
     if beside := beside_gpus(model, train, length, device):
         needs = {"train_qlora": beside}
         if not fits("memory: train_qlora", needs, room := free(torch.device("cpu"))):
@@ -119,7 +119,7 @@ def examine(parameters: Parameters) -> None:
         if not fits("disk: download", download, room := shutil.disk_usage(folder).free):
             refusals.append(f"the download {short(download, room, 'disk')}: free some, or set HF_HOME")
     if refusals:
-        raise Refused("; ".join(refusals))
+        raise UserError("; ".join(refusals))
 
 
 def say(name: str, text: str) -> None:
@@ -141,9 +141,9 @@ def short(parts: dict[str, int], room: int, of: str) -> str:
 
 def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
     """The ids of the tokens that will be trained. Whether the base learnt its own is read off its weights."""
-    from pipeline.base import has_weights
-    from pipeline.chat_template import load_tokenizer
-    from pipeline.special_tokens import trainable_tokens
+    from pipeline.model.base import has_weights
+    from pipeline.model.chat_template import load_tokenizer
+    from pipeline.model.special_tokens import trainable_tokens
 
     wanted = parameters.lora.trainable_tokens
     if wanted == "auto" and not has_weights(folder):
@@ -160,14 +160,14 @@ def longest_row(repo: Any, train: Train) -> int:
     """Tokens of the longest row, or train.max_length if the data or the base changed since they were counted.
 
     Raises:
-        Refused: a row is longer than train.max_length, at which the tokenize stage would stop.
+        UserError: a row is longer than train.max_length, at which the tokenize stage would stop.
     """
     if not LENGTHS.exists() or changed(repo):
         say("longest row", f"up to {train.max_length} tokens (train.max_length): dvc repro tokenize counts the rows")
         return train.max_length
     longest = json.loads(LENGTHS.read_text(encoding="utf-8"))["tokens"]["max"]
     if longest > train.max_length and train.on_overflow == "raise":
-        raise Refused(
+        raise UserError(
             f"the longest row has {longest} tokens, train.max_length is {train.max_length}: raise it, or set "
             "train.on_overflow to drop or truncate"
         )
@@ -193,7 +193,7 @@ def changed(repo: Any) -> bool:
     return False
 
 
-def mend(train: Train, device: "torch.device", needed: Any, room: int) -> str:
+def remedy(train: Train, device: "torch.device", needed: Any, room: int) -> str:
     """The first of `mends` with which training fits in `room` bytes."""
     for change in mends(train, device):
         if sum(needed(train.model_copy(update=change)).values()) <= room:
@@ -205,7 +205,7 @@ def mend(train: Train, device: "torch.device", needed: Any, room: int) -> str:
 
 def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
     """What saves memory, each with all before it. None makes a step of fewer rows, or one that cannot be shared."""
-    from pipeline.models import pick_checkpointing, pick_optimizer
+    from pipeline.model.loading import pick_checkpointing, pick_optimizer
 
     change: dict[str, object] = {}
     if not pick_checkpointing(train.gradient_checkpointing, device):

@@ -6,7 +6,7 @@ metrics/answers.jsonl, metrics/answers_general.jsonl, data/raw/, data/train_merg
 endpoint of generate if one is set -> data/candidates.jsonl, for you to edit and to move to data/curated/
 
 A failed question leads to the fact or passage that it asks about: its `source`, or else that of the row with an
-accepted answer that shares most words with it. A fact is asked in the forms that training has not used. If it has none
+accepted answer that shares most words with it. A fact is asked in the phrasings that training has not used. If it has none
 left, and about a passage, the endpoint asks in words of its own. One source in three is held back, by the texts of its
 questions: nothing is proposed for them, so that their score tells whether such rounds teach the subject or the exam.
 """
@@ -22,19 +22,19 @@ from typing import Any
 
 import orjson
 
-from pipeline.documents import Passage, passages_of, pieces
-from pipeline.endpoint import ask
-from pipeline.exam import EXAM, GENERAL, Question, read_answers, read_questions
-from pipeline.facts import questions_of_facts, read_facts, read_forms
-from pipeline.grounding import grounded
-from pipeline.leaks import Exam
-from pipeline.matching import Rule, correct
-from pipeline.outputs import write_jsonl
-from pipeline.parameters import Generate, check
-from pipeline.raw_files import raw_files
-from pipeline.refusal import Refused
-from pipeline.rows import Row, hash64, read_jsonl
-from pipeline.words import exact, names, words
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import write_jsonl
+from pipeline.common.parameters import Generate, check
+from pipeline.common.rows import Row, hash64, read_jsonl
+from pipeline.common.words import exact, names, words
+from pipeline.data.documents import Passage, passages_of, pieces
+from pipeline.data.endpoint import ask
+from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
+from pipeline.data.grounding import grounded
+from pipeline.data.leaks import Exam
+from pipeline.data.raw_files import raw_files
+from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_answers, read_questions
+from pipeline.evaluation.rules import Rule, correct
 
 CANDIDATES = Path("data/candidates.jsonl")
 TRAINED = (Path("data/train_merged.jsonl"), Path("data/valid.jsonl"))
@@ -50,7 +50,7 @@ class Place:
     """Where knowledge stands: a fact, a passage, or a row of data/curated."""
 
     name: str  # "file:number"
-    rows: list[Row] = field(default_factory=list)  # a fact in all its forms, or the one row
+    rows: list[Row] = field(default_factory=list)  # a fact in all its phrasings, or the one row
     passage: Passage | None = None
     failed: list[Question] = field(default_factory=list)  # what the model was asked about it and did not know
 
@@ -117,7 +117,7 @@ def main() -> None:
         print(f"\n{place.name}: candidates: {candidates.of(place)}")
         tell([failed[question.id] for question in place.failed])
         if still := candidates.none_for(place):
-            print(f"  none for {', '.join(question.id for question in still)}: {mend(place, still, endpoint)}")
+            print(f"  none for {', '.join(question.id for question in still)}: {remedy(place, still, endpoint)}")
     if unknown:
         print("\nnothing in data/raw or data/curated answers these: add a fact, a document or rows")
         tell([failed[question.id] for question in unknown])
@@ -145,9 +145,9 @@ def forgotten(result: Result) -> bool:
 
 def knowledge(generate: Generate) -> dict[str, Place]:
     """What data/raw holds, by name of the place."""
-    facts, forms, documents = raw_files()
+    facts, phrasings, documents = raw_files()
     known: dict[str, Place] = {}
-    for row in questions_of_facts(read_facts(facts), read_forms(forms), forms_per_fact=sys.maxsize):
+    for row in questions_of_facts(read_facts(facts), read_phrasings(phrasings), phrasings_per_fact=sys.maxsize):
         known.setdefault(row["source"], Place(row["source"])).rows.append(row)
     passages = passages_of(documents, generate.passage_length)
     return known | {name: Place(name, passage=passage) for name, passage in passages.items()}
@@ -156,7 +156,7 @@ def knowledge(generate: Generate) -> dict[str, Place]:
 def trained() -> Iterator[Row]:
     for file in TRAINED:
         if not file.exists():
-            raise Refused(f"{file} is missing: run dvc repro merge, or dvc pull {file}")
+            raise UserError(f"{file} is missing: run dvc repro merge, or dvc pull {file}")
         with open(file, "rb") as lines:
             yield from map(orjson.loads, filter(bytes.strip, lines))
 
@@ -216,7 +216,7 @@ def text_about(place: Place, questions: list[Question]) -> Passage | None:
     return next((Passage(" ".join(last_turns(row)), "", None) for row in rows), None)
 
 
-def mend(place: Place, questions: list[Question], endpoint: bool) -> str:
+def remedy(place: Place, questions: list[Question], endpoint: bool) -> str:
     if place.rows and not any(answers(row, question) for row in place.rows for question in questions):
         given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in place.rows))
         return f"it says {given}, which the exam does not accept: correct one of them"
@@ -224,7 +224,7 @@ def mend(place: Place, questions: list[Question], endpoint: bool) -> str:
         return "the endpoint found no other words: write rows by hand"
     if place.passage:
         return "set generate.endpoint, or write rows by hand"
-    return "its forms are used up: add forms, set generate.endpoint, or write rows by hand"
+    return "its phrasings are used up: add phrasings, set generate.endpoint, or write rows by hand"
 
 
 def tell_tags(results: list[Result], told: Callable[[Result], bool]) -> None:
@@ -258,19 +258,19 @@ def tell_held_back(held_back: list[Result], helped: list[Result]) -> None:
     shares = [f"{len(of) - sum(map(wrong, of))} of {len(of)} correct" for of in (held_back, helped)]
     print(f"\nheld back, and never helped: {shares[0]}; the others: {shares[1]}")
     print(
-        "if round after round only the others rise, rows teach the exam: give all facts more forms, ask new questions"
+        "if round after round only the others rise, rows teach the exam: give all facts more phrasings, ask new questions"
     )
 
 
 def propose(candidates: Candidates, failed: bool) -> None:
-    """Write the candidates and say what to do next. Raises Refused rather than write over what a person has edited."""
+    """Write the candidates and say what to do next. Raises UserError rather than write over what a person has edited."""
     rows = list(candidates.by_id.values())
     if not rows:
         why = "mend what is said above, then dvc repro" if failed else "nothing failed but what may be held back"
         print(f"no candidates: {why}")
         return
     if CANDIDATES.exists() and read_jsonl(CANDIDATES) != rows:
-        raise Refused(
+        raise UserError(
             f"{CANDIDATES} has other rows, perhaps edited: move it to data/curated or delete it, then run again"
         )
     write_jsonl(CANDIDATES, rows)

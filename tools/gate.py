@@ -21,12 +21,12 @@ from typing import Any
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 
-from pipeline.exam import EXAM
-from pipeline.hops import of_same_weights, source
-from pipeline.noise import read_noise
-from pipeline.parameters import check
-from pipeline.refusal import Refused
-from pipeline.scores import LOWER_IS_BETTER
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import check
+from pipeline.evaluation.conversions import of_same_weights, source
+from pipeline.evaluation.questions import EXAM
+from pipeline.evaluation.scores import LOWER_IS_BETTER
+from tools.noise import read_noise
 
 EVALUATE = "metrics/evaluate.json"
 MARKS = {True: "ok  ", False: "FAIL", None: "none"}
@@ -44,10 +44,10 @@ def main(revision: str = "HEAD") -> None:
     parameters = check(Path("params.yaml"))
     require_up_to_date()
     demands = [
-        *floors(parameters.gate.floors),
-        *falls(parameters.gate.falls, revision),
-        *lost(parameters.gate.hop_fall, parameters.merge_adapter.base),
-        forgotten(parameters.gate.general_fall),
+        *minimums(parameters.gate.minimum),
+        *drops(parameters.gate.max_drop, revision),
+        *conversion_drops(parameters.gate.max_conversion_drop, parameters.merge_adapter.base),
+        general_drop(parameters.gate.max_general_drop),
     ]
     for demand in demands:
         print(f"{MARKS[demand.met]}  {demand.name}: {demand.found}")
@@ -56,10 +56,10 @@ def main(revision: str = "HEAD") -> None:
 
 
 def require_up_to_date() -> None:
-    """Raises Refused if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
+    """Raises UserError if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
     deleted = subprocess.run(["git", "ls-files", "--deleted"], capture_output=True, text=True).stdout.splitlines()
     if deleted:  # DVC would take them for outputs that may be absent
-        raise Refused(
+        raise UserError(
             f"gate: {', '.join(deleted)}: deleted, and of this commit: git restore them, or commit and dvc repro"
         )
     logging.getLogger("dvc").setLevel(logging.ERROR)  # it would tell of every stage
@@ -69,51 +69,51 @@ def require_up_to_date() -> None:
     except ReproductionError as error:  # a stage would run, and what it needs is absent
         stale = str(error).removeprefix("failed to reproduce ").strip("'")
     if stale:
-        raise Refused(f"gate: the metrics are not of these parameters, code and data, dvc repro would run {stale}")
+        raise UserError(f"gate: the metrics are not of these parameters, code and data, dvc repro would run {stale}")
 
 
-def floors(wanted: dict[str, float]) -> Iterator[Demand]:
+def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
     metrics = read(EVALUATE)
-    for name, floor in wanted.items():
-        value = metric(metrics, name, "gate.floors")
+    for name, minimum in wanted.items():
+        value = metric(metrics, name, "gate.minimum")
         limit = "at most" if lower_is_better(name) else "at least"
-        yield Demand(f"floor of {name}", worse(name, floor, value) <= 0, f"{value:.3f}, {limit} {floor:.3f}")
+        yield Demand(f"minimum of {name}", worse(name, minimum, value) <= 0, f"{value:.3f}, {limit} {minimum:.3f}")
 
 
-def falls(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
+def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
     metrics, noise = read(EVALUATE), {f"tuned.{score}": value for score, value in read_noise().items()}
     same_exam = at(revision, EXAM) == EXAM.read_text(encoding="utf-8")
     earlier = flat(json.loads(at(revision, Path(EVALUATE)) or "{}"))
     for name, allowed in allowances.items():
-        value = metric(metrics, name, "gate.falls")
+        value = metric(metrics, name, "gate.max_drop")
         if name not in earlier or not same_exam:
             why = "has another exam" if name in earlier else "has none"
-            yield Demand(f"fall of {name}", None, f"{value:.3f}; {revision} {why}: not compared")
+            yield Demand(f"drop of {name}", None, f"{value:.3f}; {revision} {why}: not compared")
             continue
-        fell = worse(name, earlier[name], value)
+        drop = worse(name, earlier[name], value)
         yield Demand(
-            f"fall of {name}",
-            fell <= max(allowed, noise.get(name, 0.0)),
-            f"{value:.3f}, {earlier[name]:.3f} at {revision}: {fell:+.3f} worse, allowed {allowed:.3f}, "
+            f"drop of {name}",
+            drop <= max(allowed, noise.get(name, 0.0)),
+            f"{value:.3f}, {earlier[name]:.3f} at {revision}: {drop:+.3f} worse, allowed {allowed:.3f}, "
             + (f"or its noise, {noise[name]:.3f}" if name in noise else "noise not measured: make noise"),
         )
 
 
-def lost(allowed: float, merged_onto: str) -> Iterator[Demand]:
-    """In each hop from the tuned model to a file that ships."""
-    for form, of in read("metrics/gguf.json").items():
-        if of_same_weights(form, merged_onto):
-            fell = max(0.0, -of["hop"]["correct"])
-            found = f"{of['correct']:.3f} correct: fell {fell:.3f}, allowed {allowed:.3f}"
-            yield Demand(f"fall in the hop {source(form)} → {form}", fell <= allowed, found)
+def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
+    """In each conversion from the tuned model to a file that ships."""
+    for variant, of in read("metrics/gguf.json").items():
+        if of_same_weights(variant, merged_onto):
+            drop = max(0.0, -of["conversion"]["correct"])
+            found = f"{of['correct']:.3f} correct: fell {drop:.3f}, allowed {allowed:.3f}"
+            yield Demand(f"drop in the conversion {source(variant)} → {variant}", drop <= allowed, found)
 
 
-def forgotten(allowed: float) -> Demand:
+def general_drop(allowed: float) -> Demand:
     metrics = read("metrics/general.json")["general"]
     base, tuned = metrics["base"]["correct"], metrics["tuned"]["correct"]
-    fell = round(base - tuned, 6)
-    found = f"{tuned:.3f} correct, the base {base:.3f}: fell {fell:.3f}, allowed {allowed:.3f}"
-    return Demand("fall of the general exam", fell <= allowed, found)
+    drop = round(base - tuned, 6)
+    found = f"{tuned:.3f} correct, the base {base:.3f}: fell {drop:.3f}, allowed {allowed:.3f}"
+    return Demand("drop of the general exam", drop <= allowed, found)
 
 
 def lower_is_better(name: str) -> bool:
@@ -128,7 +128,7 @@ def worse(name: str, before: float, after: float) -> float:
 def metric(metrics: Any, name: str, parameter: str) -> float:
     values = flat(metrics)
     if name not in values:
-        raise Refused(f"params.yaml: {parameter} names {name!r}; {EVALUATE} has {', '.join(values)}")
+        raise UserError(f"params.yaml: {parameter} names {name!r}; {EVALUATE} has {', '.join(values)}")
     return values[name]
 
 
@@ -147,7 +147,7 @@ def read(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refused(f"gate: {path} is missing: dvc repro makes it, git restores it") from None
+        raise UserError(f"gate: {path} is missing: dvc repro makes it, git restores it") from None
 
 
 def at(revision: str, path: Path) -> str | None:
@@ -155,7 +155,7 @@ def at(revision: str, path: Path) -> str | None:
     if subprocess.run(
         ["git", "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}"], capture_output=True
     ).returncode:
-        raise Refused(f"gate: {revision} is no revision of this clone: git fetch it (in CI: with its whole history)")
+        raise UserError(f"gate: {revision} is no revision of this clone: git fetch it (in CI: with its whole history)")
     shown = subprocess.run(["git", "show", f"{revision}:./{path}"], capture_output=True, text=True, encoding="utf-8")
     return None if shown.returncode else shown.stdout
 

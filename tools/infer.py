@@ -16,11 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.formats import InvalidRow, dumped, message, require_text
-from pipeline.llama_cpp import served
-from pipeline.parameters import Parameters, check
-from pipeline.refusal import Refused
-from pipeline.rows import Message, read_lines
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Parameters, check
+from pipeline.common.rows import Message, read_lines
+from pipeline.data.formats import InvalidRow, dumped, message, require_text
+from pipeline.model.llama_server import served
 
 Conversations = dict[str, list[Message]]  # by where they stand
 Answers = list[tuple[str, bool]]  # text, and whether it ended by itself
@@ -39,7 +39,7 @@ def main() -> None:
     parameters = check(Path("params.yaml"))
     length = parameters.evaluate.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     if length < 1:
-        raise Refused(f"--max-new-tokens {length}: an answer has a token at least")
+        raise UserError(f"--max-new-tokens {length}: an answer has a token at least")
 
     rows = read_rows(options.rows) if options.rows else {"the question": {"question": options.question}}
     conversations = {place: conversation(place, row) for place, row in rows.items()}
@@ -58,35 +58,35 @@ def read_rows(file: Path) -> dict[str, Any]:
     try:
         return dict(read_lines(file))
     except OSError as error:
-        raise Refused(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror}") from None
 
 
 def conversation(place: str, row: Any) -> list[Message]:
-    """Raises Refused if there is none to be answered."""
+    """Raises UserError if there is none to be answered."""
     try:
         if isinstance(invalid := dumped(row), InvalidRow):
             raise invalid
         match row:
             case {"question": _, "messages": _}:
-                raise Refused(f"{place}: a question and messages: leave one of them out")
+                raise UserError(f"{place}: a question and messages: leave one of them out")
             case {"question": content}:
                 messages = [{"role": "user", "content": content}]
             case {"messages": [*turns, {"role": "user"} as last]}:
                 messages = [message(turn) for turn in [*turns, last]]
             case _:
-                raise Refused(f'{place}: a line has a "question", or "messages" of which the last is the user\'s')
+                raise UserError(f'{place}: a line has a "question", or "messages" of which the last is the user\'s')
         require_text(messages)
     except InvalidRow as invalid:
-        raise Refused(f"{place}: {invalid}") from None
+        raise UserError(f"{place}: {invalid}") from None
     return [turn | {"content": unicodedata.normalize("NFC", turn["content"])} for turn in messages]
 
 
 def by_transformers(conversations: Conversations, length: int, parameters: Parameters, tuned: bool) -> Answers:
     from jinja2 import TemplateError
 
-    from pipeline.answers import greedy, text_of
-    from pipeline.chat_template import end_tokens, token_ids
-    from pipeline.tuned import load
+    from pipeline.evaluation.answers import greedy, text_of
+    from pipeline.model.chat_template import end_tokens, token_ids
+    from tools.tuned import load
 
     model, tokenizer = load(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
@@ -94,8 +94,8 @@ def by_transformers(conversations: Conversations, length: int, parameters: Param
     for place, messages in conversations.items():
         try:
             prompts.append(token_ids(tokenizer, messages, add_generation_prompt=True))
-        except (TemplateError, Refused) as error:
-            raise Refused(f"{place}: the base's chat template refuses it: {error}") from None
+        except (TemplateError, UserError) as error:
+            raise UserError(f"{place}: the base's chat template refuses it: {error}") from None
     tokens: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
@@ -112,7 +112,7 @@ def by_llama_cpp(file: Path, conversations: Conversations, length: int, paramete
         for place, messages in conversations.items():
             prompts.append(server.tokens(messages))
             if len(prompts[-1]) + length > context:
-                raise Refused(
+                raise UserError(
                     f"{place}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
                     f"{context}: raise it"
                 )

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pipeline.documents import passages_of
-from pipeline.exam import EXAM, GENERAL, read_questions
-from pipeline.facts import Fact, Form, questions_of_facts, read_facts, read_forms
-from pipeline.formats import KINDS, InvalidRow, conversation, kind, parsed, records
-from pipeline.leaks import Exam
-from pipeline.parameters import Generate, Merge, Parameters
-from pipeline.raw_files import RAW, raw_files, require_endpoint
-from pipeline.refusal import Refused
-from pipeline.rows import Message, row
-from pipeline.user_files import user_files
-from pipeline.words import words
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Generate, Merge, Parameters
+from pipeline.common.rows import Message, row
+from pipeline.common.user_files import user_files
+from pipeline.common.words import words
+from pipeline.data.documents import passages_of
+from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
+from pipeline.data.formats import KINDS, InvalidRow, conversation, kind, parsed, records
+from pipeline.data.leaks import Exam
+from pipeline.data.raw_files import RAW, raw_files, require_endpoint
+from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
 
 CURATED = Path("data/curated")
 LOOKED_AT = 1000  # rows of a file; the merge stage looks at all
@@ -44,7 +44,7 @@ def material(parameters: Parameters) -> Iterator[Material]:
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
     if not (raw.missing or curated.missing or raw.more or len(raw.rows | curated.rows) > 1):
         what = f"less than two rows to train on: add facts and phrasings, documents, or rows in {CURATED}"
-        yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/forms.yaml: {PHRASING}"))
+        yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/phrasings.yaml: {PHRASING}"))
         yield Material(CURATED, "", "rows, or else what data/raw lacks", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
@@ -54,17 +54,17 @@ def material(parameters: Parameters) -> Iterator[Material]:
 
 def of_raw(generate: Generate, exams: Exam) -> Material:
     try:
-        tables, forms, documents = raw_files()
-        facts, phrasings = read_facts(tables), read_forms(forms)
+        tables, phrasing_files, documents = raw_files()
+        facts, phrasings = read_facts(tables), read_phrasings(phrasing_files)
         if facts and not phrasings:
-            return Material(RAW, "", "facts, but no phrasings", (f"in {RAW}/forms.yaml: {phrasing(facts[0])}",))
-        rows = questions_of_facts(facts, phrasings, generate.forms_per_fact)
+            return Material(RAW, "", "facts, but no phrasings", (f"in {RAW}/phrasings.yaml: {phrasing(facts[0])}",))
+        rows = questions_of_facts(facts, phrasings, generate.phrasings_per_fact)
         if documents:
             require_endpoint(documents[0], generate)
             passages_of(documents, generate.passage_length)
         for one in rows:
             require_no_leak(one["source"], one["messages"], exams)
-    except Refused as refusal:
+    except UserError as refusal:
         return Material(RAW, "", str(refusal))
     of_facts = f"{len(rows)} questions about {len(facts)} facts" if facts else ""
     of_documents = f"{len(documents)} documents" if documents else ""
@@ -73,9 +73,14 @@ def of_raw(generate: Generate, exams: Exam) -> Material:
     return Material(RAW, "; ".join(filter(None, parts)), rows=ids, more=bool(documents))
 
 
-def not_asked(facts: list[Fact], phrasings: dict[str, list[Form]]) -> str:
+def not_asked(facts: list[Fact], phrasings: dict[str, list[Phrasing]]) -> str:
     """What of the facts no question is about: columns that no phrasing names, and empty cells."""
-    named = {column for relation, forms in phrasings.items() for form in forms for column in [relation, *form.columns]}
+    named = {
+        column
+        for relation, of_relation in phrasings.items()
+        for each in of_relation
+        for column in [relation, *each.columns]
+    }
     columns = {column for fact in facts for column in fact.values} - named - {"relation", "value"}
     empty = sum(not value for fact in facts for column, value in fact.values.items() if column in phrasings)
     of_columns = f"no phrasing names {', '.join(sorted(columns))}" if columns else ""
@@ -94,7 +99,7 @@ def of_curated(merge: Merge, exams: Exam) -> Material:
     try:
         for file in user_files(CURATED):
             if kind(file) not in KINDS:
-                raise Refused(f"{file}: rows are read from {' '.join(KINDS)}: convert it, or move it elsewhere")
+                raise UserError(f"{file}: rows are read from {' '.join(KINDS)}: convert it, or move it elsewhere")
             found = list(islice(records(file, merge.columns), LOOKED_AT))
             for number, record in found:
                 place = f"{file}:{number}"
@@ -102,13 +107,13 @@ def of_curated(merge: Merge, exams: Exam) -> Material:
                     require_no_leak(place, messages, exams)
                     ids.add(row(messages, place)["id"])
             more = " or more" if len(found) == LOOKED_AT else more
-    except Refused as refusal:
+    except UserError as refusal:
         return Material(CURATED, "", str(refusal))
     return Material(CURATED, f"{len(ids)}{more} rows that can be used" if ids else "", rows=frozenset(ids))
 
 
 def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
-    """The messages of a row. Raises Refused, naming the place, if it has none and may not be skipped."""
+    """The messages of a row. Raises UserError, naming the place, if it has none and may not be skipped."""
     try:
         if isinstance(record, InvalidRow):
             raise record
@@ -116,12 +121,12 @@ def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Mess
     except InvalidRow as invalid:
         if on_invalid == "skip":
             return []
-        raise Refused(f"{place}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
+        raise UserError(f"{place}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
 
 
 def require_no_leak(place: str, messages: list[Message], exams: Exam) -> None:
     if leak := exams.leak(words("\n".join(message["content"] for message in messages))):
-        raise Refused(
+        raise UserError(
             f"{place}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or set "
             "merge.on_leak to drop"
         )
@@ -130,7 +135,7 @@ def require_no_leak(place: str, messages: list[Message], exams: Exam) -> None:
 def of_exam(path: Path) -> Material:
     try:
         questions = read_questions(path)
-    except Refused as refusal:
+    except UserError as refusal:
         return Material(path, "", str(refusal).removeprefix(f"{path}: "), (QUESTION,))
     few = "; 50 to 200 tell progress from chance" if path == EXAM and len(questions) < 50 else ""
     return Material(path, f"{len(questions)} questions{few}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from dvc.repo import Repo
 
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def main() -> None:
             status = repo.cloud.status(files)
             unsent = {record for _, record in runs} - records_in_remote(repo) | status.new
     except Exception as error:  # every client of a remote has its own
-        raise Refused(f"the runs are not sent: {' '.join(str(error).split())} (docs/remotes.md)") from None
+        raise UserError(f"the runs are not sent: {' '.join(str(error).split())} (docs/remotes.md)") from None
     if unsent:
-        raise Refused(f"{len(unsent)} files are not sent: repeat python -m tools.push_runs, which sends the rest")
+        raise UserError(f"{len(unsent)} files are not sent: repeat python -m tools.push_runs, which sends the rest")
     gone = f"; {len(status.missing)} are gone (dvc gc), their runs would run again" if status.missing else ""
     print(f"{len(runs)} runs are in the remote, with {len(files) - len(status.missing)} files{gone}")
 

@@ -17,8 +17,8 @@ import gto.api
 from gto.exceptions import GTOException
 from semver import Version
 
-from pipeline.parameters import read_yaml
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import read_yaml
 
 METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]  # which the gate judges
 
@@ -32,7 +32,7 @@ def main() -> None:
     require_shared()
     last = max(versions.keys() - withdrawn, key=versions.__getitem__, default=None)
     if subprocess.run([sys.executable, "-m", "tools.gate", *([last] if last else [])]).returncode:
-        raise Refused("release: the gate does not let it pass, see above; nothing is registered")
+        raise UserError("release: the gate does not let it pass, see above; nothing is registered")
     tags = register(artifacts, f"v{version}", changelog(last) if last else "The first version.")
     print(f"registered {', '.join(tags)}: git push origin {' '.join(tags)}")
 
@@ -48,21 +48,21 @@ def registered(artifacts: list[str]) -> tuple[dict[str, Version], set[str]]:
 
 def require_higher(version: str, versions: dict[str, Version]) -> None:
     if not Version.is_valid(version):
-        raise Refused(f"VERSION is {version!r}: set it to a semantic version such as 1.2.0")
+        raise UserError(f"VERSION is {version!r}: set it to a semantic version such as 1.2.0")
     highest = max(versions, key=versions.__getitem__, default=None)
     if highest and Version.parse(version) <= versions[highest]:
-        raise Refused(f"VERSION is {version}, and {highest} is registered: choose a higher one")
+        raise UserError(f"VERSION is {version}, and {highest} is registered: choose a higher one")
 
 
 def require_shared() -> None:
-    """Raises Refused unless others can have all of what is released: it is committed, up to date, and in the remote."""
+    """Raises UserError unless others can have all of what is released: it is committed, up to date, and in the remote."""
     if git("status", "--porcelain"):
-        raise Refused("release: there are changes that are not committed: git commit or git stash them")
+        raise UserError("release: there are changes that are not committed: git commit or git stash them")
     if stale := json.loads(dvc("status", "--json")):
-        raise Refused(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
+        raise UserError(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
     if absent := json.loads(dvc("data", "status", "--not-in-remote", "--granular", "--json")).get("not_in_remote"):
         more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        raise Refused(f"release: not in the remote: {', '.join(sorted(absent)[:5])}{more}: dvc push")
+        raise UserError(f"release: not in the remote: {', '.join(sorted(absent)[:5])}{more}: dvc push")
 
 
 def changelog(last: str) -> str:
@@ -75,7 +75,7 @@ def register(artifacts: list[str], version: str, message: str) -> list[str]:
     """All tags or none: they are made in a clone, and come from there in one transaction.
 
     Raises:
-        Refused: GTO or git refuses one of them.
+        UserError: GTO or git refuses one of them.
     """
     author, _, email = git("var", "GIT_COMMITTER_IDENT").rpartition(">")[0].partition(" <")
     commit = git("rev-parse", "HEAD")
@@ -85,7 +85,7 @@ def register(artifacts: list[str], version: str, message: str) -> list[str]:
             for artifact in artifacts:
                 gto.api.register(scratch, artifact, commit, version, message, author=author, author_email=email)
         except GTOException as error:
-            raise Refused(f"release: {error}; nothing is registered") from None
+            raise UserError(f"release: {error}; nothing is registered") from None
         tags = [f"{artifact}@{version}" for artifact in artifacts]
         git("fetch", "--quiet", "--atomic", scratch, *(f"refs/tags/{tag}:refs/tags/{tag}" for tag in tags))
     return tags
@@ -100,10 +100,10 @@ def dvc(*arguments: str) -> str:
 
 
 def output(*command: str) -> str:
-    """Raises Refused after what the command itself says of its failure."""
+    """Raises UserError after what the command itself says of its failure."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
-        raise Refused("release: stopped, see above; nothing is registered")
+        raise UserError("release: stopped, see above; nothing is registered")
     return done.stdout.strip()
 
 

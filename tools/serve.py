@@ -14,9 +14,9 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.llama_cpp import served
-from pipeline.parameters import check
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import check
+from pipeline.model.llama_server import served
 
 SLOTS = 2
 
@@ -28,25 +28,25 @@ def main() -> None:
     options = parser.parse_args()
     require_free(options.port)
     parameters = check(Path("params.yaml"))
-    knobs = parameters.gguf
-    file = options.gguf or Path(f"models/gguf/model-{[*knobs.quantize, 'f16'][0]}.gguf")
+    gguf = parameters.gguf
+    file = options.gguf or Path(f"models/gguf/model-{[*gguf.quantize, 'f16'][0]}.gguf")
     with served(
-        file, knobs.num_ctx, parameters.threads, port=options.port, slots=SLOTS, temperature=knobs.temperature
+        file, gguf.num_ctx, parameters.threads, port=options.port, slots=SLOTS, temperature=gguf.temperature
     ) as server:
         print(f"{file}: {server.url}/v1 for OpenAI clients, {server.url} for the browser; Ctrl-C ends it")
         message = '{"messages": [{"role": "user", "content": "Hello"}]}'
         print(f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{message}'", flush=True)
-        raise Refused(f"{file}: llama.cpp ended (exit status {server.process.wait()})")
+        raise UserError(f"{file}: llama.cpp ended (exit status {server.process.wait()})")
 
 
 def require_free(port: int) -> None:
     if not 0 < port < 2**16:
-        raise Refused(f"--port {port}: a port is a number from 1 to {2**16 - 1}")
+        raise UserError(f"--port {port}: a port is a number from 1 to {2**16 - 1}")
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
         reason = "it is taken" if error.errno == errno.EADDRINUSE else error
-        raise Refused(f"--port {port}: {reason}: choose another") from None
+        raise UserError(f"--port {port}: {reason}: choose another") from None
 
 
 if __name__ == "__main__":

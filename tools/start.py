@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.base import file_hash
-from pipeline.outputs import remove
-from pipeline.parameters import check, read_yaml
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import remove
+from pipeline.common.parameters import check, read_yaml
+from pipeline.model.base import file_hash
 from tools.use import PARAMETERS, recipe, recipes, use
 
 DEMO = Path("tests/demo")
@@ -39,7 +39,7 @@ def main() -> None:
     values = recipe(options.recipe or asked("RECIPE", offer()))
     name = (options.name or asked("NAME", f"The project's name [{Path.cwd().name}]: ") or Path.cwd().name).strip()
     if not name or not name.isprintable():
-        raise Refused(f"NAME is {name!r}: set it to a name on one line")
+        raise UserError(f"NAME is {name!r}: set it to a name on one line")
 
     remove_outputs()
     demo, own = demo_files()
@@ -55,20 +55,22 @@ def main() -> None:
 
 
 def require_startable() -> None:
-    """Raises Refused if the project was started already, or git could not bring back or commit what is there."""
+    """Raises UserError if the project was started already, or git could not bring back or commit what is there."""
     if not DEMO_FILES.exists() or DEMO.exists():
-        raise Refused(f"this project was started already, and the demo is in {DEMO}: nothing was changed")
+        raise UserError(f"this project was started already, and the demo is in {DEMO}: nothing was changed")
     if git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
-        raise Refused("this folder is no git repository: git init && git add -A && git commit -m Template, then again")
+        raise UserError(
+            "this folder is no git repository: git init && git add -A && git commit -m Template, then again"
+        )
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in MADE)).stdout
     if changed:
-        raise Refused(f"{changed.splitlines()[0][3:]} has a change that is not committed: commit it or take it back")
+        raise UserError(f"{changed.splitlines()[0][3:]} has a change that is not committed: commit it or take it back")
     if git("symbolic-ref", "--quiet", "HEAD").returncode:
-        raise Refused("git is on no branch, and would lose the commit: git switch -c main")
+        raise UserError("git is on no branch, and would lose the commit: git switch -c main")
     if link := next((path for path in linked() if path.is_symlink()), None):
-        raise Refused(f"{link} is a link, and the demo is moved: put the files themselves there")
+        raise UserError(f"{link} is a link, and the demo is moved: put the files themselves there")
     if git("var", "GIT_COMMITTER_IDENT").returncode:
-        raise Refused("git does not know who commits: git config user.name NAME && git config user.email ADDRESS")
+        raise UserError("git does not know who commits: git config user.name NAME && git config user.email ADDRESS")
     check(PARAMETERS)
 
 
@@ -86,11 +88,11 @@ def offer() -> str:
 
 def asked(variable: str, question: str) -> str:
     if not sys.stdin.isatty():
-        raise Refused(f"{variable} is missing, and there is no terminal to ask on: make start RECIPE=... NAME=...")
+        raise UserError(f"{variable} is missing, and there is no terminal to ask on: make start RECIPE=... NAME=...")
     try:
         return input(question).strip()
     except EOFError:
-        raise Refused(f"{variable} is missing: nothing was changed") from None
+        raise UserError(f"{variable} is missing: nothing was changed") from None
 
 
 def remove_outputs() -> None:
@@ -100,7 +102,7 @@ def remove_outputs() -> None:
     command = [sys.executable, "-m", "dvc", "data", "status", "--json"]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise Refused(f"dvc data status fails: {' '.join(found.stderr.split())}: git checkout {LOCK}, then again")
+        raise UserError(f"dvc data status fails: {' '.join(found.stderr.split())}: git checkout {LOCK}, then again")
     changed = {path.rstrip("/") for path in json.loads(found.stdout).get("uncommitted", {}).get("modified", [])}
     locked = {out["path"] for stage in read_yaml(LOCK)["stages"].values() for out in stage.get("outs", [])}
     for stage in read_yaml(Path("dvc.yaml"))["stages"].values():
@@ -162,7 +164,7 @@ def commit(name: str, written: list[Path]) -> None:
         done = git(*command)
         if done.returncode:
             said = " ".join(f"{done.stderr} {done.stdout}".split()) or "without a word"
-            raise Refused(f"git {command[0]} failed ({said}): all else is done: git add -A && git commit")
+            raise UserError(f"git {command[0]} failed ({said}): all else is done: git add -A && git commit")
 
 
 def tell(written: list[Path], own: list[Path]) -> None:

@@ -28,9 +28,9 @@ from dvc.repo.experiments.queue.remove import remove_tasks
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 from hydra.errors import HydraException
 
-from pipeline.outputs import scratch
-from pipeline.parameters import check
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import scratch
+from pipeline.common.parameters import check
 
 PARAMETERS = Path("params.yaml")
 DVC = [sys.executable, "-m", "dvc"]
@@ -49,7 +49,7 @@ def main() -> None:
             require_alone(repo, lock)
             failed = sweep(repo, members, devices, lock.fileno())
     except DvcException as error:
-        raise Refused(f"sweep: {' '.join(str(error).split())}") from None
+        raise UserError(f"sweep: {' '.join(str(error).split())}") from None
     if failed:
         sys.exit(f"sweep: {len(failed)} failed: {' '.join(failed)}")
 
@@ -58,7 +58,7 @@ def sweep(repo: Any, members: dict[str, list[str]], devices: list[str], lock: in
     """Run what is new of the grid, and what is queued already; the names of those that failed."""
     queue = repo.experiments.celery_queue
     if repo.scm.is_dirty(untracked_files=True):
-        raise Refused("sweep: there are changes that are not committed: a sweep is of a commit")
+        raise UserError("sweep: there are changes that are not committed: a sweep is of a commit")
     commit = repo.scm.get_rev()  # the next may come while they run
     named = {f"{commit[:7]}-{name}": member for name, member in members.items()}
     bury_lost(queue)
@@ -80,7 +80,7 @@ def require_alone(repo: Any, lock: IO[str]) -> None:
     """Workers inherit the lock, so that it is held till the last of them ends, even if the sweep is killed.
 
     Raises:
-        Refused: another sweep has it, or workers of `dvc queue start` are at work.
+        UserError: another sweep has it, or workers of `dvc queue start` are at work.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,7 +88,7 @@ def require_alone(repo: Any, lock: IO[str]) -> None:
     except BlockingIOError:
         busy = True
     if busy:
-        raise Refused("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
+        raise UserError("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
 
 
 def devices_of_workers(processes: int) -> list[str]:
@@ -107,7 +107,7 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
     """{"lora.r=8,train.epochs=2": ["lora.r=8", "train.epochs=2"], ...}: every combination by its name.
 
     Raises:
-        Refused: a parameter is unknown, or one of its values wrong.
+        UserError: a parameter is unknown, or one of its values wrong.
     """
     with scratch(PARAMETERS) as folder:
         try:
@@ -117,13 +117,13 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
                 apply_overrides(folder / PARAMETERS.name, member)
                 check(folder / PARAMETERS.name)
         except (DvcException, HydraException) as error:
-            raise Refused(f"sweep: -S {' -S '.join(settings)}: {error.__cause__ or error}".splitlines()[0]) from None
-        except Refused as refusal:
-            raise Refused(f"sweep: {str(refusal).removeprefix(f'{folder}/')}") from None
+            raise UserError(f"sweep: -S {' -S '.join(settings)}: {error.__cause__ or error}".splitlines()[0]) from None
+        except UserError as refusal:
+            raise UserError(f"sweep: {str(refusal).removeprefix(f'{folder}/')}") from None
     varied = [setting.partition("=")[0] for setting in settings]
     named = {re.sub(r"[^\w.,=+-]+|\.{2,}", "_", ",".join(member)): member for member in members}
     if len({*varied}) < len(varied) or len(named) < len(members):
-        raise Refused(f"sweep: -S {' -S '.join(settings)}: two are the same: name each parameter and value once")
+        raise UserError(f"sweep: -S {' -S '.join(settings)}: two are the same: name each parameter and value once")
     return named
 
 
@@ -152,7 +152,7 @@ def work(queue: Any, devices: list[str], lock: int) -> None:
                 worker.kill()  # after Ctrl-C, which alone would end what runs and begin the next
             bury_lost(queue)
         if max(codes) > 0:
-            raise Refused(f"sweep: a worker failed: {queue.wdir}/sweep-*.out tells why")
+            raise UserError(f"sweep: a worker failed: {queue.wdir}/sweep-*.out tells why")
 
 
 def start_worker(queue: Any, number: int, device: str, lock: int) -> subprocess.Popen[bytes]:

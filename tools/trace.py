@@ -11,11 +11,11 @@ from typing import Any
 
 import orjson
 
-from pipeline.documents import DOCUMENTS, read_passages
-from pipeline.facts import read_facts
-from pipeline.formats import records
-from pipeline.parameters import Parameters, check
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Parameters, check
+from pipeline.data.documents import DOCUMENTS, read_passages
+from pipeline.data.facts import read_facts
+from pipeline.data.formats import records
 
 FATES = {
     "data/train_merged.jsonl": "is a row to train on",
@@ -39,7 +39,7 @@ def trace(wanted: str) -> None:
     if not found:
         missing = [file for file in FATES if not Path(file).exists()]
         hint = f"; {', '.join(missing)} not there: run dvc repro tokenize, or dvc pull" if missing else ""
-        raise Refused(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}{hint}")
+        raise UserError(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}{hint}")
     for file, row in found:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
         print(f"{row.get('id', 'a row')} {FATES[file]} ({file}){why and f': {why}'}")
@@ -66,7 +66,7 @@ def origin(source: str, parameters: Parameters) -> str:
     name, _, number = source.rpartition(":")
     file = Path(name)
     if not file.exists():
-        raise Refused(f"{file} is not there any more: git log -- {file}")
+        raise UserError(f"{file} is not there any more: git log -- {file}")
     at = int(number)
     if not file.is_relative_to("data/raw"):
         found = [record for line, record in records(file, parameters.merge.columns) if line == at]

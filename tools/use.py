@@ -11,9 +11,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.outputs import whole
-from pipeline.parameters import check
-from pipeline.refusal import Refused
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import atomic_output
+from pipeline.common.parameters import check
 
 PARAMETERS = Path("params.yaml")
 
@@ -29,9 +29,9 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe(name: str) -> Path:
-    """Raises Refused, naming all, if there is none of that name."""
+    """Raises UserError, naming all, if there is none of that name."""
     if name not in recipes():
-        raise Refused(f"RECIPE is {name!r}: set it to one of {', '.join(recipes())}")
+        raise UserError(f"RECIPE is {name!r}: set it to one of {', '.join(recipes())}")
     return recipes()[name]
 
 
@@ -39,7 +39,7 @@ def use(recipe: Path) -> None:
     """Write the recipe's values into params.yaml.
 
     Raises:
-        Refused: one of both has an unknown key or a wrong value; params.yaml stays as it is.
+        UserError: one of both has an unknown key or a wrong value; params.yaml stays as it is.
     """
     check(PARAMETERS)
     yaml = YAML()
@@ -50,17 +50,17 @@ def use(recipe: Path) -> None:
     try:
         sections = yaml.load(recipe)
     except YAMLError as error:
-        raise Refused(f"{recipe} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{recipe} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not (isinstance(sections, dict) and all(isinstance(values, dict) for values in sections.values())):
-        raise Refused(f"{recipe} is no sections with their keys: write it like params.yaml")
+        raise UserError(f"{recipe} is no sections with their keys: write it like params.yaml")
     for section, values in sections.items():
         parameters.setdefault(section, {}).update(values)  # an unknown one is refused below
-    with whole(PARAMETERS) as aside:
+    with atomic_output(PARAMETERS) as aside:
         yaml.dump(parameters, aside)
         try:
             check(aside)
-        except Refused as refusal:
-            raise Refused(str(refusal).replace(str(aside), str(recipe))) from None
+        except UserError as refusal:
+            raise UserError(str(refusal).replace(str(aside), str(recipe))) from None
 
 
 if __name__ == "__main__":

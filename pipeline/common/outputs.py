@@ -1,0 +1,67 @@
+"""Outputs that appear whole or not at all."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_output(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside `path` to make a file or folder at; it becomes `path` if the block ends without error."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(aside)
+    try:
+        yield aside
+    except BaseException:
+        remove(aside)
+        raise
+    if aside.is_dir() or path.is_dir():
+        remove(path)
+    aside.replace(path)  # a file in one step: at no time is there none
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield a folder beside `path` for what the block alone needs; also gone is what a killed block left in it."""
+    folder = path.with_name(f".{path.name}.scratch.partial")
+    remove(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    with atomic_output(path) as aside:
+        aside.write_text(json.dumps(rounded(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    with atomic_output(path) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(rounded(row), ensure_ascii=False) + "\n" for row in rows)
+        if not file.tell():
+            file.write("\n")  # DVC warns of an empty file
+
+
+def rounded(content: Any) -> Any:
+    """`content` with every float at six significant digits: more is noise, and makes diffs hard to read."""
+    if isinstance(content, float):
+        return float(f"{content:.6g}")
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    return content

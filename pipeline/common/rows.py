@@ -1,0 +1,62 @@
+"""Training rows: one conversation a row, one JSON object a line."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import UserError
+
+Message = dict[str, str]
+Row = dict[str, Any]
+
+
+def question_and_answer(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def row(messages: list[Message], source: str) -> Row:
+    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from.
+
+    `id` is a hash of roles and contents: rows that differ in how their lines end, and in nothing else, are the same.
+    """
+    messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
+    turns = "\0".join(f"{m['role']} {m['content']}" for m in messages)
+    key = hash64(turns.replace("\r\n", "\n").replace("\r", "\n"))
+    return {"id": f"{key:016x}", "messages": messages, "source": source}
+
+
+def group_of(text: str) -> str:
+    """A hash of the fact or passage that rows come from: it stays when its line number or its questions change."""
+    return f"{hash64(text):016x}"
+
+
+def hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def file_of(source: str) -> str:
+    """The file of a row's source."""
+    return source.rpartition(":")[0]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield ("path:line", parsed JSON) for every line of a JSON-lines file that is neither blank nor a # comment.
+
+    Raises:
+        UserError: a line is not UTF-8 or not JSON.
+    """
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        place = f"{path}:{number}"
+        try:
+            if line.strip() and not line.startswith(b"#"):
+                yield place, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not a JSON object in UTF-8 on one line: {error}") from None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The lines of a JSON-lines file."""
+    return [content for _, content in read_lines(path)]

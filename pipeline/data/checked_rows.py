@@ -1,0 +1,181 @@
+"""Millions of rows, checked in parallel: their text waits in a file, a few numbers of each are held in memory."""
+
+import os
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import orjson
+from tqdm import tqdm
+
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Merge
+from pipeline.common.rows import Message, hash64, row
+from pipeline.common.words import layout, words
+from pipeline.data.formats import InvalidRow, Record, conversation, parsed, records, unknown_keys
+from pipeline.data.leaks import Exam, Leak
+from pipeline.data.near_duplicates import Keys, band_keys
+from pipeline.evaluation.questions import Question
+
+KEY_NAMES = 10_000  # that are told apart; a file may have a new one in each row
+CHUNK = 2**20  # bytes of rows that a process gets at once
+
+exam: Exam  # of a process that checks: it remembers the words that it has met
+
+
+@dataclass
+class Chunk:
+    """A stretch of a file's rows, checked."""
+
+    read: int
+    lines: list[bytes]  # the valid ones as they will be written
+    sources: list[str]
+    ids: Keys
+    groups: Keys  # the same for rows of one fact or passage
+    questions: Keys  # hashes of the words of all but the last answer, and of the layout of its code
+    answers: Keys  # the same of the last answer
+    bands: Keys  # (rows, bands)
+    leaks: dict[int, Leak]  # by place in `lines`
+    invalid: list[dict[str, str]]  # entries of the quarantine
+    unknown_keys: Counter[str]  # in how many of the valid ones
+
+
+class CheckedRows:
+    """All valid rows in the order in which they were read."""
+
+    def __init__(self, chunks: Iterator[Chunk], scratch: IO[bytes]) -> None:
+        self.scratch = scratch
+        self.read = 0
+        self.sources: list[str] = []
+        self.leaks: dict[int, Leak] = {}
+        self.unknown_keys: Counter[str] = Counter()  # by name, in how many rows
+        self.further_keys = 0  # how often keys with yet other names occur
+        columns: list[tuple[Keys, ...]] = []
+        lengths = []
+        for chunk in chunks:
+            self.read += chunk.read
+            self.leaks |= {len(self.sources) + at: leak for at, leak in chunk.leaks.items()}
+            self.sources += chunk.sources
+            for name, n in by_count(chunk.unknown_keys):
+                if name in self.unknown_keys or len(self.unknown_keys) < KEY_NAMES:
+                    self.unknown_keys[name] += n
+                else:
+                    self.further_keys += n
+            columns.append((chunk.ids, chunk.groups, chunk.questions, chunk.answers, chunk.bands))
+            lengths.append(np.fromiter(map(len, chunk.lines), np.int64))
+            scratch.writelines(chunk.lines)
+        scratch.flush()
+        if not self.sources:
+            raise UserError(f"no rows that can be used, of {self.read}: add some to data/curated, or facts to data/raw")
+        parts = map(np.concatenate, zip(*columns, strict=True))
+        self.ids, self.groups, self.questions, self.answers, self.bands = parts
+        self.ends = np.cumsum(np.concatenate(lengths))
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def lines(self) -> Iterator[bytes]:
+        """The text of every row, in order."""
+        self.scratch.seek(0)
+        yield from self.scratch
+
+    def messages(self, at: int) -> list[Message]:
+        start = int(self.ends[at - 1]) if at else 0
+        return orjson.loads(os.pread(self.scratch.fileno(), int(self.ends[at]) - start, start))["messages"]
+
+    def question_and_answer(self, at: int) -> tuple[list[str], list[str]]:
+        """The words of all of a row but its last answer, and those of that answer."""
+        messages = self.messages(at)
+        return words_of(messages[:-1]), words_of(messages[-1:])
+
+
+def checked(files: list[Path], generated: Path, questions: list[Question], merge: Merge) -> Generator[Chunk]:
+    """The rows of all files, in order. A row of `generated` keeps the source that it names, any other's is its place.
+
+    This process reads, never far ahead of those that check, one for each processor.
+    """
+    check = partial(check_chunk, generated=generated, near_duplicate=merge.near_duplicate)
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
+    waiting: deque[Future[Chunk]] = deque()
+    pool = ProcessPoolExecutor(processes, initializer=hold_exam, initargs=(questions, merge.near_leak))
+    with pool, tqdm(desc="rows", unit=" rows") as progress:
+        for file in files:
+            for chunk in chunks(records(file, merge.columns)):
+                waiting.append(pool.submit(check, file, chunk))
+                progress.update(len(chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def chunks(read: Iterator[Record]) -> Iterator[list[Record]]:
+    chunk, size = [], 0
+    for number, record in read:
+        chunk.append((number, record))
+        size += len(record) if isinstance(record, bytes) else 256
+        if size > CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def hold_exam(questions: list[Question], near: float) -> None:
+    global exam
+    exam = Exam(questions, near)
+
+
+def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate: float | None) -> Chunk:
+    from_generate = file == generated
+    rows, groups, invalid = [], [], []
+    unknown: Counter[str] = Counter()
+    for number, record in chunk:
+        place = f"{file}:{number}"
+        try:
+            if isinstance(record, InvalidRow):
+                raise record
+            content = parsed(record)
+            rows.append(row(conversation(content), content["source"] if from_generate else place))
+            groups.append(content.get("group", rows[-1]["id"]) if from_generate else rows[-1]["id"])
+            if not from_generate:
+                unknown.update({name[:100] for name in unknown_keys(content)})
+        except InvalidRow as error:
+            start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
+            invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})
+    questions = [(words_of(one["messages"][:-1]), layout_of(one["messages"][:-1])) for one in rows]
+    answers = [(words_of(one["messages"][-1:]), layout_of(one["messages"][-1:])) for one in rows]
+    texts = [question + answer for (question, _), (answer, _) in zip(questions, answers, strict=True)]
+    layouts = [f"{question}\n{answer}" for (_, question), (_, answer) in zip(questions, answers, strict=True)]
+    leaks = {at: exam.leak(text) for at, text in enumerate(texts)}
+    return Chunk(
+        read=len(chunk),
+        lines=[orjson.dumps(one, option=orjson.OPT_APPEND_NEWLINE) for one in rows],
+        sources=[one["source"] for one in rows],
+        ids=np.array([int(one["id"], 16) for one in rows], np.uint64),
+        groups=np.array([int(group, 16) for group in groups], np.uint64),
+        questions=np.array([hash64(" ".join([*question, of_code])) for question, of_code in questions], np.uint64),
+        answers=np.array([hash64(" ".join([*answer, of_code])) for answer, of_code in answers], np.uint64),
+        bands=band_keys(texts, layouts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
+        leaks={at: leak for at, leak in leaks.items() if leak},
+        invalid=invalid,
+        unknown_keys=unknown,
+    )
+
+
+def by_count(names: Counter[str]) -> list[tuple[str, int]]:
+    """The most frequent first, those as frequent by name."""
+    return sorted(names.items(), key=lambda name: (-name[1], name[0]))
+
+
+def words_of(messages: list[Message]) -> list[str]:
+    return words("\n".join(message["content"] for message in messages))
+
+
+def layout_of(messages: list[Message]) -> str:
+    return layout("\n".join(message["content"] for message in messages))

@@ -1,0 +1,120 @@
+"""Documents in passages: text with its place, short enough to ask a language model about.
+
+A document is first made Markdown, a PDF page by page, then cut at its headings.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.common.errors import UserError
+
+DOCUMENTS = {".docx", ".html", ".md", ".pdf", ".txt"}  # files of them
+FENCE = re.compile(r" {0,3}(```|~~~)")
+HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$")
+# Where a text is cut, best first: after a paragraph, a sentence, a line, a word, a character.
+ENDS = [r"(?<=\n\n)", r"(?<=[.!?]\s)|(?<=[。！？])", r"(?<=\n)", r"(?<=\s)", r"(?<=.)"]
+
+
+@dataclass(frozen=True)
+class Passage:
+    text: str
+    heading: str  # those above it, outermost first, joined by " > "
+    page: int | None  # of a PDF, from 1 on
+
+
+def passages_of(files: list[Path], length: int) -> dict[str, Passage]:
+    """The passages of documents by their places, "file:number". Raises UserError as `read_passages` does."""
+    return {
+        f"{file}:{number}": passage
+        for file in files
+        for number, passage in enumerate(read_passages(file, length), start=1)
+    }
+
+
+def read_passages(file: Path, length: int) -> list[Passage]:
+    """The passages of a document, in order, of at most `length` characters each.
+
+    Raises:
+        UserError: the document is broken, encrypted, not UTF-8, or has no text.
+    """
+    try:
+        pages = list(read_pages(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    except Exception as error:  # the readers of formats raise whatever a broken file leads them to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read ({reason}): repair it, remove its password, or remove it") from None
+    passages = [
+        Passage(piece.strip(), heading, page)
+        for page, markdown in pages
+        for heading, text in sections(markdown)
+        for piece in pieces(text, length)
+        if piece.strip()
+    ]
+    if not passages:
+        raise UserError(f"{file} has no text: recognise a scan's text by OCR first, or remove the file")
+    return passages
+
+
+def read_pages(file: Path) -> Iterator[tuple[int | None, str]]:
+    """(page, its Markdown). The readers are imported where they are needed: most runs need none."""
+    match file.suffix.lower():
+        case ".pdf":
+            from pypdfium2 import PdfDocument
+
+            with PdfDocument(file) as pdf:
+                for number, page in enumerate(pdf, start=1):
+                    text = page.get_textpage().get_text_bounded()
+                    yield number, text.replace("\x02\r\n", "").replace("\x02", "")  # PDFium's hyphen at a line's end
+        case ".docx":
+            import mammoth
+
+            with open(file, "rb") as docx:
+                yield None, markdown(mammoth.convert_to_html(docx).value)
+        case ".html":
+            yield None, markdown(file.read_bytes())
+        case _:
+            yield None, file.read_text(encoding="utf-8-sig")
+
+
+def markdown(html: str | bytes) -> str:
+    """The body of a page without scripts, styles, pictures and the addresses of links."""
+    from bs4 import BeautifulSoup
+    from markdownify import MarkdownConverter
+
+    page = BeautifulSoup(html, "html.parser")
+    plain = MarkdownConverter(heading_style="ATX", strip=["a", "img"], escape_asterisks=False, escape_underscores=False)
+    return plain.convert_soup(page.body or page)
+
+
+def sections(markdown: str) -> Iterator[tuple[str, str]]:
+    """(path of headings, text below it). A line that looks like a heading in fenced code is none."""
+    path: dict[int, str] = {}  # by level, outermost first
+    lines: list[str] = []
+    fenced = False
+    for line in markdown.splitlines():
+        fenced ^= bool(FENCE.match(line))
+        if not fenced and (found := HEADING.match(line)):
+            yield " > ".join(path.values()), "\n".join(lines)
+            level = len(found[1])
+            path = {above: title for above, title in path.items() if above < level} | {level: found[2]}
+            lines = []
+        else:
+            lines.append(line.rstrip())
+    yield " > ".join(path.values()), "\n".join(lines)
+
+
+def pieces(text: str, length: int, ends: list[str] = ENDS) -> Iterator[str]:
+    """`text` in pieces of at most `length` characters, cut after the first of `ends` that makes them short enough."""
+    if len(text) <= length:
+        yield text
+        return
+    piece = ""
+    for part in re.split(ends[0], text, flags=re.DOTALL):
+        if len(piece + part) > length:
+            yield from pieces(piece, length, ends[1:])
+            piece = ""
+        piece += part
+    yield from pieces(piece, length, ends[1:])

@@ -1,0 +1,257 @@
+"""Questions and answers about passages, from a language model behind an OpenAI-compatible endpoint.
+
+A reply is kept by the hash of all that was sent: what was paid for once is never paid for again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from threading import Condition
+from typing import Annotated, Any
+
+from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from tqdm import tqdm
+
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Generate
+from pipeline.data.documents import Passage
+from pipeline.data.replies import Replies, kept_replies
+
+KEY = "OPENAI_API_KEY"
+RETRIES = 6  # of a request: 0.5 to 8 seconds apart, or as the server's Retry-After says
+TIMEOUT = 600  # seconds
+LINE = 500  # characters of a question, an answer or a quote, at most
+LINE_TOKENS = 256  # of each, on average, at most
+SEEDS = (0, 1)  # a passage whose reply cannot be used is asked about once more
+
+PROMPT = """\
+Write {questions} questions about the passage below, each in {wordings} wordings.
+Name in each question what it is about: whoever reads it does not have the passage.
+Answer briefly, in the language and the words of the passage.
+Quote the sentence of the passage that proves the answer, word for word.
+
+{heading}
+
+{text}"""
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Item(BaseModel):
+    """A question in several wordings, its answer, and the sentence of the passage that proves it."""
+
+    questions: Annotated[list[Text], Field(min_length=1)]
+    answer: Text
+    quote: Text
+
+
+class Reply(BaseModel):
+    items: Annotated[list[Item], Field(min_length=1)]
+
+
+class BudgetSpent(Exception):
+    pass
+
+
+class Budget:
+    """Tokens of one run: a request reserves the most that it may cost before it is sent. Threads may share it."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.spent = self.reserved = 0
+        self.costliest = 0  # request so far: a server may ignore how long a reply may be
+        self.refused = 0  # what a request may cost, for which too little is left
+        self.closed = False
+        self.changed = Condition()
+
+    @contextmanager
+    def reserve(self, tokens: int) -> Iterator[list[int]]:
+        """Waits, while requests are under way, for what they leave. What the block puts into the list is spent.
+
+        The first request goes alone: its cost says what the others may cost.
+
+        Raises:
+            BudgetSpent: none is under way, and what is left is less than the request may cost; or it is closed.
+        """
+        cost: list[int] = []
+        with self.changed:
+            while not self.closed and self.reserved and (not self.spent or self.left() < max(tokens, self.costliest)):
+                self.changed.wait()
+            tokens = max(tokens, self.costliest)
+            if not self.closed and self.left() < tokens:
+                self.refused, self.closed = tokens, True
+                self.changed.notify_all()
+            if self.closed:
+                raise BudgetSpent
+            self.reserved += tokens
+        try:
+            yield cost
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            with self.changed:
+                self.reserved -= tokens
+                self.spent += sum(cost)
+                self.costliest = max(self.costliest, sum(cost))
+                self.changed.notify_all()
+
+    def close(self) -> None:
+        """No request is sent any more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+    def left(self) -> int:
+        return self.limit - self.spent - self.reserved
+
+
+def ask(
+    passages: dict[str, Passage], generate: Generate, seeds: tuple[int, ...] = SEEDS
+) -> dict[str, list[Item] | None]:
+    """What the model asks and answers about each passage, by its place; None where no seed gave JSON of the schema.
+
+    With other seeds it is asked, and paid, anew.
+
+    Raises:
+        UserError: the token budget is spent, or the endpoint is down, is none, or refuses the key or a request.
+    """
+    if not passages:
+        with kept_replies():
+            return {}
+    client = connect(generate)
+    prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
+    once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
+    budget = Budget(generate.token_budget)
+    with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
+        asked = {
+            text: pool.submit(answer, text, place, generate, seeds, client, replies, budget)
+            for text, place in once.items()
+        }
+        try:
+            for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage"):
+                future.result()
+        except BaseException as error:
+            budget.close()
+            pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for
+            errors = [None if future.cancelled() else future.exception() for future in asked.values()]
+            if not isinstance(error, BudgetSpent):
+                raise
+            if failed := next((one for one in errors if one and not isinstance(one, BudgetSpent)), None):
+                raise failed from None  # which closed the budget
+            done = sum(not future.cancelled() for future in asked.values()) - sum(map(bool, errors))
+            again = ", or run again to spend as much once more" if budget.spent else ""
+            raise UserError(
+                f"generate.token_budget: {budget.spent} tokens of {budget.limit} are spent, {done} of {len(asked)} "
+                f"passages are done and kept, and the next request may cost {budget.refused}: raise it{again}"
+            ) from None
+    return {place: asked[text].result() for place, text in prompts.items()}
+
+
+def connect(generate: Generate) -> OpenAI:
+    key = os.environ.get(KEY) or "no-key"  # as servers of one's own need none
+    try:
+        return OpenAI(base_url=generate.endpoint, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+    except Exception as error:  # of the HTTP library below
+        raise UserError(f"generate.endpoint {generate.endpoint!r} is no URL: {error}") from None
+
+
+def answer(
+    text: str,
+    place: str,
+    generate: Generate,
+    seeds: tuple[int, ...],
+    client: OpenAI,
+    replies: Replies,
+    budget: Budget,
+) -> list[Item] | None:
+    """From the replies so far if they have it. Raises BudgetSpent before a request that may no longer be made."""
+    for seed in seeds:
+        request = request_for(text, generate, seed)
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        if key not in replies.by_key:
+            longest = longest_reply(generate)
+            with budget.reserve(size(request) + longest) as cost:
+                reply, tokens = post(client, request, longest, place)
+                cost.append(tokens)
+                replies.add(key, reply, tokens)
+        with suppress(ValidationError):
+            return Reply.model_validate_json(unfenced(replies.by_key[key]["reply"])).items
+    return None
+
+
+def unfenced(reply: str) -> str:
+    """Without the fence that some models put around their JSON."""
+    return reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+
+
+def prompt(passage: Passage, generate: Generate) -> str:
+    wordings = 1 + generate.paraphrases
+    return PROMPT.format(
+        questions=generate.questions_per_passage, wordings=wordings, heading=passage.heading, text=passage.text
+    )
+
+
+def request_for(text: str, generate: Generate, seed: int) -> dict[str, Any]:
+    """All that is sent. The schema has limits, at which a small model under a grammar comes to an end.
+
+    Written out, because replies are kept by it: no upgrade of a library may change it.
+    """
+
+    def record(**fields: Any) -> dict[str, Any]:
+        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+
+    def many(items: Any, at_least: int, at_most: int) -> dict[str, Any]:
+        return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
+
+    line = {"type": "string", "minLength": 1, "maxLength": LINE}
+    wordings = 1 + generate.paraphrases
+    item = record(questions=many(line, wordings, wordings), answer=line, quote=line)
+    schema = record(items=many(item, 1, generate.questions_per_passage))
+    return {
+        "model": generate.model,
+        "messages": [{"role": "user", "content": text}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "items", "schema": schema, "strict": True}},
+        "seed": seed,
+    }
+
+
+def longest_reply(generate: Generate) -> int:
+    """Tokens after which a reply is cut off: far more than its questions in their wordings, answers and quotes need."""
+    return LINE_TOKENS * generate.questions_per_passage * (1 + generate.paraphrases + 2)
+
+
+def size(request: dict[str, Any]) -> int:
+    """Bytes of what is sent, the schema included: a token has one at least."""
+    return len(json.dumps(request, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def post(client: OpenAI, request: dict[str, Any], longest: int, place: str) -> tuple[str, int]:
+    """The model's reply, and the tokens that it cost. Raises UserError if the endpoint gives none after all retries.
+
+    `longest`, in tokens, is sent too, but is no part of what a reply is kept by.
+    """
+    # OpenAI refuses the older name for its newer models; others know that one alone.
+    name = "max_completion_tokens" if client.base_url.host.endswith((".openai.com", ".azure.com")) else "max_tokens"
+    try:
+        completion = client.chat.completions.create(**request | {name: longest})
+        reply = completion.choices[0].message.content or ""
+    except AuthenticationError:
+        raise UserError(f"{client.base_url} refuses the key (401): set {KEY} in the environment") from None
+    except APIStatusError as error:
+        words = " ".join(error.message.replace(client.api_key, "***").split())
+        busy = error.status_code == 429 or error.status_code >= 500
+        remedy = "run again later" if busy else "check generate.endpoint, model and passage_length"
+        raise UserError(f"{place}: {client.base_url}: {words}: {remedy}: the replies so far are kept") from None
+    except APIConnectionError as error:
+        raise UserError(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise UserError(f"{client.base_url} is no OpenAI-compatible API: correct generate.endpoint (.../v1?)") from None
+    # An endpoint that does not tell its tokens is counted by bytes, which are more.
+    counted = size(request) + min(len(reply.encode("utf-8", "replace")), longest)
+    tokens = getattr(completion.usage, "total_tokens", None) or counted
+    return reply.encode("utf-8", "replace").decode(), tokens

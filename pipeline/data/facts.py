@@ -1,0 +1,207 @@
+"""Facts and the phrasings in which they are asked, from files of the user's own.
+
+A fact with the columns `relation` and `value` is asked in the phrasings of its relation, and its value is the answer. Any
+other fact, such as a row of a wide table, is asked for every column that has phrasings, and that column's cell is the
+answer.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.common.errors import UserError
+from pipeline.common.rows import Row, group_of, question_and_answer, row
+
+FACTS = {".csv", ".json", ".yaml", ".yml"}  # files of facts, and of phrasings
+BRACES = re.compile(r"\{([^{}]*)\}")
+NOTHING = {"", "~", "null", "Null", "NULL"}  # as YAML writes it
+
+
+@dataclass(frozen=True)
+class Fact:
+    place: str  # "file:number": the line of a CSV file, the item of a list, from 1 on
+    values: dict[str, str]  # by column; a cell of a CSV file may be empty
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    place: str
+    text: str
+
+    @property
+    def columns(self) -> list[str]:
+        return BRACES.findall(self.text)
+
+
+def read_facts(files: list[Path]) -> list[Fact]:
+    """Raises UserError, naming the line or item, if a file is not a table, or a list of mappings, of plain values."""
+    return [fact for file in files for fact in (read_table(file) if file.suffix.lower() == ".csv" else read_list(file))]
+
+
+def read_table(file: Path) -> list[Fact]:
+    """The lines of a CSV file below its header."""
+    text = read_text(file)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(StringIO(text), delimiter=delimiter, strict=True)
+    facts = []
+    try:
+        columns = [column.strip() for column in next(reader, [])]
+        if not columns or not all(columns) or len(set(columns)) < len(columns):
+            raise UserError(f"{file}:1: the columns are {columns}: each needs a name of its own")
+        for cells in filter(None, reader):
+            place = f"{file}:{reader.line_num}"
+            if len(cells) != len(columns):
+                raise UserError(f"{place}: {len(cells)} cells for {len(columns)} columns; quote what has a comma")
+            facts.append(Fact(place, dict(zip(columns, map(str.strip, cells), strict=True))))
+    except csv.Error as error:
+        raise UserError(f"{file}:{reader.line_num}: cannot be read as CSV: {error}") from None
+    if not facts:
+        raise UserError(f"{file}: has no lines below its header: add some, or remove the file")
+    return facts
+
+
+def read_list(file: Path) -> list[Fact]:
+    """The items of a YAML or JSON list of mappings; none of a YAML file that has comments alone."""
+    content = parse(file)
+    if content is None:
+        return []
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{file}: facts are a list of mappings such as {{subject: ..., relation: ..., value: ...}}")
+    facts = []
+    for number, item in enumerate(content, start=1):
+        if not isinstance(item, dict) or not item:
+            raise UserError(f"{file}:{number}: a fact has names, and text or a number under each")
+        for column, value in item.items():
+            if not isinstance(column, str) or not isinstance(value, str) or value.strip() in NOTHING:
+                raise UserError(f"{file}:{number}: {column!r} must be text or a number; leave it out if there is none")
+        facts.append(Fact(f"{file}:{number}", {column.strip(): value.strip() for column, value in item.items()}))
+    return facts
+
+
+def read_phrasings(files: list[Path]) -> dict[str, list[Phrasing]]:
+    """Forms by relation or column. Raises UserError, naming the phrasing, if it names no column in braces."""
+    phrasings: dict[str, list[Phrasing]] = {}
+    for file in files:
+        for relation, phrasing in (
+            phrasings_of_table(file) if file.suffix.lower() == ".csv" else phrasings_of_mapping(file)
+        ):
+            if not phrasing.columns or set("{}") & set(BRACES.sub("", phrasing.text)):
+                raise UserError(
+                    f"{phrasing.place}: {phrasing.text!r} must name a column of its facts in braces, such as {{subject}}, and "
+                    "have no other braces"
+                )
+            phrasings.setdefault(relation, []).append(phrasing)
+    return phrasings
+
+
+def phrasings_of_table(file: Path) -> Iterator[tuple[str, Phrasing]]:
+    for line in read_table(file):
+        if line.values.keys() != {"relation", "phrasing"} or not all(line.values.values()):
+            raise UserError(
+                f"{line.place}: the columns of a file of phrasings are relation and phrasing, neither empty"
+            )
+        yield line.values["relation"], Phrasing(line.place, line.values["phrasing"])
+
+
+def phrasings_of_mapping(file: Path) -> Iterator[tuple[str, Phrasing]]:
+    content = parse(file)
+    if content is None:  # comments alone
+        return
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must have a list of question phrasings under the name of each relation or column")
+    for relation, texts in content.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{file}: {relation} must have a list of question phrasings")
+        for text in texts:
+            yield str(relation), Phrasing(f"{file}: {relation}", text)
+
+
+def questions_of_facts(facts: list[Fact], phrasings: dict[str, list[Phrasing]], phrasings_per_fact: int) -> list[Row]:
+    """Each fact in the first `phrasings_per_fact` phrasings of all that it can be asked for.
+
+    Raises:
+        UserError: naming the place, if a fact has no phrasings, a phrasing does not fit its fact, or no fact uses the phrasings.
+    """
+    rows, used = [], set()
+    for fact in facts:
+        for relation, column in asked(fact, phrasings).items():
+            used.add(relation)
+            for phrasing in phrasings[relation]:
+                require_fit(phrasing, fact, column)
+            if fact.values[column]:
+                rows += [question(phrasing, fact, column) for phrasing in phrasings[relation][:phrasings_per_fact]]
+    for relation in phrasings:
+        if relation not in used:
+            raise UserError(
+                f"{phrasings[relation][0].place}: no fact has {relation!r}: correct the name, or remove the phrasings"
+            )
+    return rows
+
+
+def asked(fact: Fact, phrasings: dict[str, list[Phrasing]]) -> dict[str, str]:
+    """The column of the answer, by the relation (in a wide table: the column) that has phrasings."""
+    if {"relation", "value"} <= fact.values.keys():
+        relation = fact.values["relation"]
+        if not relation or not fact.values["value"]:
+            raise UserError(f"{fact.place}: a fact's relation and value must not be empty")
+        if relation not in phrasings:
+            raise UserError(
+                f"{fact.place}: no question phrasings for the relation {relation!r}: add some to a phrasings.yaml"
+            )
+        return {relation: "value"}
+    columns = [column for column in fact.values if column in phrasings]
+    if not columns:
+        raise UserError(
+            f"{fact.place}: no question phrasings for any of {', '.join(fact.values)}: add some to a phrasings.yaml"
+        )
+    return {column: column for column in columns}
+
+
+def require_fit(phrasing: Phrasing, fact: Fact, answer: str) -> None:
+    for column in phrasing.columns:
+        if column not in fact.values:
+            raise UserError(
+                f"{phrasing.place}: {phrasing.text!r}: the fact {fact.place} has no {column!r}, only {[*fact.values]}"
+            )
+        if column == answer:
+            raise UserError(f"{phrasing.place}: {phrasing.text!r} gives its own answer away: remove {{{column}}}")
+        if not fact.values[column]:
+            raise UserError(f"{fact.place}: {column!r} is empty, and {phrasing.text!r} needs it")
+
+
+def question(phrasing: Phrasing, fact: Fact, answer: str) -> Row:
+    text = BRACES.sub(lambda braces: fact.values[braces[1]], phrasing.text)
+    return row(question_and_answer(text, fact.values[answer]), fact.place) | {"group": group_of(str(fact.values))}
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+
+
+def parse(file: Path) -> Any:
+    """The content of a YAML or JSON file with every number, date and yes or no as it is written."""
+    text = read_text(file)
+    try:
+        if file.suffix.lower() == ".json":
+            return json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=without_repetition)
+        return YAML(typ="base", pure=True).load(text)
+    except (ValueError, RecursionError, YAMLError) as error:
+        raise UserError(f"{file} cannot be read as {file.suffix[1:].upper()}: {' '.join(str(error).split())}") from None
+
+
+def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As YAML has it. Raises ValueError."""
+    if len(content := dict(pairs)) < len(pairs):
+        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
+    return content

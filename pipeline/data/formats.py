@@ -1,0 +1,367 @@
+"""Training rows as people keep them: files of several kinds, conversations in several formats, and what is wrong."""
+
+import csv
+import gzip
+import io
+import itertools
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, get_args
+
+import orjson
+
+from pipeline.common.parameters import Column
+from pipeline.common.rows import Message, question_and_answer
+
+LARGEST = 10 * 2**20  # bytes of a row: far more than any base reads at once
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+KEYS = {*get_args(Column)}  # of the formats that are read
+BOM = b"\xef\xbb\xbf"
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
+UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that a row cannot hold
+# What other formats keep in a row or a message: without it, the row would teach another thing.
+TOOLS = {"tools", "functions", "tool_calls", "function_call", "parallel_tool_calls", "chat_template_kwargs"}
+THOUGHTS = {"reasoning", "reasoning_content", "reasoning_details", "thinking", "tool_plan"}
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+PREFERENCES = {"chosen", "rejected", "label", "labels", "kto_tag", "preferred_output", "non_preferred_output"}
+VERDICTS = {"label", "labels", "kto_tag"}  # for which false is an answer
+TEXTS = {"text", "query", "response", "choices", "options", "answers", "completions", "history", "system_prompt"}
+SOURCES = {"context", "passage", "passages", "documents"}
+OTHER_KEYS = TOOLS | THOUGHTS | MEDIA | PREFERENCES | TEXTS | SOURCES
+TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained
+PARTS = {"role", "content", "from", "value", "tool_call_id", "name", "refusal", "prefix", "train_detail", *TRAINED}
+PARTS |= TOOLS | THOUGHTS | MEDIA
+UNREAD = "(not read)"  # a cell of a table
+
+
+class InvalidRow(ValueError):
+    """`reason` is one of a few, which are counted; the text says what is wrong with this row."""
+
+    def __init__(self, reason: str, explanation: str) -> None:
+        super().__init__(explanation)
+        self.reason = reason
+
+    def __reduce__(self) -> Any:  # an exception with two arguments does not cross processes by itself
+        return InvalidRow, (self.reason, str(self))
+
+
+Record = tuple[int, bytes | InvalidRow]
+
+
+def kind(file: Path) -> str:
+    """ ".jsonl", ".json", ".csv", ".parquet", or another suffix; compression apart."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def records(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
+    """Yield (number, record) for each line, item of a JSON list or row of a table: its JSON, or why there is none.
+
+    `columns` gives the names that columns of CSV and Parquet files have instead of ours: {"question": "Frage"}. A file
+    that cannot be read on gives the rows before, and one InvalidRow. A .json file, or a row of CSV, is held in memory
+    as a whole.
+    """
+    number = 0
+    try:
+        match kind(file):
+            case ".jsonl":
+                found = lines(file)
+            case ".json":
+                found = items(file)
+            case ".csv":
+                found = csv_rows(file, columns)
+            case _:
+                found = parquet_rows(file, columns)
+        for number, record in found:
+            too_large = isinstance(record, bytes) and len(record) > LARGEST
+            yield number, oversize() if too_large else record
+    except (OSError, EOFError, zlib.error) as error:
+        yield number + 1, unreadable(error)
+
+
+def opened(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
+
+
+def lines(file: Path) -> Iterator[Record]:
+    with opened(file) as text:
+        for number in itertools.count(1):
+            line = text.readline(LARGEST + 1)
+            if not line:
+                return
+            too_large = len(line) > LARGEST
+            rest = line
+            while len(rest) > LARGEST and not rest.endswith(b"\n"):
+                rest = text.readline(LARGEST + 1)
+            if too_large:
+                yield number, oversize()
+            elif (line := line.removeprefix(BOM if number == 1 else b"").strip()) and not line.startswith(b"#"):
+                yield number, line  # which is no comment
+
+
+def items(file: Path) -> Iterator[Record]:
+    with opened(file) as text:
+        try:
+            content = parsed(text.read().removeprefix(BOM))
+        except InvalidRow as invalid:
+            yield 1, invalid
+            return
+    for number, item in enumerate(content if isinstance(content, list) else [content], start=1):
+        yield number, dumped(item)
+
+
+def csv_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
+    csv.field_size_limit(LARGEST)
+    with opened(file) as binary:
+        # What is not UTF-8 becomes lone surrogates, which `dumped` finds in the row that has them.
+        text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        header = text.readline()
+        delimiter = max(",;\t", key=header.count)
+        table = csv.DictReader(itertools.chain([header], text), delimiter=delimiter, strict=True)
+        start = 1
+        try:
+            names = list(table.fieldnames or [])
+            if len(set(names)) < len(names):
+                yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
+                return
+            while True:
+                start = table.reader.line_num + 1
+                row = next(table)
+                cells = list(row.values())
+                number = table.line_num - sum(cell.count("\n") for cell in cells if isinstance(cell, str))
+                if None in row or None in cells:
+                    yield number, InvalidRow("not CSV", f"not the {len(names)} cells that the header has")
+                else:
+                    yield number, as_record(row, columns)
+        except StopIteration:
+            return
+        except csv.Error as error:  # where a row ends is not known any more
+            yield start, unreadable(error)
+
+
+def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
+    import pyarrow  # 170 MB, which who answers with an adapter does not need
+    from pyarrow import parquet
+
+    try:
+        with opened(file) as binary:
+            table = parquet.ParquetFile(binary)
+            names = table.schema_arrow.names
+            wanted = [name for name in names if name in KEYS or name in columns.values()]
+            if len(set(wanted)) < len(wanted):
+                yield 1, InvalidRow("unreadable", "two columns have the same name: rename one")
+            elif not wanted:
+                rows = range(1, table.metadata.num_rows + 1)
+                yield from ((number, unknown_format(dict.fromkeys(names))) for number in rows)
+            else:
+                others = [name for name in OTHER_KEYS.intersection(names) if name not in wanted]
+                unread = dict.fromkeys((name for name in names if name not in wanted), UNREAD)
+                batches = table.iter_batches(batch_size=64, columns=wanted + others)
+                cells = ((batch, at) for batch in batches for at in range(batch.num_rows))
+                for number, (batch, at) in enumerate(cells, start=1):
+                    try:
+                        found = {name: batch[name][at].as_py() for name in wanted}
+                        nothing = {name: None for name in others if is_empty(batch[name][at].as_py())}
+                        yield number, as_record(found | unread | nothing, columns)
+                    except UnicodeDecodeError:
+                        yield number, not_utf8()
+                    except (ValueError, OverflowError, KeyError) as error:
+                        yield number, unreadable(error)
+    except pyarrow.ArrowException as error:
+        raise OSError(str(error)) from None
+
+
+def as_record(row: dict[str, Any], columns: Mapping[Any, str]) -> bytes | InvalidRow:
+    """The JSON of a table's row with our names for its columns, or why there is none."""
+    for ours, theirs in columns.items():
+        if ours != theirs and theirs in row and ours not in columns.values() and not is_empty(row.get(ours)):
+            explanation = f"columns {ours} and {theirs}, and merge.columns takes {theirs} for {ours}: rename one"
+            return InvalidRow("unreadable", explanation)
+    mapped = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+    return dumped({name: value for name, value in row.items() if name not in columns.values()} | mapped)
+
+
+def dumped(content: Any) -> bytes | InvalidRow:
+    """`content` as JSON, or why it cannot be."""
+    try:
+        return orjson.dumps(content)
+    except orjson.JSONEncodeError as error:
+        return not_utf8() if "surrogates" in str(error) else unreadable(error)
+
+
+def parsed(text: bytes) -> Any:
+    """The JSON in `text`. Raises InvalidRow if it is none."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            raise not_utf8() from None
+        if "surrogate" in str(error):
+            raise InvalidRow("not UTF-8", "half of a surrogate pair, which is no character") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise InvalidRow("not JSON", f"not JSON: {error.msg} ({line}column {error.colno})") from None
+
+
+def conversation(content: Any) -> list[Message]:
+    """The messages of a row in any of the known formats, told apart by their keys.
+
+    Raises:
+        InvalidRow: it has none of the formats, or keys of another one, or is not system? (user assistant)+, all of it
+        text.
+    """
+    match content:
+        case {"messages": list(turns)}:
+            used = {"messages"}
+            messages = [trained_message(turn) for turn in turns]
+        case {"conversations": list(turns)}:
+            used = {"conversations"}
+            messages = [trained_message(turn) for turn in turns]
+        case {"prompt": list(prompt), "completion": list(completion)}:
+            used = {"prompt", "completion"}
+            messages = [trained_message(turn) for turn in [*prompt, *completion]]
+        case {"instruction": str(instruction), "output": answer}:
+            used = {"instruction", "input", "output"}
+            messages = question_and_answer(with_input(instruction, content), answer)
+        case {"question": question, "answer": answer}:
+            used = {"question", "answer"}
+            messages = question_and_answer(question, answer)
+        case {"prompt": question, "completion": answer}:
+            used = {"prompt", "completion"}
+            messages = question_and_answer(question, answer)
+        case _:
+            raise unknown_format(content)
+    require_used("a row", content, used | {"system"}, KEYS | OTHER_KEYS)
+    if system := content.get("system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    require_text(messages)
+    require_turns(messages)
+    return messages
+
+
+def require_used(what: str, content: dict[str, Any], used: set[str], known: set[str]) -> None:
+    """Raises InvalidRow if `content` has something under a key that is known, and not used."""
+    for key in content:
+        says_false = content[key] is False and key in VERDICTS
+        if key not in used and key in known and (says_false or not is_empty(content[key])):
+            raise InvalidRow(
+                "unknown format",
+                f"{what} with {key}, which is not trained beside {' and '.join(sorted(used & content.keys()))}: "
+                "write it into the text, or leave it out",
+            )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a key with this value says no more than no key: null, false, nothing but spaces, lists and objects of
+    such, and these written as text."""
+    match value:
+        case str():
+            return value.strip() in ("", "null", "[]", "{}")
+        case dict():  # false in it is a setting: {"enable_thinking": false}
+            return all(part is None or part in ("", [], {}) for part in value.values())
+        case list():
+            return all(part is None or part is False or part in ("", [], {}) for part in value)
+    return value is None or value is False
+
+
+def trained_message(turn: Any) -> Message:
+    """`message`, if nothing else is in the turn. Raises InvalidRow."""
+    found = message(turn)
+    used = {"role", "content"} if {"role", "content"} <= turn.keys() else {"from", "value"}
+    require_used("a message", turn, used.union(TRAINED), PARTS)
+    as_it_is = (None, True) if found["role"] == "assistant" else (None, True, False)
+    if key := next((key for key in TRAINED if turn.get(key) not in as_it_is), None):
+        raise InvalidRow("unknown format", f"a message with {key}: all answers of a row are trained on")
+    return found
+
+
+def unknown_keys(content: dict[str, Any]) -> set[str]:
+    """The keys of a row that `conversation` takes, of its messages and of their parts, that no format knows."""
+    found = content.keys() - KEYS - OTHER_KEYS
+    for key in ("messages", "conversations", "prompt", "completion"):
+        for turn in objects(content.get(key)):
+            found |= {f"messages[].{name}" for name in turn.keys() - PARTS}
+            for part in objects(turn.get("content")):
+                found |= {f"messages[].content[].{name}" for name in part.keys() - {"type", "text"}}
+    return found
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
+
+
+def message(turn: Any) -> Message:
+    """A turn of OpenAI's format (role, content) or ShareGPT's (from, value)."""
+    match turn:
+        case {"role": role, "content": content} | {"from": role, "value": content}:
+            pass
+        case _:
+            raise InvalidRow("unknown format", "a message has a role and a content, or a from and a value")
+    if not isinstance(role, str) or role not in ROLES:
+        shown = repr(role[:40]) if isinstance(role, str) else type(role).__name__
+        raise InvalidRow("unknown role", f"the role {shown} is none of {', '.join(ROLES)}")
+    if part := next((key for key in UNTRAINED if not is_empty(turn.get(key))), None):
+        raise InvalidRow("unknown format", f"a message with {part}, which is not trained: leave it out")
+    if turn.get("weight") not in (None, 1):
+        raise InvalidRow("unknown format", "a message with a weight: every answer of a row is trained")
+    match content:
+        case [{"type": "text", "text": str()}, *_] if all(is_text(part) for part in content):
+            content = "".join(part["text"] for part in content)  # OpenAI's list of parts
+    return {"role": ROLES[role], "content": content}
+
+
+def is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def with_input(instruction: str, content: dict[str, Any]) -> Any:
+    """Alpaca's instruction and what it is about."""
+    match content.get("input"):
+        case None:
+            return instruction
+        case str(given):
+            return f"{instruction}\n\n{given}" if given.strip() else instruction
+        case given:
+            raise InvalidRow("no text", f"its input is no text but {type(given).__name__}")
+
+
+def require_text(messages: list[Message]) -> None:
+    for number, turn in enumerate(messages, start=1):
+        text = turn["content"]
+        where = f"the {turn['role']}'s message {number}"
+        if not isinstance(text, str):
+            raise InvalidRow("no text", f"{where} is no text but {'null' if text is None else type(text).__name__}")
+        if not text.strip():
+            raise InvalidRow("empty", f"{where} is empty")
+        if "\0" in text:
+            raise InvalidRow("NUL", f"{where} has a NUL byte")
+
+
+def require_turns(messages: list[Message]) -> None:
+    roles = [turn["role"] for turn in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") or "none"
+        raise InvalidRow("turns", f"turns go user, assistant, ..., and end with the assistant's: here {shown}")
+
+
+def unknown_format(content: Any) -> InvalidRow:
+    keys = list(content) if isinstance(content, dict) else type(content).__name__
+    return InvalidRow(
+        "unknown format",
+        "a row has messages, conversations, instruction and output, prompt and completion, or question and answer "
+        f"(columns of CSV and Parquet files with other names: merge.columns); this one is or has {repr(keys)[:200]}",
+    )
+
+
+def oversize() -> InvalidRow:
+    return InvalidRow("too large", f"more than {LARGEST // 2**20} MiB in one row")
+
+
+def not_utf8() -> InvalidRow:
+    return InvalidRow("not UTF-8", "not UTF-8: save the file as UTF-8")
+
+
+def unreadable(error: Exception) -> InvalidRow:
+    return InvalidRow("unreadable", f"cannot be read from here on: {' '.join(str(error).split())}")

@@ -1,0 +1,91 @@
+"""Does a passage bear out what a language model says about it?"""
+
+import re
+
+from pipeline.common.rows import Row, group_of, question_and_answer, row
+from pipeline.common.words import is_sign, joined, plain, words
+from pipeline.data.documents import Passage
+from pipeline.data.endpoint import Item
+
+FAULTS = ("misquoted", "wrong_number", "ungrounded", "repeats_answer", "repeats_heading", "repeated")
+MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+NUMBER = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*")
+# What Korean puts at the end of a word that may stand without it, or with another, in the passage.
+PARTICLE = re.compile(
+    r"(?<=[가-힣]{2})(?:입니다|습니다|이에요|예요|이다|다|에서|에게|까지|부터|으로|로|은|는|이|가|을|를|의|에|와|과|도|만)$"
+)
+
+
+def grounded(
+    passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
+) -> tuple[list[Row], list[dict[str, str]]]:
+    """A row for each wording of each question whose answer its passage bears out, and which asks something of its own;
+    and the others, with the reason."""
+    rows: list[Row] = []
+    ungrounded: list[dict[str, str]] = []
+    for place, passage in passages.items():
+        items = replies[place]
+        if items is None:
+            ungrounded.append({"source": place, "reason": "unanswered"})
+        group = {"group": group_of(passage.text)}
+        for item in items or []:
+            wrong = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
+            for at, question in enumerate(item.questions):
+                if reason := wrong or idle(question, item.questions[:at], item.answer, passage.heading):
+                    why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
+                    ungrounded.append(why | {"question": question})
+                else:
+                    rows.append(row(question_and_answer(question, item.answer), place) | group)
+    return rows, ungrounded
+
+
+def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
+    """Why `passage` does not bear the answer out; None if it does.
+
+    misquoted: the quote is not in it, or too short to prove anything. wrong_number: a number of the answer is not in
+    the quote. ungrounded: less than `share` of the answer's words are in the passage. Whether a "not" is missing, it
+    does not see.
+    """
+    texts = [plain(text) for text in (answer, quote, passage)]
+    as_numbers = [unmarked(joined(text)) for text in texts]
+    # As they are, if two cells of a table, 12 | 345, are one number in the quote.
+    answer, quote, passage = as_numbers if stands_in(*as_numbers[1:]) else map(unmarked, texts)
+    quoted = plain_words(quote)
+    proves_nothing = len(quoted) < 3 and len("".join(quoted)) < 8
+    if proves_nothing or not stands_in(quote, passage):
+        return "misquoted"
+    if not set(NUMBER.findall(answer)) <= set(NUMBER.findall(quote)):
+        return "wrong_number"
+    said, there = (
+        plain_words(answer),
+        {form for word in plain_words(passage) for form in (word, PARTICLE.sub("", word))},
+    )
+    found = sum(word in there or PARTICLE.sub("", word) in there for word in said)
+    return None if said and found >= share * len(said) else "ungrounded"
+
+
+def idle(question: str, earlier: list[str], answer: str, heading: str) -> str | None:
+    """Why a question asks nothing of its own, case and punctuation apart; None if it does.
+
+    repeats_answer: it is the answer. repeats_heading: it has no words but the heading's. repeated: it is an `earlier`
+    wording.
+    """
+    asked, answered, above = (plain_words(unmarked(plain(text))) for text in (question, answer, heading))
+    if asked == answered:
+        return "repeats_answer"
+    if set(asked) <= set(above):
+        return "repeats_heading"
+    return "repeated" if words(question) in map(words, earlier) else None
+
+
+def unmarked(text: str) -> str:
+    return THOUSANDS.sub("", text).translate(MARKS)
+
+
+def stands_in(quote: str, passage: str) -> bool:
+    return f" {' '.join(plain_words(quote))} " in f" {' '.join(plain_words(passage))} "
+
+
+def plain_words(text: str) -> list[str]:
+    return [word for word in words(text) if not is_sign(word)]

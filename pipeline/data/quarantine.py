@@ -1,0 +1,29 @@
+"""Rows that cannot be used or are not wanted: set aside with the reason, and counted."""
+
+from collections import Counter, defaultdict
+from typing import IO
+
+import orjson
+
+from pipeline.common.rows import file_of
+
+EXAMPLES = 5  # of each reason, for the page that a person reads
+
+
+class Quarantine:
+    """One JSON object a line in `file`: source, reason (one of a few), explanation (of this row), row (its start)."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.counts: Counter[tuple[str, str]] = Counter()  # by file of the source, and reason
+        self.examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+
+    def close(self) -> None:
+        if not self.counts:
+            self.file.write(b"\n")  # DVC warns of an empty file
+
+    def add(self, entry: dict[str, str]) -> None:
+        self.file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+        self.counts[file_of(entry["source"]), entry["reason"]] += 1
+        if len(self.examples[entry["reason"]]) < EXAMPLES:
+            self.examples[entry["reason"]].append(entry)

@@ -1,0 +1,33 @@
+"""What people put into data/raw: facts, the phrasings in which they are asked, and documents."""
+
+from pathlib import Path
+
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Generate
+from pipeline.common.user_files import user_files
+from pipeline.data.documents import DOCUMENTS
+from pipeline.data.facts import FACTS
+
+RAW = Path("data/raw")
+
+
+def raw_files() -> tuple[list[Path], list[Path], list[Path]]:
+    """Files of facts, of phrasings, and documents. Raises UserError, naming the file, if one is none of them."""
+    files = user_files(RAW)
+    for file in files:
+        if file.suffix.lower() not in FACTS | DOCUMENTS:
+            raise UserError(
+                f"{file}: facts and phrasings are read from {' '.join(sorted(FACTS))}, documents from "
+                f"{' '.join(sorted(DOCUMENTS))}: convert or rename it, or move it out of {RAW}"
+            )
+    tables = [file for file in files if file.suffix.lower() in FACTS]
+    phrasings = [file for file in tables if file.name.lower().startswith("phrasings")]
+    facts = [file for file in tables if file not in phrasings]
+    documents = [file for file in files if file.suffix.lower() in DOCUMENTS]
+    return facts, phrasings, documents
+
+
+def require_endpoint(document: Path, generate: Generate) -> None:
+    """Raises UserError if no language model is set, which alone can ask about the document."""
+    if not (generate.endpoint and generate.model):
+        raise UserError(f"{document}: only a language model can ask about it: set generate.endpoint and generate.model")

@@ -1,0 +1,1 @@
+"""Exams: questions, answers, scores, and what changed."""

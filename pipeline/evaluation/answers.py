@@ -1,0 +1,130 @@
+"""How a Hugging Face model sits the exam."""
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import Cache, PreTrainedModel
+
+from pipeline.common.errors import UserError
+from pipeline.common.rows import question_and_answer
+from pipeline.evaluation.questions import Answer, Question
+from pipeline.model.chat_template import end_tokens, token_ids
+from pipeline.model.supervision import IGNORED, supervised
+
+
+def prompt(tokenizer: Any, question: Question) -> list[int]:
+    """The token ids of a question as the model's chat template renders it, ready to be answered."""
+    return token_ids(tokenizer, [{"role": "user", "content": question.question}], add_generation_prompt=True)
+
+
+def answer_questions(
+    model: PreTrainedModel, tokenizer: Any, questions: list[Question], batch_size: int, max_new_tokens: int
+) -> list[Answer]:
+    """Answer every question greedily, and measure how likely the model finds the expected answers."""
+    model.eval()
+    ends = end_tokens(model.generation_config)
+    rows = [prompt_and_reference(tokenizer, question, ends) for question in questions]
+    order = sorted(range(len(rows)), key=lambda i: [len(part) for part in rows[i]])
+    answers: dict[int, Answer] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="exam", unit="batch"):
+        batch = order[start : start + batch_size]
+        given = answer(model, [rows[i] for i in batch], ends, max_new_tokens)
+        for i, (tokens, nll) in zip(batch, given, strict=True):
+            if math.isnan(nll):
+                raise UserError(f"exam question {questions[i].id}: the model's probabilities are no numbers (NaN)")
+            answers[i] = Answer(*text_of(tokenizer, tokens, ends), nll)
+    return [answers[i] for i in range(len(questions))]
+
+
+def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, bool]:
+    """An answer's text, and whether it ended by itself."""
+    stopped = tokens[-1] in ends
+    return tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip(), stopped
+
+
+def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
+    """The token ids of `prompt`, and those of the first accepted answer and the token that ends it."""
+    messages = question_and_answer(question.question, question.answers[0])
+    ids, labels = supervised(tokenizer, messages, ends, f"exam question {question.id}")
+    start = next(at for at, label in enumerate(labels) if label != IGNORED)
+    return ids[:start], [label for label in labels if label != IGNORED]
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], ends: set[int], max_new_tokens: int
+) -> list[tuple[list[int], float]]:
+    """For each (prompt, reference) the tokens of the greedy answer, and the mean negative log-likelihood of the
+    reference, in nats per token.
+
+    The prompts are read once for both. A reference whose every token is the likeliest is the greedy answer, as a draft
+    is in speculative decoding (https://arxiv.org/abs/2211.17192). Only the others are decoded. In bfloat16
+    a near tie may fall otherwise in one pass than token by token.
+    """
+    prompts = padded([prompt for prompt, _ in rows], "left").to(model.device)
+    labels = padded([reference for _, reference in rows], "right").to(model.device)
+    mask, supervised = (prompts != IGNORED).long(), labels != IGNORED
+    drafts = labels[:, :-1]
+    asked = forward(model, prompts, mask, logits_to_keep=1)
+    cache = asked.past_key_values
+    drafted = forward(model, drafts, pad(mask, (0, drafts.shape[1]), value=1), past_key_values=deepcopy(cache))
+    logits = torch.cat([asked.logits, drafted.logits], dim=1)
+    losses = cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
+    nlls = [of_row.mean().item() for of_row in losses.split(supervised.sum(1).tolist())]
+
+    answers = [reference[:max_new_tokens] for _, reference in rows]
+    others = ((logits.argmax(-1) != labels) & supervised).any(1).nonzero().flatten()
+    cache.reorder_cache(others)
+    for row in others.tolist():
+        answers[row] = []
+    for i, token in decode(model, asked.logits[others], mask[others], cache, ends, max_new_tokens):
+        answers[int(others[i])].append(token)
+    return list(zip(answers, nlls, strict=True))
+
+
+@torch.inference_mode()
+def greedy(
+    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """(prompt, token) of the greedy answer to each of `prompts`, as the tokens come."""
+    ids = padded(prompts, "left").to(model.device)
+    mask = (ids != IGNORED).long()
+    asked = forward(model, ids, mask, logits_to_keep=1)
+    yield from decode(model, asked.logits, mask, asked.past_key_values, ends, max_new_tokens)
+
+
+def decode(
+    model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """(row, token) of each greedy answer, of which `logits` (shape: rows, 1, vocabulary) tell the first token. A row
+    that ends leaves the batch, which Transformers' own `generate` carries on to the end of the longest."""
+    rows = list(range(len(mask)))
+    for left in reversed(range(max_new_tokens)):
+        tokens = logits.argmax(-1)
+        made = tokens.flatten().tolist()
+        yield from zip(rows, made, strict=True)
+        going = [i for i, token in enumerate(made) if token not in ends]
+        if not (going and left):
+            return
+        if len(going) < len(rows):
+            rows = [rows[i] for i in going]
+            tokens, mask = tokens[going], mask[going]
+            cache.reorder_cache(torch.tensor(going, dtype=torch.long))
+        mask = pad(mask, (0, 1), value=1)
+        logits = forward(model, tokens, mask, past_key_values=cache).logits
+
+
+def padded(rows: list[list[int]], side: str) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORED, padding_side=side)
+
+
+def forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
+    """The model's output for `ids` (shape: rows, new tokens); `mask` has columns for what is in the cache too."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return model(input_ids=ids.clamp(min=0), attention_mask=mask, position_ids=positions, use_cache=True, **options)

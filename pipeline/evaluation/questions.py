@@ -1,0 +1,96 @@
+"""The exams: their questions and what answers to them look like."""
+
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import UserError
+from pipeline.common.rows import read_jsonl, read_lines
+from pipeline.evaluation.rules import EXACT, Rule, correct, read_rule, said
+
+EXAM = Path("data/questions.jsonl")  # what the model is trained for
+GENERAL = Path("data/general.jsonl")  # what it should not forget
+KEYS = ["id", "question", "answer", "tags", "match", "source"]
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    question: str
+    answers: list[str]  # all that are accepted
+    source: str
+    tags: list[str] = field(default_factory=list)
+    rule: Rule = EXACT
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    stopped: bool  # ended by itself, before max_new_tokens
+    nll: float  # of the first accepted answer and the token that ends it: mean nats per token
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Raises UserError, naming the line, if a question is incomplete, repeats another or contradicts its own answer."""
+    places: dict[tuple[str, str], str] = {}
+    questions = []
+    if not path.is_file():
+        raise UserError(f"{path} is not there: write the exam's questions into it")
+    for place, content in read_lines(path):
+        question = read_question(place, content)
+        for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()))]:
+            if earlier := places.get((name, value)):
+                raise UserError(f"{place}: the {name} is that of {earlier}: each stands once in an exam")
+            places[name, value] = place
+        questions.append(question)
+    if not questions:
+        raise UserError(f"{path}: the exam has no questions")
+    return questions
+
+
+def read_question(place: str, content: object) -> Question:
+    match content:
+        case {"id": str(key), "question": str(text), "answer": str() | list() as answer, **rest}:
+            answers = answer if isinstance(answer, list) else [answer]
+        case _:
+            raise UserError(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
+    if unknown := [key for key in rest if key not in KEYS]:
+        raise UserError(f"{place}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
+    if not answers or not all(isinstance(part, str) and part.strip() for part in [key, text, *answers]):
+        raise UserError(f"{place}: the id, the question and each accepted answer must be text, and not empty")
+    if any("\ud800" <= character <= "\udfff" for part in [text, *answers] for character in part):
+        raise UserError(f"{place}: half a character (a lone surrogate) is no text")
+    tags, source = rest.get("tags", []), rest.get("source", place)
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
+        raise UserError(f'{place}: tags are a list of names, such as ["price", "products"]')
+    if not isinstance(source, str):
+        raise UserError(f'{place}: source is text, such as "data/raw/facts.csv:2"')
+    text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
+    rule = read_rule(rest.get("match", "exact"), place)
+    for accepted in answers:
+        if rule.kind in ("exact", "contains") and not said(accepted):
+            raise UserError(
+                f"{place}: articles and punctuation do not count, and the answer {accepted!r} is nothing else: "
+                f'use "match": {{"regex": ...}}'
+            )
+        if not correct(accepted, [accepted], rule):
+            raise UserError(
+                f"{place}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})"
+            )
+    return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule)
+
+
+def read_answers(path: Path, questions: list[Question]) -> list[dict[str, Any]]:
+    """The lines of an answers file, in the exam's order.
+
+    Raises:
+        UserError: the file is not there, or answers another exam.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: run dvc repro, or dvc pull {path}")
+    answers = read_jsonl(path)
+    asked = [[question.id, question.question, question.answers] for question in questions]
+    if [[answer["id"], answer["question"], answer["reference"]] for answer in answers] != asked:
+        raise UserError(f"{path} has the answers to another exam: run dvc repro")
+    return answers

@@ -1,0 +1,72 @@
+"""How an answer is scored."""
+
+from collections import Counter
+from statistics import fmean
+from typing import Any
+
+from rapidfuzz.distance import LCSseq
+from sacrebleu.metrics import CHRF
+
+from pipeline.evaluation.questions import Answer, Question
+from pipeline.evaluation.rules import correct, normalise, normalised_words
+
+LOWER_IS_BETTER = ("answer_nll",)
+
+
+def exact_match(answer: str, accepted: list[str]) -> float:
+    """SQuAD's: the same as an accepted answer but for case, punctuation, articles and spaces."""
+    return float(normalise(answer) in map(normalise, accepted))
+
+
+def f1(answer: str, accepted: list[str]) -> float:
+    """SQuAD's: harmonic mean of the words' precision and recall, against the best accepted answer."""
+    return max(_f1(normalised_words(answer), normalised_words(reference)) for reference in accepted)
+
+
+def _f1(given: list[str], wanted: list[str]) -> float:
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * shared / (len(given) + len(wanted)) if shared else float(given == wanted)
+
+
+def chrf(answer: str, accepted: list[str]) -> float:
+    """chrF2 (https://aclanthology.org/W15-3049) by sacrebleu, from 0 to 1."""
+    return float(CHRF().sentence_score(answer, accepted).score) / 100
+
+
+def rouge_l(answer: str, accepted: list[str]) -> float:
+    """ROUGE-L's F-measure (https://aclanthology.org/W04-1013): as F1, of the longest common subsequence of words."""
+    return max(_rouge_l(normalised_words(answer), normalised_words(reference)) for reference in accepted)
+
+
+def _rouge_l(given: list[str], wanted: list[str]) -> float:
+    if not given or not wanted:
+        return float(given == wanted)
+    return 2 * LCSseq.similarity(given, wanted) / (len(given) + len(wanted))
+
+
+def graded(question: Question, answer: Answer) -> dict[str, Any]:
+    """One line of an answers file: the question, what was expected, what came, and its scores."""
+    return {
+        "id": question.id,
+        "question": question.question,
+        "reference": question.answers,
+        "match": question.rule.kind,
+        "tags": question.tags,
+        "source": question.source,
+        "answer": answer.text,
+        "scores": {
+            "correct": float(correct(answer.text, question.answers, question.rule)),
+            "exact_match": exact_match(answer.text, question.answers),
+            "f1": f1(answer.text, question.answers),
+            "chrf": chrf(answer.text, question.answers),
+            "rouge_l": rouge_l(answer.text, question.answers),
+            "answer_nll": answer.nll,
+            "stopped": float(answer.stopped),
+            "characters": float(len(answer.text)),
+        },
+    }
+
+
+def means(scores: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score over answers that all have the same scores."""
+    return {name: fmean(answer[name] for answer in scores) for name in scores[0]}

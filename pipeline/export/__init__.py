@@ -1,0 +1,1 @@
+"""From an adapter to a merged model and GGUF files."""

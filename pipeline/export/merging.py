@@ -1,0 +1,191 @@
+"""An adapter added to its base's weights, from file to file, in little memory.
+
+No model is made: a merged file is the base's with the bytes of some tensors changed. Its header stays, and with it each
+name, type, shape and place. The arithmetic is that of PEFT's `merge_and_unload`, in 32 bits, rounded once.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.common.errors import UserError
+from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
+
+Parts = dict[str, StoredTensor]  # what an adapter has for one weight, by the endings below
+# Rows of a weight in 32 bits, and the number of the first -> what the adapter makes of them, perhaps in place.
+Change = Callable[[torch.Tensor, int], torch.Tensor]
+
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # as PEFT calls them
+TOKENS = "token_adapter.trainable_tokens_delta"
+# Which of a weight's dimensions such a part has: all, the first, or the others.
+ALL, FIRST, OTHERS = slice(None), slice(0, 1), slice(1, None)
+SHARED = {A: OTHERS, B: FIRST, MAGNITUDE: FIRST, TOKENS: OTHERS, "weight": ALL, "bias": ALL}
+NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, SHARED))})")
+CONFIG = ["lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "trainable_token_indices"]
+AGAIN = "run dvc repro -f train_qlora"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
+    """Write the weights of `base` with `adapter` in them to the folder `to`, in files of the same names.
+
+    With `on_nf4` the weights that training had in NF4 are first rounded to it, for which the largest needs 15 bytes of
+    memory a weight. Else some 20 MiB are enough for any model.
+
+    Raises:
+        UserError: a file is damaged, the adapter is none of this base, or a sum is no finite number.
+    """
+    config = read_config(adapter)
+    files = weights_by_file(base)
+    parts = parts_by_weight(adapter, config, dict(chain.from_iterable(tensors.items() for tensors in files.values())))
+    quantized = in_nf4(base) if on_nf4 else set()
+    for file, tensors in files.items():
+        with open(to / file.name, "wb") as merged:
+            merged.write(read_header(file))
+            for name, weight in tensors.items():
+                change = change_of(name, parts[name], config) if name in parts else None
+                for rows in changed(weight, change, without_prefix(name) in quantized):
+                    if change and not rows.sum(dtype=torch.float32).isfinite():
+                        raise UserError(f"{adapter}: with it {name} is not finite in {rows.dtype}: train another")
+                    merged.write(rows.flatten().view(torch.uint8).numpy())
+
+
+def read_config(adapter: Path) -> dict[str, Any]:
+    """What merging needs to know of PEFT's configuration.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return {key: config[key] for key in CONFIG}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is missing or damaged ({type(error).__name__}): {AGAIN}") from None
+
+
+def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, StoredTensor]) -> dict[str, Parts]:
+    """The adapter's parts by the name of the weight in the base that they change.
+
+    Raises:
+        UserError: a part belongs to no weight, does not fit it, contradicts another, or lacks another; or a weight that
+            the configuration names has none.
+    """
+    known = {without_prefix(name): name for name in weights}
+    if EMBEDDING in known:
+        known.setdefault(HEAD, known[EMBEDDING])  # a tied head
+    found: dict[str, Parts] = {}
+    for name, part in stored_tensors(adapter / "adapter_model.safetensors").items():
+        module, ending = match.groups() if (match := NAME.fullmatch(name)) else (name, "weight")
+        weight = known.get(without_prefix(f"{module}.{'bias' if ending == 'bias' else 'weight'}"))
+        if weight is None or part.shape[SHARED[ending]] != weights[weight].shape[SHARED[ending]]:
+            raise UserError(f"{adapter}: {name} {list(part.shape)} fits no weight of the base: {AGAIN}")
+        if not equal(part, found.setdefault(weight, {}).setdefault(ending, part)):
+            raise UserError(f"{adapter} has another lm_head than embed_tokens, and the base one for both: {AGAIN}")
+    tokens = config["trainable_token_indices"] or {}
+    if "lm_head" in tokens and known[EMBEDDING] in found:
+        found.setdefault(known[HEAD], found[known[EMBEDDING]])  # of a tie PEFT saves the tokens once
+    whole = [{A, B, MAGNITUDE} if config["use_dora"] else {A, B}, {TOKENS}, {"weight"}, {"bias"}]
+    for weight, of_weight in found.items():
+        if of_weight.keys() not in whole:
+            raise UserError(f"{adapter} has of {weight} {', '.join(of_weight)} alone: {AGAIN}")
+        if A in of_weight and of_weight[A].shape[:1] != of_weight[B].shape[1:]:
+            raise UserError(f"{adapter}: lora_A and lora_B of {weight} differ in rank: {AGAIN}")
+        if TOKENS in of_weight:
+            ids, rows = tokens.get(weight.split(".")[-2], []), of_weight[TOKENS].shape[0]
+            if len(ids) != rows or not all(0 <= token < weights[weight].shape[0] for token in ids):
+                raise UserError(
+                    f"{adapter}: {rows} trained rows of {weight} are not those of its tokens {ids}: {AGAIN}"
+                )
+    named = [*config["target_modules"], *(config["modules_to_save"] or []), *tokens]
+    endings = tuple(f".{without_prefix(module)}.weight" for module in named)
+    for weight in weights:
+        if f".{without_prefix(weight)}".endswith(endings) and weight not in found:
+            raise UserError(f"{adapter} has nothing of {weight}: {AGAIN}")
+    return found
+
+
+def without_prefix(name: str) -> str:
+    """Models with vision have other ones in files (language_model.model, vision_tower.vision_model) than in memory:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py
+    """
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
+
+
+def equal(tensor: StoredTensor, other: StoredTensor) -> bool:
+    return tensor is other or all(torch.equal(tensor.rows(*at), other.rows(*at)) for at in tensor.blocks())
+
+
+def change_of(name: str, parts: Parts, config: dict[str, Any]) -> Change:
+    if TOKENS in parts:
+        ids = config["trainable_token_indices"][name.split(".")[-2]]
+        return with_tokens(torch.tensor(ids), parts[TOKENS].rows())
+    if A in parts:
+        magnitude = parts[MAGNITUDE].rows() if MAGNITUDE in parts else None
+        return with_lora(parts[A].rows(), parts[B].rows(), scaling(parts[A].shape[0], config), magnitude)
+    [saved] = parts.values()
+    return lambda rows, first: saved.rows(first, first + len(rows)).float()
+
+
+def scaling(rank: int, config: dict[str, Any]) -> float:
+    """Of the low-rank product: alpha / r, by rsLoRA alpha / sqrt(r) (https://arxiv.org/abs/2312.03732)."""
+    return config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
+
+
+def with_tokens(ids: torch.Tensor, trained: torch.Tensor) -> Change:
+    def change(rows: torch.Tensor, first: int) -> torch.Tensor:
+        here = (ids >= first) & (ids < first + len(rows))
+        return rows.index_copy_(0, ids[here] - first, trained[here].float())
+
+    return change
+
+
+def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None) -> Change:
+    """W + scale B A; by DoRA (https://arxiv.org/abs/2402.09353) each row of it then gets the length that it learnt.
+
+    Shapes: `a` rank x inputs, `b` outputs x rank, `magnitude` outputs.
+    """
+    a, b = a.float(), scale * b.float()
+
+    def change(rows: torch.Tensor, first: int) -> torch.Tensor:
+        here = slice(first, first + len(rows))
+        rows.addmm_(b[here], a)
+        return rows if magnitude is None else rows.mul_((magnitude[here] / rows.norm(dim=1))[:, None])
+
+    return change
+
+
+def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterator[torch.Tensor]:
+    """The merged weight in its own type, some rows at a time."""
+    rounded = to_nf4_and_back(weight.rows().float()) if on_nf4 else None
+    for first, last in weight.blocks():
+        rows = weight.rows(first, last) if rounded is None else rounded[first:last]
+        yield (change(rows.float(), first) if change else rows).to(weight.dtype)
+
+
+def in_nf4(base: Path) -> set[str]:
+    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4. Asked of Transformers, which leaves
+    out the head, what is tied to it, and all that is no plain linear layer."""
+    from bitsandbytes.nn import Linear4bit  # these take seconds, and are seldom needed
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True)).preprocess_model(model, device_map=None)
+    return {
+        without_prefix(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
+
+
+def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` in the 32 bits that its NF4 stands for, double quantization included."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4"), quant_type="nf4")

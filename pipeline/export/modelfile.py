@@ -1,0 +1,58 @@
+"""Ollama's Modelfile (https://docs.ollama.com/modelfile). Its paths are relative to itself."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from pipeline.export.go_template import go_template
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+
+BASE = "base-f16.gguf"
+ADAPTER_ALONE = f"""\
+# Only for Ollama before 0.34.1, which gave up ADAPTER (https://github.com/ollama/ollama/pull/14969): the adapter on the
+# base. Make models/{BASE} first, at the root of the repository:
+# python llama.cpp/convert.py hf "$(python -c 'from pipeline.model.base import located; print(located()[0])')" --outtype f16 \
+--outfile models/{BASE}
+FROM ../{BASE}
+ADAPTER ./"""
+
+
+def modelfile(model: str, merged: Path, num_ctx: int, temperature: float) -> str:
+    """The Modelfile that runs the GGUF file `model` beside it as the model in the folder `merged` was trained."""
+    return f"FROM ./{model}\n" + settings(merged, num_ctx, temperature)
+
+
+def adapter_modelfile(lora: str, merged: Path, num_ctx: int, temperature: float) -> str:
+    """The same for the GGUF LoRA `lora` on the base, which is not shipped: the file says how to make it."""
+    return f"{ADAPTER_ALONE}{lora}\n" + settings(merged, num_ctx, temperature)
+
+
+def settings(merged: Path, num_ctx: int, temperature: float) -> str:
+    """The lines that do not depend on the file: prompts as in training, and answers as in the exam."""
+    tokenizer = load_tokenizer(merged)
+    ends = tokenizer.convert_ids_to_tokens(sorted(end_tokens(load_generation_config(merged))))
+    return "\n".join(
+        [
+            *template(tokenizer),
+            *(f'PARAMETER stop "{end}"' for end in ends),  # Ollama knows no escapes
+            f"PARAMETER num_ctx {num_ctx}",
+            f"PARAMETER temperature {temperature}",
+            # The default was 1.1 (https://github.com/ollama/ollama/pull/17679), or is the base's own in the file.
+            "PARAMETER repeat_penalty 1.0",
+            "",
+        ]
+    )
+
+
+def template(tokenizer: Any) -> list[str]:
+    """TEMPLATE, and what makes Ollama use it; in place of these, why there is none."""
+    try:
+        # Without PARSER, which 0.12 brought, Ollama prefers the chat template in the GGUF file if that has tools or
+        # thinking (https://github.com/ollama/ollama/blob/main/server/images.go): Llama 3.2 then reads today's date, and
+        # Qwen 3 thinks, unlike in training.
+        return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
+    except (ValueError, TypeError, TemplateError) as error:
+        left_out = f"# TEMPLATE is left out, because {error}: write it by hand."
+        print(f"Modelfile: {left_out}")
+        return [left_out]

@@ -1,0 +1,86 @@
+"""The LoRA adapter: what it may be, and what it is made of."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import PreTrainedModel
+
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Lora
+
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices that have a row for each token
+
+
+def lora_config(lora: Lora, trainable_tokens: list[int]) -> LoraConfig:
+    """PEFT's configuration; `trainable_tokens` are the ids of tokens whose embeddings are trained too.
+
+    PEFT takes a name in modules_to_save for an ending: norm is every norm.
+    """
+    rows_of = [name for name in EMBEDDINGS if name not in lora.modules_to_save]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,  # PEFT adds to the list that it is given
+        trainable_token_indices=dict.fromkeys(rows_of, trainable_tokens) if trainable_tokens and rows_of else None,
+        ensure_weight_tying=not rows_of,
+    )
+
+
+def require_possible(lora: Lora, model: PreTrainedModel) -> None:
+    """That this base can have such an adapter. `model` may be quantized, or without weights (on "meta").
+
+    Raises:
+        UserError: lora.target_modules names what is no linear layer of a block (llama.cpp fails with an adapter on tied
+            embeddings), or reaches experts that the base keeps in one tensor, which cannot be merged;
+            lora.modules_to_save names what is none of the other layers, or half of a tie.
+    """
+    head = model.get_output_embeddings()
+    linear, others = set[str](), set[str]()
+    for path, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            is_linear = isinstance(module, torch.nn.Linear) and module is not head
+            (linear if is_linear else others).add(path.rpartition(".")[2])
+    targets = [] if lora.target_modules == "all-linear" else lora.target_modules
+    require_among("lora.target_modules", targets, linear)
+    if reaches_experts(lora, model):
+        raise UserError(
+            "lora.target_modules reaches the experts of base.model, and an adapter on them cannot be merged: name "
+            "layers of the attention alone, such as [q_proj, v_proj], or choose a base without experts"
+        )
+    require_among("lora.modules_to_save", lora.modules_to_save, others)
+    if model.config.tie_word_embeddings and len(set(EMBEDDINGS) & set(lora.modules_to_save)) == 1:
+        raise UserError(
+            f"lora.modules_to_save: {' and '.join(EMBEDDINGS)} are one matrix in this base: name both, or neither"
+        )
+
+
+def reaches_experts(lora: Lora, model: PreTrainedModel) -> bool:
+    """Whether PEFT trains parameters that are no layers, as where a base has the experts of a block in one tensor:
+    https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
+    """
+    config = lora_config(lora, [])
+    try:
+        convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
+    except ValueError:  # gate_proj is named without up_proj, which are one tensor
+        return True
+    return bool(config.target_parameters)
+
+
+def require_among(parameter: str, names: list[str], known: set[str]) -> None:
+    if unknown := sorted(set(names) - known):
+        raise UserError(f"{parameter}: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
+
+
+def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """`model` with a new adapter on it, for TRL to train."""
+    config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns of it where there is no tie
+    tuned = get_peft_model(model, config)
+    head = tuned.get_output_embeddings()
+    if not hasattr(head, "bias"):  # TRL reads it, and PEFT's wrapper of a head with trained tokens has none
+        head.register_parameter("bias", None)
+    return tuned

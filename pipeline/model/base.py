@@ -1,0 +1,192 @@
+"""The base model as files: which one it is, where it lies, and that it is still the same."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.common.errors import UserError
+
+DESCRIPTION = Path("models/base.json")
+LICENSE = Path("models/license.json")
+# Copied byte for byte wherever the base's tokenizer is needed: saving it again changes files that llama.cpp reads.
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+]
+SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
+MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
+MODEL_CARD = "README.md"  # no part of the model: it may change, and be missing
+
+
+def describe(model: str, revision: str | None) -> dict[str, Any]:
+    """What identifies a base: `model`, `revision` (of a hub id: the commit), `files` (SHA-256 each), `tokenizer`,
+    `chat_template` (a hash each) and `fingerprint`, a hash over all files.
+
+    Raises:
+        UserError: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
+    """
+    folder, template = fetched(model, revision)
+    if not has_weights(folder):
+        raise UserError(f"base.model {model} has no .safetensors weights: choose a model that has them")
+    files = file_hashes(folder)
+    return {
+        "model": model,
+        "revision": None if Path(model).is_dir() else folder.name,
+        "fingerprint": joint_hash(files),
+        "tokenizer": joint_hash({name: files[name] for name in TOKENIZER_FILES if name in files}),
+        "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+        "files": files,
+    }
+
+
+def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) -> tuple[Path, str]:
+    """The base's folder, with at least those of a hub model's `files` (names and patterns), and its chat template.
+
+    Raises:
+        UserError: there is no such folder or hub model, it has no chat template, or a local one has no weights.
+    """
+    if Path(model).is_dir() and revision is not None:
+        raise UserError(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
+    folder = Path(model) if Path(model).is_dir() else download(model, revision, files)
+    if not (folder / "config.json").exists():
+        raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
+    if Path(model).is_dir() and not has_weights(folder):
+        raise UserError(
+            f"base.model {model} has no .safetensors weights, or not all: it needs model.safetensors, or each file "
+            "that model.safetensors.index.json names"
+        )
+    template = chat_template(folder)
+    if template is None:
+        raise UserError(f"base.model {model} has no chat template: choose its instruct or chat variant")
+    return folder, template
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all weights are in the folder: a download may have ended between two files."""
+    return all(file.exists() for file in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that Transformers loads: model.safetensors, or else what the index names."""
+    return [folder / name for name in sorted({*weights_index(folder).values()} or {"model.safetensors"})]
+
+
+def weights_index(folder: Path) -> dict[str, str]:
+    """The file of each weight by name; empty beside model.safetensors, and without an index."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        return {}
+    return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+
+
+def download(model: str, revision: str | None, files: list[str]) -> Path:
+    """The hub model's folder in the Hugging Face cache, named by its commit; only missing files are fetched."""
+    try:
+        return snapshot(model, revision, files)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"base.model {model!r} (base.revision {revision or 'null'}) is no local folder, and the Hugging Face hub "
+            f"did not give it: check both names, the network, and HF_TOKEN for a gated model "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+def located() -> tuple[Path, dict[str, Any]]:
+    """The folder of the base that models/base.json describes, and the description. Never uses the network.
+
+    Raises:
+        UserError: nothing is described, the folder's files are not the described ones any more, or the cache lost them.
+    """
+    if not DESCRIPTION.exists():
+        raise UserError(f"{DESCRIPTION} is missing: run dvc repro prepare_base, or dvc pull")
+    described = json.loads(DESCRIPTION.read_text(encoding="utf-8"))
+    if described["revision"] is None:
+        folder = Path(described["model"])
+        if not folder.is_dir() or joint_hash(file_hashes(folder)) != described["fingerprint"]:
+            raise UserError(f"base.model {folder} has changed since it was described: run dvc repro -f prepare_base")
+        return folder, described
+    try:
+        folder = snapshot(described["model"], described["revision"], MODEL_FILES, local_files_only=True)
+        for name in described["files"]:  # `make check` alone leaves a folder without weights in the cache
+            (folder / name).stat()
+        return folder, described
+    except FileNotFoundError:
+        fetch = f"hf download {described['model']} --revision {described['revision']}"
+        raise UserError(f"base.model {described['model']} is not in the Hugging Face cache: run {fetch}") from None
+
+
+def snapshot(model: str, revision: str | None, files: list[str], local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": "*/*"}
+    return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
+
+
+def public_name(base: dict[str, Any]) -> str:
+    """How what is shared names the base: by its hub id; a local folder by its name, because its path is private."""
+    return base["model"] if base["revision"] else Path(base["model"]).absolute().name
+
+
+def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
+    """Raises UserError if the adapter was trained on another base than `base`."""
+    trained_on = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
+    if trained_on["fingerprint"] != base["fingerprint"] and trained_on["model"] == public_name(base):
+        raise UserError(f"{adapter}: {base['model']} is not as it was trained on: restore its files, or run dvc repro")
+    if trained_on["fingerprint"] != base["fingerprint"]:
+        raise UserError(
+            f"{adapter} was trained on {trained_on['model']} ({trained_on['fingerprint'][:12]}), but base.model is "
+            f"{base['model']} ({base['fingerprint'][:12]}): set base.model to the former, or run dvc repro train_qlora"
+        )
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file that makes the model, by name."""
+    return {path.name: file_hash(path) for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))}
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def joint_hash(files: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in sorted(files.items())).encode()).hexdigest()
+
+
+def chat_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
+    return template if template is None or isinstance(template, str) else json.dumps(template)
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """The license, license_name and license_link of a model card, those that it has.
+
+    https://huggingface.co/docs/hub/repositories-licenses
+    """
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    card = folder / MODEL_CARD
+    try:
+        told = metadata_load(card) if card.exists() else None
+    except (YAMLError, ValueError):  # no front matter, or a broken one
+        told = None
+    keys = ("license", "license_name", "license_link")
+    return {key: told[key] for key in keys if told and isinstance(told.get(key), str)}
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (folder / name).exists():
+            (to / name).write_bytes((folder / name).read_bytes())

@@ -1,0 +1,111 @@
+"""Scores and other numbers as people read them."""
+
+from typing import Any, NamedTuple
+
+from pipeline.common.markdown import table
+from pipeline.evaluation.comparison import SIGNIFICANT
+from pipeline.evaluation.conversions import source
+from pipeline.evaluation.scores import LOWER_IS_BETTER
+
+
+class Score(NamedTuple):
+    name: str
+    unit: str  # "%", or what else it is counted in
+    meaning: str
+
+
+SCORES = {
+    "correct": Score("Correct", "%", "by each question's own rule: what counts here"),
+    "exact_match": Score("Exact match", "%", "the same words as an accepted answer"),
+    "f1": Score("F1", "%", "words shared with the accepted answer"),
+    "chrf": Score("chrF", "%", "runs of characters shared with it"),
+    "rouge_l": Score("ROUGE-L", "%", "words shared with it in the same order"),
+    "answer_nll": Score("Loss", "nats per token", "of the accepted answer: how unexpected it is; lower is better"),
+    "stopped": Score("Stopped", "%", "ended by themselves, not by the limit of length"),
+    "characters": Score("Length", "characters", "of an answer; more is neither better nor worse"),
+}
+
+
+def value(mean: float, score: str) -> str:
+    return percent(mean) if SCORES[score].unit == "%" else f"{mean:.3f}" if mean < 1 else f"{mean:.2f}"
+
+
+def change(difference: float, score: str) -> str:
+    """Of a share in percentage points."""
+    return signed(f"{100 * difference:+.1f}" if SCORES[score].unit == "%" else f"{difference:+.2f}")
+
+
+def interval(gain: dict[str, float], score: str) -> str:
+    return f"{change(gain['low'], score)} to {change(gain['high'], score)}"
+
+
+def signed(number: str) -> str:
+    """With a minus as wide as the plus, and no sign of zero."""
+    return number.lstrip("+-") if not float(number) else number.replace("-", "\u2212")
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def p_value(p: float) -> str:
+    return f"p = {p:.2g}" if p >= 0.0001 else "p < 0.0001"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def trend(score: str, gain: dict[str, float]) -> str:
+    """better or worse if its p-value is under .05 and its interval without 0, each score for itself; else same."""
+    sure = gain["p_value"] < SIGNIFICANT and (gain["low"] > 0 or gain["high"] < 0)
+    if not sure or score == "characters":
+        return "same"
+    return "better" if (gain["mean"] > 0) != (score in LOWER_IS_BETTER) else "worse"
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """Of the correct answers of an exam."""
+    words = {"better": "better", "worse": "worse", "same": "no difference that this exam can tell from chance"}
+    return words[trend("correct", metrics["gain"]["correct"])]
+
+
+def detectable(smallest: float | None) -> str:
+    """Which changes an exam can tell from chance."""
+    if smallest is None:
+        return "nothing, with so few questions"
+    return f"{'gains' if smallest > 0 else 'falls'} from {100 * abs(smallest):.1f} points on"
+
+
+def score_lines(metrics: dict[str, Any]) -> list[str]:
+    """A Markdown table of an exam's scores before and after, with what changed."""
+    lines = []
+    for name, gain in metrics["gain"].items():
+        before, after = (value(metrics[who][name], name) for who in ("base", "tuned"))
+        chance = p_value(gain["p_value"])
+        unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
+        lines.append(
+            [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
+        )
+    return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
+
+
+def conversion_table(variants: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines; `variants` are those of metrics/gguf.json, others are passed over."""
+    head = ["conversion", "correct", "loss", "same answers", "same next token", "KL", "worst KL"]
+    return head, [
+        [f"{source(variant)} → {variant}", *cells(of["conversion"])]
+        for variant, of in variants.items()
+        if "conversion" in of
+    ]
+
+
+def cells(conversion: dict[str, float]) -> list[str]:
+    return [
+        change(conversion["correct"], "correct"),
+        signed(f"{conversion['answer_nll']:+.3f}"),
+        percent(conversion["agreement"]),
+        percent(conversion["top1"]),
+        f"{conversion['kl']:.1g}",
+        f"{conversion['kl_max']:.1g}",
+    ]

@@ -1,0 +1,224 @@
+"""TRL's trainer as this project sets it up."""
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from pyarrow.compute import list_value_length
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig, SFTTrainer
+
+from pipeline.common.errors import UserError
+from pipeline.common.parameters import Parameters
+from pipeline.model.loading import pick_checkpointing, pick_dtype, pick_offloading, pick_optimizer
+from pipeline.training.checkpoints import seal
+from pipeline.training.processes import average_gradients, share_of_step
+
+REMEDY = "lower train.learning_rate, or raise train.warmup_share"
+
+
+class Trainer(SFTTrainer):
+    """Ends the run at the first step whose loss is no number; Transformers would log another and go on.
+
+    Several processes take the same rows in each step as one. Accelerate would give them some rows of an epoch twice, to
+    have as many for each: https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
+    """
+
+    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        if self.args.world_size > 1:
+            dataset = filled(dataset, self.args.per_device_train_batch_size * self.args.world_size)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        supervised = (inputs["labels"] != -100).any(1, keepdim=True)  # a blank row's only token does not count
+        super()._track_num_input_tokens(inputs | {"attention_mask": inputs["attention_mask"] * supervised})
+
+    def evaluation_loop(self, dataloader: DataLoader, *_: Any, **__: Any) -> EvalLoopOutput:
+        """The mean over all tokens; Transformers' mean of the batches' means depends on who has which rows."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in dataloader:
+                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
+                total += torch.stack([-outputs.log_probs.sum(), outputs.label_mask.sum()])
+        loss, tokens = self.accelerator.reduce(total)
+        return EvalLoopOutput(None, None, {"eval_loss": (loss / tokens).item()}, len(self.eval_dataset))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            raise UserError(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {REMEDY}")
+        if isinstance(self.model, FSDPModule) and self.accelerator.sync_gradients:
+            average_gradients(self.model)
+        return loss
+
+    def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return StepsByLength(
+            lengths(self.train_dataset), step, len(dataset), self.args.seed, lambda: int(self.state.epoch or 0)
+        )
+
+
+def lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row."""
+    return list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
+
+
+def filled(rows: Dataset, share: int) -> Dataset:
+    """`rows`, with blank ones at the end, from which nothing is learnt, up to a multiple of `share`."""
+    missing = -len(rows) % share
+    if not missing:
+        return rows
+    blank = {"input_ids": [[0]] * missing, "labels": [[-100]] * missing}
+    return concatenate_datasets([rows, Dataset.from_dict(blank, features=rows.features)])
+
+
+class StepsByLength(Sampler[int]):
+    """The rows of an epoch in a random order that the seed and the epoch alone make, but those of a step by length, so
+    that each of its batches has rows of like length, and little padding. At the end the blank ones up to `size`."""
+
+    def __init__(self, lengths: np.ndarray, step: int, size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.lengths, self.step, self.size, self.seed, self.epoch = lengths, step, size, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # Accelerate's set_epoch does not reach a sampler whose first batches are skipped, so `epoch` is asked.
+        order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
+        for start in range(0, len(order), self.step):
+            rows = order[start : start + self.step]
+            yield from rows[np.argsort(self.lengths[rows], kind="stable")].tolist()
+        yield from range(len(order), self.size)
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """What is trained, but for DoRA's magnitudes, which stay in float32."""
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and "lora_magnitude_vector" not in name
+    }
+
+
+def build_trainer(
+    parameters: Parameters,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_rows: Dataset,
+    valid_rows: Dataset,
+    checkpoints: Path,
+) -> Trainer:
+    """A trainer of `model`'s adapter that writes to the folder `checkpoints`; the rows have input_ids and labels."""
+    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # a checkpoint's, else as float32
+    initial = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
+    callbacks: list[TrainerCallback] = [Losses(), Seal()]
+    if parameters.train.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(parameters.train.early_stopping_patience))
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(parameters, model.device, checkpoints),
+        train_dataset=train_rows,
+        eval_dataset=valid_rows,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    if isinstance(model, FSDPModule):  # else accelerate would wrap it in DDP
+        trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    if not sys.stderr.isatty():
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(LossesInBar())
+    for name, weight in adapter_weights(model).items():
+        weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))  # TRL rounded it to bfloat16
+    return trainer
+
+
+def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
+    batch_size, gradient_accumulation = share_of_step(
+        parameters.train.batch_size, parameters.train.gradient_accumulation, parameters.train.processes
+    )
+    checkpointing = pick_checkpointing(parameters.train.gradient_checkpointing, device)
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        seed=parameters.seed,
+        use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
+        bf16=pick_dtype(parameters.base.compute_dtype, device) == torch.bfloat16,
+        max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
+        learning_rate=parameters.train.learning_rate,
+        num_train_epochs=parameters.train.epochs,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
+        warmup_steps=parameters.train.warmup_share,
+        lr_scheduler_type=parameters.train.schedule,
+        weight_decay=parameters.train.weight_decay,
+        max_grad_norm=parameters.train.max_grad_norm,
+        optim=pick_optimizer(parameters.train.optimizer, device),
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={
+            "offload": pick_offloading(parameters.train.activation_offloading, checkpointing, device)
+        },
+        logging_steps=parameters.train.eval_steps,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps",
+        eval_steps=parameters.train.eval_steps,
+        save_steps=parameters.train.eval_steps,
+        save_on_each_node=True,  # to go on from: machines share no disk
+        save_total_limit=3,  # the best, the last, and the one before it, in case the last is only half written
+        load_best_model_at_end=parameters.train.load_best_model_at_end,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,  # early stopping counts on
+    )
+
+
+class Losses(TrainerCallback):
+    """The training loss is told after the last step too, as Transformers measures the validation loss there. One that
+    rises well above the untrained base's ends the run."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if not losses[-1] <= losses[0] + 1:
+            raise UserError(
+                f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
+                f"before training: {REMEDY}, or end it earlier with train.early_stopping_patience"
+            )
+
+
+class LossesInBar(ProgressCallback):
+    """The newest losses stand in the bar's line; a line for each point of the curve would show the bar again."""
+
+    def on_log(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
+        if self.training_bar is not None:  # of the first process, while it trains
+            logged = {name: value for entry in state.log_history for name, value in entry.items()}
+            losses = {name: logged[name] for name in ("loss", "eval_loss") if name in logged}
+            self.training_bar.set_postfix(losses, refresh=False)
+
+
+class Seal(TrainerCallback):
+    def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        args.distributed_state.wait_for_everyone()  # each process writes the state of its random numbers
+        if state.is_local_process_zero:
+            seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))

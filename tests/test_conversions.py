@@ -1,0 +1,190 @@
+"""What each conversion from the tuned model to a GGUF file lost is measured, and told by name where it is too much."""
+
+import math
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, Project
+from transformers import AutoModelForCausalLM
+
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import write_jsonl
+from pipeline.common.parameters import check
+from pipeline.evaluation.answers import prompt, prompt_and_reference
+from pipeline.evaluation.conversions import NextToken, Variant, divergence, measured
+from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
+from pipeline.evaluation.questions import Question, read_questions
+from pipeline.export.llama_cpp import run_script
+from pipeline.model.adapter import lora_config, with_adapter
+from pipeline.model.base import located
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.llama_server import served
+from pipeline.report.readable import conversion_table
+from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base, train_qlora
+from stages.evaluate_gguf import GGUF, TRAINED, require_converted, require_ended, require_same_ends
+from tools import gate
+
+TINY = ROOT / "models/tiny-base"
+
+
+def test_a_file_that_stops_at_other_tokens_than_its_base_is_refused(base_gguf: Path) -> None:
+    question = Question("a", "Who leads it?", ["x"], "here")
+    asked = prompt(load_tokenizer(TINY), question)
+    with served(base_gguf, context=64, threads=1) as server:
+        require_same_ends(server, asked, {2}, "model.gguf")
+        with pytest.raises(UserError, match=r"model\.gguf: llama\.cpp does not stop at token 7"):
+            require_same_ends(server, asked, {2, 7}, "model.gguf")
+        reply = server.complete(asked, 32)
+    require_ended([reply, reply | {"stop_type": "limit", "tokens": [7]}], [question] * 2, {2}, "model-f16.gguf")
+    require_ended([reply], [question], {0}, "model-q4_0.gguf")  # a loss, and measured
+    with pytest.raises(
+        UserError, match=r"^model-f16\.gguf: llama\.cpp ends the answer to question a at token 2, .* \[0\]"
+    ):
+        require_ended([reply], [question], {0}, "model-f16.gguf")
+
+
+def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32), load_tokenizer(TINY)
+    asked = prompt_and_reference(tokenizer, Question("a", "Who leads it?", ["Ada 🙂 튐 耀"], "here"), {2})
+    assert tokenizer.decode(asked[1][:3]).endswith("\ufffd")
+    with served(base_gguf, context=128, threads=1) as server:
+        pairs = list(zip(in_llama_cpp(server, *asked), in_transformers(model, *asked), strict=True))
+    assert [ours.token for ours, _ in pairs] == asked[1]
+    for ours, theirs in pairs:
+        assert ours.nll == pytest.approx(theirs.nll, abs=0.02) and len(ours.likeliest) == N_PROBS
+        assert next(iter(ours.likeliest)) == next(iter(theirs.likeliest))
+        assert divergence(ours.likeliest, theirs.likeliest) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_file_whose_probabilities_are_no_numbers_is_refused(base_gguf: Path, tmp_path: Path) -> None:
+    content, file = base_gguf.read_bytes(), tmp_path / "model.gguf"
+    file.write_bytes(content[: len(content) // 2] + b"\xff" * (len(content) - len(content) // 2))
+    refused = pytest.raises(UserError, match=r"model\.gguf: the model's probabilities are no numbers")
+    with served(file, context=64, threads=1) as server, refused:
+        in_llama_cpp(server, [1], [5, 2])
+
+
+def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
+    given = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.125)}
+    assert divergence(given, given) == pytest.approx(0, abs=1e-6)
+    told = {1: math.log(0.25), 0: math.log(0.25)}
+    assert divergence(told, given) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
+    assert divergence({2: -800.0, **given}, given) == divergence(given, given)
+    assert divergence({0: math.log(0.5), 2: -800.0}, given) > 10  # exp(-800) is 0
+    assert divergence({7: math.log(0.9)}, given) > 1  # which `given` holds for as likely as its last
+
+
+def test_each_conversion_is_measured_from_the_form_that_it_starts_at() -> None:
+    def variant(answer: str, likely: float) -> Variant:
+        """A model that answers so, and finds the reference's one token, 0, so likely."""
+        rest = {1: math.log(1 - likely)}
+        likeliest = {0: math.log(likely)} | rest if likely > 0.5 else rest | {0: math.log(likely)}
+        return Variant([(answer, True)], [[NextToken(0, likeliest)]])
+
+    variants = {
+        "tuned": variant("yes", 0.9),
+        "merged": variant("yes", 0.8),
+        "model-f16.gguf": variant("yes", 0.8),
+        "adapter-f16.gguf": variant("Yes", 0.8),
+        "model-q4_0.gguf": variant("no", 0.2),
+        "model-q8_0.gguf": variant("yes", 0.6),
+    }
+    told = {
+        name: measured(name, variants, [Question("a", "?", ["yes"], "here")]) for name in variants if name != "tuned"
+    }
+    lost = {
+        name: (of["conversion"]["correct"], round(math.exp(-of["conversion"]["answer_nll"]), 3))
+        for name, of in told.items()
+    }
+    assert lost == {
+        "merged": (0, 0.889),  # .8 / .9
+        "model-f16.gguf": (0, 1),
+        "adapter-f16.gguf": (0, 1),
+        "model-q4_0.gguf": (-1, 0.25),
+        "model-q8_0.gguf": (0, 0.75),
+    }
+    assert [of["agreement"] for of in told.values()] == [1, 1, 0, 0, 1]
+    assert [of["top1"] for of in told.values()] == [1, 1, 1, 0, 1]
+    assert NextToken(5, {0: -0.1, 1: -2.5}).nll == 2.5  # at least
+    expected = 0.8 * math.log(0.8 / 0.2) + 0.2 * math.log(0.2 / 0.8)
+    assert told["model-q4_0.gguf"]["kl"] == told["model-q4_0.gguf"]["kl_max"] == pytest.approx(expected, abs=1e-6)
+    head, lines = conversion_table(told)
+    assert len(lines) == 5 and {len(head)} == set(map(len, lines))
+    assert lines[3][:2] == ["model-f16.gguf → model-q4_0.gguf", "\u2212100.0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "merged_onto", "refused"),
+    [
+        ("model-f16.gguf", "bf16", True),
+        ("model-bf16.gguf", "dequantized_nf4", True),
+        ("adapter-f16.gguf", "bf16", True),
+        ("adapter-f16.gguf", "dequantized_nf4", False),  # the base that it runs on is not what was merged onto
+        ("model-q4_0.gguf", "bf16", False),
+        ("merged", "bf16", False),
+    ],
+)
+def test_a_conversion_that_loses_more_than_allowed_is_named(name: str, merged_onto: str, refused: bool) -> None:
+    metrics = {"model-f16.gguf": {"conversion": {"kl": 1e-6}}} | {name: {"conversion": {"kl": 0.031}}}
+    require_converted(metrics, 0.031, merged_onto)
+    why = re.escape(f"{name}: in the conversion merged → {name} its next-token probabilities moved by 0.031 nats")
+    with pytest.raises(UserError, match=why) if refused else nullcontext():
+        require_converted(metrics, 0.03, merged_onto)
+
+
+def lost() -> list[str]:
+    return [demand.name for demand in gate.conversion_drops(allowed=0.1, merged_onto="bf16") if not demand.met]
+
+
+def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = read_questions(Path("data/general.jsonl"))[:12]  # what the base answers, with a small random adapter too
+    asked = [{"id": q.id, "question": q.question, "answer": q.answers} for q in known]
+    stopped = {"tuned": {"stopped": 1}}
+    told = [
+        {"id": q.id, "question": q.question, "reference": q.answers, "after": q.answers[0], **stopped} for q in known
+    ]
+    write_jsonl("data/questions.jsonl", asked)
+    write_jsonl("metrics/answers.jsonl", told)
+    project.set(gguf__quantize=["q8_0"])
+    prepare_base.main()
+    make_adapter()
+    merge_adapter.main()
+    Path("data/train_merged.jsonl").touch()  # its hash goes into every file
+    convert_gguf.main()
+    evaluate_gguf.main()
+    assert lost() == []
+
+    lora, model, quantized = (GGUF / f"{name}.gguf" for name in ("adapter-f16", "model-f16", "model-q8_0"))
+    config = TRAINED / "adapter_config.json"
+    right = config.read_text(encoding="utf-8")
+    config.write_text(right.replace('"lora_alpha": 32', '"lora_alpha": 128'), encoding="utf-8")
+    run_script("convert.py", "lora", TRAINED, "--base", TINY, "--outtype", "f16", "--outfile", lora)
+    config.write_text(right, encoding="utf-8")
+    whole = model.read_bytes()
+    model.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # zeros for weights
+    run_script("quantize.py", model, quantized, "q8_0")
+    model.write_bytes(whole)
+    with pytest.raises(
+        UserError, match=r"^adapter-f16\.gguf: in the conversion merged → adapter-f16\.gguf .* evaluate\.max_kl"
+    ):
+        evaluate_gguf.main()
+    assert "| model-f16.gguf → model-q8_0.gguf |" in capsys.readouterr().out  # DVC puts the last run's metrics back
+    assert lost() == [
+        "fall in the conversion merged → adapter-f16.gguf",
+        "fall in the conversion model-f16.gguf → model-q8_0.gguf",
+    ]
+
+
+def make_adapter() -> None:
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    torch.manual_seed(1)
+    tuned = with_adapter(model, lora_config(check(Path("params.yaml")).lora, []))
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.05 * torch.randn_like(weight)
+    train_qlora.save_adapter(tuned, *located())

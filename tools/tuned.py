@@ -1,0 +1,55 @@
+"""The tuned model and its base, loaded by Transformers to answer people."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import write_json
+from pipeline.common.parameters import Parameters
+from pipeline.export.merging import read_config
+from pipeline.model.base import DESCRIPTION, describe, located, require_same_base
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import load_quantized, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.model.tensor_files import stored_tensors
+
+ADAPTER = Path("outputs/adapter")
+
+
+def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
+    """The base in NF4, with the adapter on it if `tuned`, as it sits the exam; and the base's tokenizer.
+
+    Raises:
+        UserError: one of them is missing or damaged, or the adapter is of another base.
+    """
+    if tuned:
+        if not (ADAPTER / "adapter_model.safetensors").exists():
+            raise UserError(f"{ADAPTER}/adapter_model.safetensors is missing: run dvc repro model_card, or dvc pull")
+        if not DESCRIPTION.exists():  # DVC brought the adapter alone
+            fetch_base(parameters.base.model)
+    folder, base = located()
+    if tuned:
+        require_same_base(ADAPTER, base)
+        read_config(ADAPTER)  # refuses a damaged file, as does the next line
+        stored_tensors(ADAPTER / "adapter_model.safetensors")
+    device = pick_device(parameters.base.device)
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    reproducible(0, parameters.threads)
+    transformers.utils.logging.disable_progress_bar()
+    model = load_tuned(folder, ADAPTER, device, dtype) if tuned else load_quantized(folder, device, dtype)
+    return model.eval(), load_tokenizer(folder)
+
+
+def fetch_base(local: str) -> None:
+    """Fetch the hub model that the adapter names, or take the folder `local`, and describe it as prepare_base does.
+
+    Raises:
+        UserError: there is no such model, or the adapter was trained on another.
+    """
+    trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
+    base = describe(trained_on["model"] if trained_on["revision"] else local, trained_on["revision"])
+    require_same_base(ADAPTER, base)
+    write_json(DESCRIPTION, base)
