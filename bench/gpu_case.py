@@ -34,7 +34,8 @@ from transformers import (
 from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 
-from pipeline.common.parameters import Parameters, check
+from pipeline.common.parameters.params_yaml import check
+from pipeline.common.parameters.schema import Parameters
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer

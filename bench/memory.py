@@ -21,7 +21,7 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from bench.project import ROOT, make_project
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training.memory import training

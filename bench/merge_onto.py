@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.evaluation.answers import answer_questions, prompt_and_reference
 from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
 from pipeline.evaluation.rules import correct

@@ -29,7 +29,7 @@ CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "generate.phrasings_per_fact": 3,
     "generate.model": "another",
     "merge.valid_share": 0.1,
-    "train.max_length": 256,
+    "tokenize.max_length": 256,
     "lora.r": 8,
     "evaluate.max_new_tokens": 48,
     "evaluate.max_kl": 0.02,

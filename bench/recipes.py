@@ -14,7 +14,8 @@ from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
 from bench.gpu_case import MODELS, config
 from bench.gpu_qlora import flops_of_a_token
-from pipeline.common.parameters import Train, check, read_yaml
+from pipeline.common.parameters.params_yaml import check, read_yaml
+from pipeline.common.parameters.train import Train
 from pipeline.training.memory import training
 
 ROOT = Path(__file__).parent.parent
@@ -43,14 +44,15 @@ def main() -> None:
     for name in sys.argv[1:] or SHAPES:
         train = train_of(name)
         rows = train.batch_size * train.gradient_accumulation
-        batches = {size: needed(name, of_batches(train, size, rows), train.max_length) for size in BATCHES}
+        longest = read_yaml(ROOT / f"recipes/{name}.yaml")["tokenize"]["max_length"]
+        batches = {size: needed(name, of_batches(train, size, rows), longest) for size in BATCHES}
         lengths = {length: needed(name, of_batches(train, 1, rows), length) for length in LENGTHS}
         cells = []
         for card in CARDS:
             batch, length = largest(batches, card), largest(lengths, card)
             cells.append(f"{batch} × {rows // batch}, {length}" if batch else "-")
         gib = batches[train.batch_size] / GIB
-        speed = round(FLOP_PER_SECOND / flops_of_a_token(SHAPES[name], train.max_length), -2)
+        speed = round(FLOP_PER_SECOND / flops_of_a_token(SHAPES[name], longest), -2)
         print(f"| `{name}` | {gib:.1f} | {speed:,.0f} | {' | '.join(cells)} |", flush=True)
 
 

@@ -36,7 +36,8 @@ from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig
 
 from bench.project import ROOT, make_project
-from pipeline.common.parameters import Parameters, check
+from pipeline.common.parameters.params_yaml import check
+from pipeline.common.parameters.schema import Parameters
 from pipeline.model.loading import load_tuned
 
 WIDE = LlamaConfig(

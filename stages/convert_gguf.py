@@ -16,7 +16,8 @@ from dvc.repo import Repo
 from safetensors.torch import save_file
 
 from pipeline.common.outputs import atomic_output, scratch, write_json
-from pipeline.common.parameters import Parameters, load
+from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.schema import Parameters
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.export.disk import gguf_bytes, room_for
 from pipeline.export.importance import mean_squares, some_rows

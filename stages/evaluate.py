@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.outputs import rounded, write_json, write_jsonl
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.comparison import comparison
 from pipeline.evaluation.questions import EXAM, GENERAL, Answer, Question, read_answers, read_questions

@@ -7,7 +7,7 @@ metrics/answers_general_base.jsonl
 """
 
 from pipeline.common.outputs import write_jsonl
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
 from pipeline.evaluation.scores import graded

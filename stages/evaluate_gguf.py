@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pipeline.common.errors import UserError
 from pipeline.common.markdown import table
 from pipeline.common.outputs import scratch, write_json, write_jsonl
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.evaluation.answers import answer_questions, prompt_and_reference
 from pipeline.evaluation.conversions import NextToken, Variant, measured, of_same_weights, source

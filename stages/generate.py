@@ -13,7 +13,7 @@ documents (.docx .html .md .pdf .txt).
 from collections import Counter
 
 from pipeline.common.outputs import write_json, write_jsonl
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.data.documents import passages_of
 from pipeline.data.endpoint import ask
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_json, write_jsonl
-from pipeline.common.parameters import Merge, load
+from pipeline.common.parameters.merge import Merge
+from pipeline.common.parameters.params_yaml import load
 from pipeline.common.rows import file_of
 from pipeline.common.user_files import user_files
 from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked

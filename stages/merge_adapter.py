@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from pipeline.common.outputs import atomic_output
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.export.disk import room_for
 from pipeline.export.merging import merge
 from pipeline.model.base import SMALL_FILES, located, require_same_base, weight_files

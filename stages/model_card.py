@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from pipeline.common.markdown import table
 from pipeline.common.outputs import atomic_output
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.common.rows import read_jsonl
 from pipeline.model.base import file_hash, public_name
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS

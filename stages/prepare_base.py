@@ -7,7 +7,7 @@ fetched into the Hugging Face cache, and stay there; only this stage uses the ne
 """
 
 from pipeline.common.outputs import write_json
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.model.base import DESCRIPTION, LICENSE, MODEL_CARD, MODEL_FILES, describe, fetched, license_of
 from pipeline.model.tensor_files import weights_by_file
 from stages import run

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_json, write_jsonl
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.common.rows import file_of
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
@@ -49,8 +49,8 @@ class Lengths:
 
 def main() -> None:
     parameters = load("tokenize")
-    max_length, on_overflow = parameters.train.max_length, parameters.train.on_overflow
-    mask_history = parameters.train.mask_history
+    max_length, on_overflow = parameters.tokenize.max_length, parameters.tokenize.on_overflow
+    mask_history = parameters.tokenize.mask_history
     folder, _ = located()
     tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
     lengths, shown = Lengths(), Shown()
@@ -126,9 +126,9 @@ def require_none_too_long(lengths: Lengths, max_length: int) -> None:
         first = [f"{row['source']} ({row['tokens']} tokens)" for row in lengths.overflow[:3]]
         more = ", ..." if len(lengths.overflow) > 3 else ""
         raise UserError(
-            f"{len(lengths.overflow)} rows are longer than train.max_length {max_length}: "
+            f"{len(lengths.overflow)} rows are longer than tokenize.max_length {max_length}: "
             f"{', '.join(first)}{more}: raise it (the longest has {longest}), shorten the rows, or set "
-            "train.on_overflow to drop or truncate"
+            "tokenize.on_overflow to drop or truncate"
         )
 
 
@@ -136,7 +136,7 @@ def require_rows(kept: dict[str, int], max_length: int) -> None:
     """Raises UserError if nothing is left to train on, or nothing to validate with."""
     for side, file in SIDES.items():
         if not kept[side]:
-            raise UserError(f"no row of {file} fits in train.max_length {max_length}: raise it, or shorten the rows")
+            raise UserError(f"no row of {file} fits in tokenize.max_length {max_length}: raise it, or shorten the rows")
 
 
 def metrics(lengths: Lengths, max_length: int) -> dict[str, Any]:

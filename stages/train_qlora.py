@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast, TrainerState
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_json
-from pipeline.common.parameters import Parameters, load
+from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.schema import Parameters
 from pipeline.model.adapter import lora_config, require_possible, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.chat_template import load_tokenizer

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Lora
+from pipeline.common.parameters.lora import Lora
 from pipeline.evaluation import conversions
 from pipeline.evaluation.answers import prompt_and_reference
 from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
@@ -128,7 +128,9 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
         cell = f"no ({why_no_lora(config, tuned, base, base_ggufs[base])})"
     if kind == "rsLoRA":
         convert_gguf.convert_lora(config | {"use_rslora": False}, base, card(), lora_file)
-        assert divergence(tuned, base_ggufs[base], lora_file) > OTHER, "rsLoRA at alpha / r would pass for the tuned model"
+        assert divergence(tuned, base_ggufs[base], lora_file) > OTHER, (
+            "rsLoRA at alpha / r would pass for the tuned model"
+        )
     matrix[kind] = [cell, f"yes ({as_merged:.0e})", "yes"]
 
 

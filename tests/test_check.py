@@ -16,7 +16,8 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from bench.memory import llama, measure
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Train, check
+from pipeline.common.parameters.params_yaml import check
+from pipeline.common.parameters.train import Train
 from pipeline.export.disk import filled
 from pipeline.training.memory import PROCESS, beside_gpus, skeleton, training
 from tools import check as tool
@@ -50,7 +51,7 @@ def test_a_fresh_clone_is_told_what_it_will_make_and_what_that_takes(
         ),
         ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
         ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
-        ({"train__max_length": 20}, r"the longest row has 34 tokens, train\.max_length is 20: raise it, or set"),
+        ({"tokenize__max_length": 20}, r"the longest row has 34 tokens, tokenize\.max_length is 20: raise it, or set"),
     ],
 )
 def test_what_a_stage_would_refuse_is_refused_in_one_line(
@@ -115,7 +116,7 @@ def test_rows_count_as_long_as_they_may_be_once_the_data_has_changed(
     with open("data/curated/handbook.jsonl", "a", encoding="utf-8") as rows:
         rows.write('{"question": "Who?", "answer": "Ada"}\n')
     tool.main()
-    assert "up to 128 tokens (train.max_length): dvc repro tokenize counts the rows" in capsys.readouterr().out
+    assert "up to 128 tokens (tokenize.max_length): dvc repro tokenize counts the rows" in capsys.readouterr().out
 
 
 def test_a_base_on_the_hub_is_checked_without_its_weights(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.evaluation.answers import prompt, prompt_and_reference
 from pipeline.evaluation.conversions import NextToken, Variant, divergence, measured
 from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers

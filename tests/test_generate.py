@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT, Project
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import check, read_yaml
+from pipeline.common.parameters.params_yaml import check, read_yaml
 from pipeline.common.rows import read_jsonl
 from pipeline.common.words import words
 from pipeline.data import endpoint

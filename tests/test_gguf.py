@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
-from pipeline.common.parameters import Quantization
+from pipeline.common.parameters.gguf import Quantization
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.answers import prompt
 from pipeline.evaluation.questions import Question

@@ -8,7 +8,8 @@ from dvc.utils.serialize import load_yaml
 from ruamel.yaml import YAML
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Parameters, check, load, only, read_yaml
+from pipeline.common.parameters.params_yaml import check, load, only, read_yaml
+from pipeline.common.parameters.schema import Parameters
 
 
 def written(tmp_path: Path, key: str, value: object) -> Path:

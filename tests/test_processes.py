@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import load
+from pipeline.common.parameters.params_yaml import load
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.training.processes import cause, require_gpus, share_of_step

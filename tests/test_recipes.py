@@ -12,7 +12,7 @@ from conftest import ROOT, Project
 
 from bench.recipes import GIB, SHAPES, SPARE
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import read_yaml
+from pipeline.common.parameters.params_yaml import read_yaml
 from tools import check
 from tools.use import main, use
 

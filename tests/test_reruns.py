@@ -147,7 +147,11 @@ def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
 def test_what_must_run_again(reruns: Reruns) -> None:
     assert reruns.of("requirements.txt") == set(reruns.stages)
     assert reruns.of("lora.r") == {"train_qlora", "model_card", "report"}
-    assert reruns.of("train.max_length") == {"tokenize", "model_card", "report"}  # a limit that cuts no row trains not
+    assert reruns.of("tokenize.max_length") == {
+        "tokenize",
+        "model_card",
+        "report",
+    }  # a limit that cuts no row trains not
     assert reruns.of("llama.cpp/source.txt") == {"convert_gguf", "evaluate_gguf"}
     assert reruns.of("data/questions.jsonl") == {"merge", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
     assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}

@@ -12,7 +12,7 @@ import yaml
 from conftest import Project, Terminal
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import read_yaml
+from pipeline.common.parameters.params_yaml import read_yaml
 from stages import generate, merge
 from tools import check, start
 

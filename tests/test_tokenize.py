@@ -127,7 +127,7 @@ def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert learnt(tmp_path, TWICE[:2]) == "Ada Adler<|im_end|>"
     assert learnt(tmp_path, TWICE, mask_history=True) == "김서연<|im_end|>"
-    several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set train\.mask_history: true"
+    several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set tokenize\.mask_history: true"
     with pytest.raises(UserError, match=several):
         learnt(tmp_path, TWICE)
     with pytest.raises(UserError, match=r"here: turn 2 has a <think> block, and this pipeline trains without thinking"):
@@ -252,7 +252,7 @@ def test_the_same_rows_and_a_limit_that_cuts_none_give_the_same_bytes(
     tokenize.main()
     files = [Path(f"data/tokens/{side}.arrow") for side in ("train", "valid")]
     first = [file.read_bytes() for file in files]
-    project.set(train__max_length=64, train__on_overflow="truncate")
+    project.set(tokenize__max_length=64, tokenize__on_overflow="truncate")
     tokenize.main()
     assert [file.read_bytes() for file in files] == first
 
@@ -260,8 +260,8 @@ def test_the_same_rows_and_a_limit_that_cuts_none_give_the_same_bytes(
 def test_rows_over_max_length_are_refused_by_source_and_number_and_nothing_is_written(
     project: Project, rows: list[dict[str, Any]]
 ) -> None:
-    project.set(train__max_length=40)
-    line = r"3 rows are longer than train\.max_length 40: a\.csv:2 \(60 tokens\), b\.jsonl:1 \(64 tokens\), "
+    project.set(tokenize__max_length=40)
+    line = r"3 rows are longer than tokenize\.max_length 40: a\.csv:2 \(60 tokens\), b\.jsonl:1 \(64 tokens\), "
     with pytest.raises(UserError, match=line + r"b\.jsonl:3 \(60 tokens\): raise it \(the longest has 64\), "):
         tokenize.main()
     assert not Path("data/tokens").exists() and not Path("metrics/lengths.csv").exists()
@@ -271,7 +271,7 @@ def test_rows_over_max_length_are_refused_by_source_and_number_and_nothing_is_wr
 def test_rows_over_max_length_are_dropped_or_cut_and_counted(
     project: Project, rows: list[dict[str, Any]], on_overflow: str, dropped: int, truncated: int
 ) -> None:
-    project.set(train__max_length=40, train__on_overflow=on_overflow)
+    project.set(tokenize__max_length=40, tokenize__on_overflow=on_overflow)
     tokenize.main()
     told, kept = lengths(), read("train") + read("valid")
     assert told["rows"] == {"read": 5, "kept": 5 - dropped, "dropped": dropped, "truncated": truncated}
@@ -283,9 +283,9 @@ def test_rows_over_max_length_are_dropped_or_cut_and_counted(
 
 
 def test_a_side_of_which_no_row_fits_is_refused(project: Project, rows: list[dict[str, Any]]) -> None:
-    project.set(train__max_length=40, train__on_overflow="drop")
+    project.set(tokenize__max_length=40, tokenize__on_overflow="drop")
     write([*rows[:3], rows[4]])
-    with pytest.raises(UserError, match=r"no row of data/valid\.jsonl fits in train\.max_length 40: raise it"):
+    with pytest.raises(UserError, match=r"no row of data/valid\.jsonl fits in tokenize\.max_length 40: raise it"):
         tokenize.main()
     assert not Path("data/tokens").exists()
 
@@ -308,7 +308,7 @@ def test_the_page_shows_a_row_of_each_file_and_one_with_several_answers_with_wha
         "+Ada Adler<|im_end|>",
         "+김서연<|im_end|>",
     ]
-    project.set(train__mask_history=True)
+    project.set(tokenize__mask_history=True)
     tokenize.main()
     several = Path("metrics/mask.md").read_text(encoding="utf-8").split("\n## ")[-1]
     assert [line for line in several.splitlines() if line.startswith("+")] == ["+김서연<|im_end|>"]

@@ -25,7 +25,7 @@ def merged(project: Project) -> Project:
         rows.write(json.dumps(row(asked, "data/raw/guide.md:2") | {"group": "0"}) + "\n")
     merge.main()
     prepare_base.main()
-    project.set(train__max_length=26, train__on_overflow="drop")
+    project.set(tokenize__max_length=26, tokenize__on_overflow="drop")
     tokenize.main()
     return project
 

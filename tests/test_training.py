@@ -19,7 +19,9 @@ from safetensors import safe_open
 from transformers import TrainerState
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Lora, Train, load
+from pipeline.common.parameters.lora import Lora
+from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.train import Train
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype
@@ -242,9 +244,9 @@ CHANGED: dict[str, object] = {
     "lora__use_dora": True,
     "lora__modules_to_save": ["norm"],
     "lora__trainable_tokens": ["<|im_end|>"],
-    "train__max_length": 50,
-    "train__on_overflow": "drop",
-    "train__mask_history": True,
+    "tokenize__max_length": 50,
+    "tokenize__on_overflow": "drop",
+    "tokenize__mask_history": True,
     "train__learning_rate": 1e-3,
     "train__epochs": 2,
     "train__batch_size": 8,
@@ -292,7 +294,7 @@ def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Pr
     assert {*CHANGED, "train__activation_offloading"} == {f"lora__{key}" for key in Lora.model_fields} | {
         f"train__{key}" for key in Train.model_fields
     } - {"train__strategy"}  # of several processes: test_processes.py
-    project.set(train__max_length=40, train__on_overflow="truncate")
+    project.set(tokenize__max_length=40, tokenize__on_overflow="truncate")
     parameters = Path("params.yaml").read_text(encoding="utf-8")
     first = built()
     for key, value in CHANGED.items():

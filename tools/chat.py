@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import Message
 from pipeline.model.llama_server import Server, served
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Parameters, Train, check
+from pipeline.common.parameters.params_yaml import check
+from pipeline.common.parameters.schema import Parameters
+from pipeline.common.parameters.tokenize import Tokenize
+from pipeline.common.parameters.train import Train
 from tools.material import material
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def examine(parameters: Parameters) -> None:
         repo = Repo()
     except (NotDvcRepoError, SCMError) as error:
         raise UserError(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
-    length = longest_row(repo, train)
+    length = longest_row(repo, parameters.tokenize)
 
     def needed(train: Train) -> dict[str, int]:
         return training(folder, lora, train, tokens, length, device, dtype)
@@ -156,23 +159,26 @@ def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
     return tokens
 
 
-def longest_row(repo: Any, train: Train) -> int:
-    """Tokens of the longest row, or train.max_length if the data or the base changed since they were counted.
+def longest_row(repo: Any, tokenize: Tokenize) -> int:
+    """Tokens of the longest row, or tokenize.max_length if the data or the base changed since they were counted.
 
     Raises:
-        UserError: a row is longer than train.max_length, at which the tokenize stage would stop.
+        UserError: a row is longer than tokenize.max_length, at which the tokenize stage would stop.
     """
     if not LENGTHS.exists() or changed(repo):
-        say("longest row", f"up to {train.max_length} tokens (train.max_length): dvc repro tokenize counts the rows")
-        return train.max_length
-    longest = json.loads(LENGTHS.read_text(encoding="utf-8"))["tokens"]["max"]
-    if longest > train.max_length and train.on_overflow == "raise":
-        raise UserError(
-            f"the longest row has {longest} tokens, train.max_length is {train.max_length}: raise it, or set "
-            "train.on_overflow to drop or truncate"
+        say(
+            "longest row",
+            f"up to {tokenize.max_length} tokens (tokenize.max_length): dvc repro tokenize counts the rows",
         )
-    say("longest row", f"{longest} tokens, of at most {train.max_length}")
-    return min(longest, train.max_length)
+        return tokenize.max_length
+    longest = json.loads(LENGTHS.read_text(encoding="utf-8"))["tokens"]["max"]
+    if longest > tokenize.max_length and tokenize.on_overflow == "raise":
+        raise UserError(
+            f"the longest row has {longest} tokens, tokenize.max_length is {tokenize.max_length}: raise it, or set "
+            "tokenize.on_overflow to drop or truncate"
+        )
+    say("longest row", f"{longest} tokens, of at most {tokenize.max_length}")
+    return min(longest, tokenize.max_length)
 
 
 def changed(repo: Any) -> bool:
@@ -198,9 +204,7 @@ def remedy(train: Train, device: "torch.device", needed: Any, room: int) -> str:
     for change in mends(train, device):
         if sum(needed(train.model_copy(update=change)).values()) <= room:
             return "set " + ", ".join(f"train.{key} to {str(value).lower()}" for key, value in change.items())
-    return (
-        "lower lora.r, or train.max_length once dvc repro tokenize has counted the rows, or choose a smaller base.model"
-    )
+    return "lower lora.r, or tokenize.max_length once dvc repro tokenize has counted the rows, or choose a smaller base.model"
 
 
 def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:

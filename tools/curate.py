@@ -24,7 +24,8 @@ import orjson
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
-from pipeline.common.parameters import Generate, check
+from pipeline.common.parameters.generate import Generate
+from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import Row, hash64, read_jsonl
 from pipeline.common.words import exact, names, words
 from pipeline.data.documents import Passage, passages_of, pieces

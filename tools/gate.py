@@ -22,7 +22,7 @@ from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.evaluation.conversions import of_same_weights, source
 from pipeline.evaluation.questions import EXAM
 from pipeline.evaluation.scores import LOWER_IS_BETTER

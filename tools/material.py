@@ -6,7 +6,9 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Generate, Merge, Parameters
+from pipeline.common.parameters.generate import Generate
+from pipeline.common.parameters.merge import Merge
+from pipeline.common.parameters.schema import Parameters
 from pipeline.common.rows import Message, row
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words

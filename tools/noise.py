@@ -19,7 +19,7 @@ import dvc.api
 from pipeline.common.dvc_lock import locked_hashes
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.evaluation.questions import EXAM
 
 NOISE = Path("metrics/noise.json")

@@ -18,7 +18,7 @@ from gto.exceptions import GTOException
 from semver import Version
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import read_yaml
+from pipeline.common.parameters.params_yaml import read_yaml
 
 METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]  # which the gate judges
 

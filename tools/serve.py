@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 from pipeline.model.llama_server import served
 
 SLOTS = 2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
-from pipeline.common.parameters import check, read_yaml
+from pipeline.common.parameters.params_yaml import check, read_yaml
 from pipeline.model.base import file_hash
 from tools.use import PARAMETERS, recipe, recipes, use
 

@@ -30,7 +30,7 @@ from hydra.errors import HydraException
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import scratch
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 
 PARAMETERS = Path("params.yaml")
 DVC = [sys.executable, "-m", "dvc"]

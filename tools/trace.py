@@ -12,7 +12,8 @@ from typing import Any
 import orjson
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Parameters, check
+from pipeline.common.parameters.params_yaml import check
+from pipeline.common.parameters.schema import Parameters
 from pipeline.data.documents import DOCUMENTS, read_passages
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
-from pipeline.common.parameters import Parameters
+from pipeline.common.parameters.schema import Parameters
 from pipeline.export.merging import read_config
 from pipeline.model.base import DESCRIPTION, describe, located, require_same_base
 from pipeline.model.chat_template import load_tokenizer

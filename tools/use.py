@@ -13,7 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output
-from pipeline.common.parameters import check
+from pipeline.common.parameters.params_yaml import check
 
 PARAMETERS = Path("params.yaml")
 

@@ -14,7 +14,7 @@ import orjson
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Merge
+from pipeline.common.parameters.merge import Merge
 from pipeline.common.rows import Message, hash64, row
 from pipeline.common.words import layout, words
 from pipeline.data.formats import InvalidRow, Record, conversation, parsed, records, unknown_keys

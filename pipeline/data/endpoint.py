@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Generate
+from pipeline.common.parameters.generate import Generate
 from pipeline.data.documents import Passage
 from pipeline.data.replies import Replies, kept_replies
 

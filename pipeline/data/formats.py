@@ -11,7 +11,7 @@ from typing import IO, Any, get_args
 
 import orjson
 
-from pipeline.common.parameters import Column
+from pipeline.common.parameters.merge import Column
 from pipeline.common.rows import Message, question_and_answer
 
 LARGEST = 10 * 2**20  # bytes of a row: far more than any base reads at once

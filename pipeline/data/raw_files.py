@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Generate
+from pipeline.common.parameters.generate import Generate
 from pipeline.common.user_files import user_files
 from pipeline.data.documents import DOCUMENTS
 from pipeline.data.facts import FACTS

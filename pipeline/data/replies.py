@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
-from pipeline.common.parameters import read_yaml
+from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.rows import read_jsonl
 
 REPLIES = Path("data/replies.jsonl")

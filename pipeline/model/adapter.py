@@ -6,7 +6,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers import PreTrainedModel
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Lora
+from pipeline.common.parameters.lora import Lora
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices that have a row for each token
 

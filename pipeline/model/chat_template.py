@@ -33,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(
             f"base.model: no tokenizer in {folder}: fetch it again ({type(error).__name__}: {reason})"
         ) from None
-    tokenizer.model_max_length = 10**30  # Transformers warns of longer rows, which train.max_length is there for
+    tokenizer.model_max_length = 10**30  # Transformers warns of longer rows, which tokenize.max_length is there for
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none; padding is masked anyway
     # Left to itself, Transformers takes every added token that the template names for one, <think> too.
     tokenizer.chat_control_tokens = [

@@ -72,9 +72,7 @@ def prompt_differs(messages: list[dict[str, str]], i: int) -> str:
     if messages[i]["content"][:1].isspace():
         return f"{differs}, which begins with white space: remove that"
     if i < len(messages) - 1:
-        return (
-            f"{differs} and more turns: split the row, or set train.mask_history: true to learn its last answer alone"
-        )
+        return f"{differs} and more turns: split the row, or set tokenize.mask_history: true to learn its last answer alone"
     return f"{differs}: choose another base.model"
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove, write_json
-from pipeline.common.parameters import Parameters, read_yaml
+from pipeline.common.parameters.params_yaml import read_yaml
+from pipeline.common.parameters.schema import Parameters
 from pipeline.model.base import file_hash
 
 FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Lora, Train
+from pipeline.common.parameters.lora import Lora
+from pipeline.common.parameters.train import Train
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.embedding import only_looked_up
 from pipeline.model.loading import KEPT, pick_checkpointing, pick_offloading, pick_optimizer

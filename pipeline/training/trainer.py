@@ -25,7 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters import Parameters
+from pipeline.common.parameters.schema import Parameters
 from pipeline.model.loading import pick_checkpointing, pick_dtype, pick_offloading, pick_optimizer
 from pipeline.training.checkpoints import seal
 from pipeline.training.processes import average_gradients, share_of_step

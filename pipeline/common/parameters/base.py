@@ -1,0 +1,14 @@
+"""params.yaml, `base`: the base model."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.common.parameters.section import Section
+
+
+class Base(Section):
+    model: Annotated[str, Field(min_length=1)]
+    revision: str | None
+    device: Literal["auto", "cpu", "cuda"]
+    compute_dtype: Literal["auto", "float32", "bfloat16"]
