@@ -7,7 +7,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check start use gate noise curate sweep chat serve remote release setup requirements
+.PHONY: repro test check deps start use gate noise curate sweep chat serve remote release setup requirements
 
 repro: setup
 	@dvc repro
@@ -65,6 +65,10 @@ PINS := --requirement requirements.txt --requirement llama.cpp/requirements.txt
 setup: $(VENV)/.installed
 	@python -m pipeline.common.pinned 2> /dev/null || pip install $(PINS)
 
+# To be called after a change of what a stage imports.
+deps: setup
+	@python -m tools.deps
+
 # Debian has a part of venv in another package than python3.
 $(VENV)/bin/pip:
 	@python3 -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or \
@@ -77,6 +81,7 @@ $(VENV)/bin/pip:
 $(VENV)/.installed: requirements.txt llama.cpp/requirements.txt llama.cpp/source.txt | $(VENV)/bin/pip
 	pip install $(PINS)
 	python llama.cpp/fetch.py
+	@python -m tools.deps
 	@touch $@
 
 $(VENV)/.remotes: $(VENV)/.installed requirements-remotes.txt
@@ -104,3 +109,4 @@ requirements: $(VENV)/.dev
 	$(PIP_COMPILE) --output-file requirements-remotes.txt requirements-remotes.in
 	$(PIP_COMPILE) --output-file requirements-dev.txt requirements-dev.in
 	$(PIP_COMPILE) --output-file requirements-sky.txt requirements-sky.in
+	python -m tools.deps

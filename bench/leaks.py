@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.common.paths import EXAM, GENERAL_EXAM
 from pipeline.common.words import words
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import conversation, parsed
 from pipeline.data.leaks import Exam
-from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
+from pipeline.evaluation.questions import Question, read_questions
 
 ROOT = Path(__file__).parent.parent
 REAL = ROOT / "bench/questions.jsonl"
@@ -201,7 +202,7 @@ class Questions:
 
 
 def sets() -> dict[str, Questions]:
-    exam, general = read_questions(ROOT / EXAM), read_questions(ROOT / GENERAL)
+    exam, general = read_questions(ROOT / EXAM), read_questions(ROOT / GENERAL_EXAM)
     demo = [*exam, *general]
     return {
         "exam": Questions(exam, demo_others(exam, demo)),

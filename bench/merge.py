@@ -26,8 +26,9 @@ from pathlib import Path
 import psutil
 from ruamel.yaml import YAML
 
+from pipeline.common.paths import EXAM
 from pipeline.common.words import words
-from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.evaluation.questions import read_questions
 
 ROOT = Path(__file__).parent.parent
 

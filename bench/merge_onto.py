@@ -20,8 +20,9 @@ from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.common.parameters.params_yaml import check
+from pipeline.common.paths import EXAM, GENERAL_EXAM
 from pipeline.evaluation.answers import answer_questions, prompt_and_reference
-from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
+from pipeline.evaluation.questions import Question, read_questions
 from pipeline.evaluation.rules import correct
 from pipeline.export.merging import merge
 from pipeline.model.base import located
@@ -46,7 +47,7 @@ def main() -> None:
             models[name].generation_config = trained.generation_config
     tokenizer, evaluate = load_tokenizer(folder), parameters.evaluate
     print(f"{'':32}  correct     NLL   mean KL  largest KL")
-    for exam in (EXAM, GENERAL):
+    for exam in (EXAM, GENERAL_EXAM):
         questions = read_questions(exam)
         for name, model in models.items():
             answers = answer_questions(model, tokenizer, questions, evaluate.batch_size, evaluate.max_new_tokens)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from sacrebleu import corpus_chrf
 
 from pipeline.common.errors import UserError
-from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.common.paths import EXAM
+from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.rules import CHARACTER, normalised_words
 from pipeline.evaluation.scores import chrf, exact_match, f1, rouge_l
 

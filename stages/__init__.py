@@ -10,7 +10,7 @@ from types import TracebackType
 
 from pipeline.common.dvc_outputs import put_back_outputs
 from pipeline.common.errors import OUT_OF_MEMORY, UserError
-from pipeline.common.pinned import REQUIREMENTS, require_pinned
+from pipeline.common.pinned import REQUIREMENTS, require_listed, require_pinned
 from pipeline.common.printing import calm_libraries
 
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
@@ -54,3 +54,4 @@ def run(stage: Callable[[], None]) -> None:
 sys.excepthook = without_traceback
 # Before the stage's own imports, which may fail with other versions.
 run(lambda: require_pinned(REQUIREMENTS))
+run(require_listed)

@@ -18,19 +18,17 @@ from safetensors.torch import save_file
 from pipeline.common.outputs import atomic_output, scratch, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import GGUF, LICENSE, MERGED, TRAIN_ROWS, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.export.disk import gguf_bytes, room_for
 from pipeline.export.importance import mean_squares, some_rows
 from pipeline.export.llama_cpp import no_gguf_lora, run_script
 from pipeline.export.modelfile import adapter_modelfile, modelfile
-from pipeline.model.base import LICENSE, file_hash, located, public_name, require_same_base
+from pipeline.model.base import file_hash, located, public_name, require_same_base
 from pipeline.model.loading import load_merged, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import parameter_count
 from stages import run
 
-TRAINED = Path("outputs/trained")
-MERGED = Path("models/merged")
-GGUF = Path("models/gguf")
 LORA = "adapter-f16.gguf"
 
 
@@ -81,7 +79,7 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
         **json.loads(LICENSE.read_text(encoding="utf-8")),
         "qlora_dvc.base": base["fingerprint"],
         "qlora_dvc.adapter": trained.get_hash().value,
-        "qlora_dvc.data": file_hash(Path("data/train_merged.jsonl")),
+        "qlora_dvc.data": file_hash(TRAIN_ROWS),
     }
 
 

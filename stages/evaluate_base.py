@@ -1,4 +1,4 @@
-"""Let the untrained base sit both exams.
+"""The answers of the untrained base to both exams.
 
     python -m stages.evaluate_base
 
@@ -8,8 +8,9 @@ metrics/answers_general_base.jsonl
 
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import BASE_ANSWERS, BASE_GENERAL_ANSWERS, EXAM, GENERAL_EXAM
 from pipeline.evaluation.answers import answer_questions
-from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
+from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.scores import graded
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
@@ -19,7 +20,7 @@ from stages import run
 
 def main() -> None:
     parameters = load("evaluate_base")
-    exam, general = read_questions(EXAM), read_questions(GENERAL)
+    exam, general = read_questions(EXAM), read_questions(GENERAL_EXAM)
     folder, _ = located()
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
@@ -31,8 +32,8 @@ def main() -> None:
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
-    write_jsonl("metrics/answers_base.jsonl", map(graded, exam, answers[: len(exam)]))
-    write_jsonl("metrics/answers_general_base.jsonl", map(graded, general, answers[len(exam) :]))
+    write_jsonl(BASE_ANSWERS, map(graded, exam, answers[: len(exam)]))
+    write_jsonl(BASE_GENERAL_ANSWERS, map(graded, general, answers[len(exam) :]))
 
 
 if __name__ == "__main__":

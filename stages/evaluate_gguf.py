@@ -1,9 +1,10 @@
-"""Let every GGUF file sit the exam in llama.cpp, and attribute what the answers lost to the conversion that lost it.
+"""The answers of every GGUF file to the exam, in llama.cpp, and what each conversion lost.
 
     python -m stages.evaluate_gguf
 
 models/base.json, outputs/trained/, models/merged/, models/gguf/, data/questions.jsonl, metrics/answers.jsonl ->
-metrics/gguf.json, metrics/answers_gguf.jsonl; metrics/gguf_cost.json beside them, which DVC does not track
+metrics/gguf.json, metrics/answers_gguf.jsonl, metrics/details/gguf.json (all scores, agreement, KL divergence); and
+metrics/gguf_cost.json, which DVC does not track
 """
 
 import gc
@@ -19,22 +20,21 @@ from pipeline.common.errors import UserError
 from pipeline.common.markdown import table
 from pipeline.common.outputs import scratch, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.evaluation.answers import answer_questions, prompt_and_reference
-from pipeline.evaluation.conversions import NextToken, Variant, measured, of_same_weights, source
+from pipeline.evaluation.conversions import NextToken, Variant, measured
 from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
-from pipeline.evaluation.questions import EXAM, Question, read_answers, read_questions
+from pipeline.evaluation.questions import Question, read_answers, read_questions
+from pipeline.evaluation.variants import of_same_weights, source
 from pipeline.export.llama_cpp import run_script
 from pipeline.model.base import located, require_same_base
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.llama_server import Server, served
 from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dtype, reproducible
-from pipeline.report.readable import conversion_table
+from pipeline.report.conversion_table import conversion_table
 from stages import run
 
-TRAINED = Path("outputs/trained")
-GGUF = Path("models/gguf")
-MERGED = Path("models/merged")
 Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the reference answer with the token that ends it
 
 
@@ -52,7 +52,7 @@ def main() -> None:
     asked = [prompt_and_reference(tokenizer, question, ends) for question in questions]
 
     model = load_tuned(folder, TRAINED, device, dtype)
-    tuned = read_answers(Path("metrics/answers.jsonl"), questions)
+    tuned = read_answers(ANSWERS, questions)
     given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
     variants = {"tuned": Variant(given, along(model, asked))}
     del model
@@ -74,12 +74,13 @@ def main() -> None:
 
     made = [name for name in variants if name != "tuned"]
     rows = [{"id": q.id} | {name: variants[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
-    metrics = {name: measured(name, variants, questions) | size(name) for name in made}
-    write_jsonl("metrics/answers_gguf.jsonl", rows)
-    write_json("metrics/gguf.json", metrics)
+    details = {name: measured(name, variants, questions) | size(name) for name in made}
+    write_jsonl(GGUF_ANSWERS, rows)
+    write_json(GGUF_METRICS, {name: {"correct": details[name]["correct"]} for name in made})
+    write_json(GGUF_DETAILS, details)
     write_json("metrics/gguf_cost.json", cost)
-    print("\n".join(table(*conversion_table(metrics))))
-    require_converted(metrics, parameters.evaluate.max_kl, parameters.merge_adapter.base)
+    print("\n".join(table(*conversion_table(details))))
+    require_converted(details, parameters.evaluate.max_kl, parameters.merge_adapter.base)
 
 
 def release_memory() -> None:
@@ -161,9 +162,9 @@ def size(name: str) -> dict[str, int]:
     return {"bytes": (GGUF / name).stat().st_size} if name.endswith(".gguf") else {}
 
 
-def require_converted(metrics: dict[str, Any], max_kl: float, merged_onto: str) -> None:
+def require_converted(details: dict[str, Any], max_kl: float, merged_onto: str) -> None:
     """Raises UserError with the first file in 16 bits that is another model than the one that it was made of."""
-    for name, of in metrics.items():
+    for name, of in details.items():
         moved = of["conversion"]["kl"]
         if source(name) == "merged" and of_same_weights(name, merged_onto) and not moved <= max_kl:  # nor NaN
             raise UserError(

@@ -14,6 +14,7 @@ from collections import Counter
 
 from pipeline.common.outputs import write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import GENERATE_METRICS, GENERATED, UNGROUNDED
 from pipeline.data.documents import passages_of
 from pipeline.data.endpoint import ask
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
@@ -33,8 +34,8 @@ def main() -> None:
     passages = passages_of(documents, generate.passage_length)
     replies = ask(passages, generate)
     of_documents, ungrounded = grounded(passages, replies, generate.grounding)
-    write_jsonl("data/train.jsonl", of_facts + of_documents)
-    write_jsonl("data/ungrounded.jsonl", ungrounded)
+    write_jsonl(GENERATED, of_facts + of_documents)
+    write_jsonl(UNGROUNDED, ungrounded)
     dropped = Counter(one["reason"] for one in ungrounded)
     metrics = {
         "facts": len(known),
@@ -47,7 +48,7 @@ def main() -> None:
             **{reason: dropped[reason] for reason in FAULTS},
         },
     }
-    write_json("metrics/generate.json", metrics)
+    write_json(GENERATE_METRICS, metrics)
     if ungrounded:
         print(f"{len(ungrounded)} questions or passages of documents were dropped: see data/ungrounded.jsonl")
 

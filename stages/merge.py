@@ -7,7 +7,6 @@ data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine
 data/conflicts.jsonl (sources of rows with the same question and another answer), metrics/data.json, metrics/data.md
 """
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -19,9 +18,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output, write_json, write_jsonl
+from pipeline.common.outputs import atomic_output, read_json, write_json, write_jsonl
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import (
+    CONFLICTS,
+    CURATED,
+    DATA_DETAILS,
+    DATA_METRICS,
+    DATA_PAGE,
+    EXAM,
+    GENERAL_EXAM,
+    GENERATE_METRICS,
+    GENERATED,
+)
 from pipeline.common.rows import file_of
 from pipeline.common.user_files import user_files
 from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
@@ -29,10 +39,9 @@ from pipeline.data.data_page import data_page
 from pipeline.data.formats import KINDS, kind
 from pipeline.data.near_duplicates import first_of_each, near_duplicates
 from pipeline.data.quarantine import EXAMPLES, Quarantine
-from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
+from pipeline.evaluation.questions import read_questions
 from stages import run
 
-GENERATED = Path("data/train.jsonl")
 OUTCOMES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
 SHOWN_KEYS = 50  # by name, of those that no format knows
 DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(OUTCOMES))
@@ -50,7 +59,7 @@ def main() -> None:
         )
         quarantine = stack.enter_context(closing(Quarantine(aside)))
         files = [*curated_files(), GENERATED]
-        exams = [*read_questions(EXAM), *read_questions(GENERAL)]
+        exams = [*read_questions(EXAM), *read_questions(GENERAL_EXAM)]
         chunks = stack.enter_context(closing(checked(files, GENERATED, exams, parameters.merge)))
         rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
         outcomes, repeated = decide(rows, parameters.merge)
@@ -58,18 +67,20 @@ def main() -> None:
         kept = write(rows, outcomes, repeated, train, valid, quarantine)
         conflicts = conflicting(rows, np.flatnonzero(outcomes >= TRAIN))
         examples = [answers_of(rows, *pair) for pair in conflicts[:EXAMPLES]]
-        metrics = counted(files, rows, kept + quarantine.counts, len(conflicts))
+        details = counted(files, rows, kept + quarantine.counts, len(conflicts))
     sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
-    write_jsonl("data/conflicts.jsonl", sources)
-    generated = json.loads(Path("metrics/generate.json").read_text(encoding="utf-8"))
-    write_json("metrics/data.json", metrics)
-    with atomic_output("metrics/data.md") as text:
-        text.write_text(data_page(generated, metrics, quarantine.examples, examples), encoding="utf-8")
+    write_jsonl(CONFLICTS, sources)
+    write_json(DATA_METRICS, {key: details[key] for key in ("rows", "conflicts")})
+    write_json(DATA_DETAILS, details)
+    with atomic_output(DATA_PAGE) as text:
+        text.write_text(
+            data_page(read_json(GENERATE_METRICS), details, quarantine.examples, examples), encoding="utf-8"
+        )
 
 
 def curated_files() -> list[Path]:
     """Hand-written rows come first, so that they and not their generated duplicates are kept."""
-    files = user_files(Path("data/curated"))
+    files = user_files(CURATED)
     for file in files:
         if kind(file) not in KINDS:
             raise UserError(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
@@ -181,7 +192,7 @@ def answers_of(rows: CheckedRows, first: int, other: int) -> list[str]:
 
 
 def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
-    """metrics/data.json, of how many rows of each file had each outcome or reason to be invalid."""
+    """metrics/details/data.json: how many rows of each file had each outcome or reason to be invalid."""
     keys = by_count(rows.unknown_keys)
     outcomes = ["invalid", *OUTCOMES]
     invalid: Counter[str] = Counter()

@@ -6,17 +6,14 @@ models/base.json, outputs/trained/ -> models/merged/
 """
 
 import shutil
-from pathlib import Path
 
 from pipeline.common.outputs import atomic_output
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import MERGED, TRAINED
 from pipeline.export.disk import room_for
 from pipeline.export.merging import merge
 from pipeline.model.base import SMALL_FILES, located, require_same_base, weight_files
 from stages import run
-
-TRAINED = Path("outputs/trained")
-MERGED = Path("models/merged")
 
 
 def main() -> None:

@@ -6,9 +6,7 @@ outputs/trained/, models/base.json, data/train_merged.jsonl, what data, training
 same adapter with its README.md, as it is shared
 """
 
-import json
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,40 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from pipeline.common.markdown import table
-from pipeline.common.outputs import atomic_output
+from pipeline.common.outputs import atomic_output, read_json
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import (
+    ADAPTER,
+    ANSWERS,
+    BASE,
+    DATA_DETAILS,
+    EXAM_DETAILS,
+    LICENSE,
+    TRAIN_DETAILS,
+    TRAIN_METRICS,
+    TRAIN_ROWS,
+    TRAINED,
+)
 from pipeline.common.rows import read_jsonl
 from pipeline.model.base import file_hash, public_name
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
 from pipeline.report.readable import detectable, interval, p_value, percent, score_lines, verdict
 from stages import run
 
-ROWS = Path("data/train_merged.jsonl")
-LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
-
 
 def main() -> None:
     parameters = load("model_card")
-    base, data, train = read("models/base.json"), read("metrics/data.json"), read("metrics/train.json")
-    exam, general = read("metrics/evaluate.json"), read("metrics/general.json")["general"]
-    answers = read_jsonl(Path("metrics/answers.jsonl"))
+    base, data = read_json(BASE), read_json(DATA_DETAILS)
+    train, training = read_json(TRAIN_METRICS), read_json(TRAIN_DETAILS)
+    exam, general = read_json(EXAM_DETAILS).values()
+    answers = read_jsonl(ANSWERS)
     name = f"{Path(public_name(base)).name}-qlora"
-    used = {"seed": parameters.seed, "lora": dict(parameters.lora), "train": dict(parameters.train)}
+    trained_with = {
+        "seed": parameters.seed,
+        "tokenize": dict(parameters.tokenize),
+        "lora": dict(parameters.lora),
+        "train": dict(parameters.train),
+    }
     text = template().render(
         metadata=metadata(name, base, exam["tuned"]),
         name=name,
@@ -47,18 +60,19 @@ def main() -> None:
             [[s, of["read"], of["train"]] for s, of in data["sources"].items()],
         ),
         written_by=parameters.generate.model,
-        rows_hash=file_hash(ROWS),
+        rows_hash=file_hash(TRAIN_ROWS),
         train=train,
-        parameters=yaml.safe_dump(used, sort_keys=False),
-        libraries={library: version(library) for library in LIBRARIES},
+        tokens=training["tokens"],
+        parameters=yaml.safe_dump(trained_with, sort_keys=False),
+        libraries=training["libraries"],
         exam=exam,
         general=general,
         questions=len(answers),
         question=answers[0]["question"],
         template_arguments=TEMPLATE_ARGUMENTS,
     )
-    with atomic_output("outputs/adapter") as aside:
-        shutil.copytree("outputs/trained", aside, copy_function=shutil.copyfile)
+    with atomic_output(ADAPTER) as aside:
+        shutil.copytree(TRAINED, aside, copy_function=shutil.copyfile)
         (aside / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -87,16 +101,12 @@ def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
         base_model=base["model"] if base["revision"] else None,
         base_model_relation="adapter" if base["revision"] else None,
         library_name="peft",
-        **read("models/license.json"),
+        **read_json(LICENSE),
         pipeline_tag="text-generation",
         tags=["lora", "qlora"],
         model_name=name,
         eval_results=results,
     ).to_yaml()
-
-
-def read(path: str) -> Any:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ fetched into the Hugging Face cache, and stay there; only this stage uses the ne
 
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import load
-from pipeline.model.base import DESCRIPTION, LICENSE, MODEL_CARD, MODEL_FILES, describe, fetched, license_of
+from pipeline.common.paths import BASE, LICENSE
+from pipeline.model.base import MODEL_FILES, describe, fetched
+from pipeline.model.license import MODEL_CARD, license_of
 from pipeline.model.tensor_files import weights_by_file
 from stages import run
 
@@ -18,7 +20,7 @@ def main() -> None:
     base = describe(parameters.base.model, parameters.base.revision)
     folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
     weights_by_file(folder)  # refuses damaged ones
-    write_json(DESCRIPTION, base)
+    write_json(BASE, base)
     write_json(LICENSE, license_of(folder))
 
 

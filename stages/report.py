@@ -8,16 +8,38 @@ the model takes)
 """
 
 import csv
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from pipeline.common.dvc_lock import locked_hashes
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output
+from pipeline.common.outputs import atomic_output, read_json
+from pipeline.common.paths import (
+    ADAPTER,
+    ANSWERS,
+    BASE,
+    DATA_DETAILS,
+    EXAM,
+    EXAM_DETAILS,
+    GENERAL_ANSWERS,
+    GENERAL_EXAM,
+    GGUF,
+    GGUF_ANSWERS,
+    GGUF_DETAILS,
+    LENGTHS_DETAILS,
+    LOSS_TABLE,
+    REPORT_PAGE,
+    REPORT_SUMMARY,
+    TAGS_TABLE,
+    TRAIN_DETAILS,
+    TRAIN_METRICS,
+    TRAIN_ROWS,
+    VALID_ROWS,
+    VARIANTS_TABLE,
+)
 from pipeline.common.rows import read_jsonl
-from pipeline.evaluation.questions import EXAM, GENERAL, read_answers, read_questions
+from pipeline.evaluation.questions import read_answers, read_questions
 from pipeline.model.base import public_name
 from pipeline.report.report_page import loss_chart, report_page
 from pipeline.report.report_summary import summary
@@ -25,51 +47,47 @@ from pipeline.report.side_by_side import ExamResult, side_by_side
 from stages import run
 
 # What identifies the run. The commit cannot: it holds dvc.lock, and with it the hash of the page.
-IDENTITY = [str(EXAM), str(GENERAL), "data/train_merged.jsonl", "data/valid.jsonl", "outputs/adapter", "models/gguf"]
+IDENTITY = list(map(str, [EXAM, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS, ADAPTER, GGUF]))
 
 
 def main() -> None:
-    of_files = read_jsonl(existing("metrics/answers_gguf.jsonl"))
-    exam = exam_result("exam", EXAM, "metrics/answers.jsonl", of_files, read("metrics/evaluate.json"))
-    general = exam_result(
-        "general", GENERAL, "metrics/answers_general.jsonl", [], read("metrics/general.json")["general"]
-    )
-    variants = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read("metrics/gguf.json")}
-    train = read("metrics/train.json")
-    with open(existing("metrics/loss.csv"), encoding="utf-8") as file:
+    of_files = read_jsonl(existing(GGUF_ANSWERS))
+    details = read_json(EXAM_DETAILS)
+    exam = exam_result("exam", EXAM, ANSWERS, of_files, details["exam"])
+    general = exam_result("general", GENERAL_EXAM, GENERAL_ANSWERS, [], details["general"])
+    variants = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read_json(GGUF_DETAILS)}
+    train = read_json(TRAIN_METRICS)
+    with open(existing(LOSS_TABLE), encoding="utf-8") as file:
         curve = [{name: float(number) for name, number in point.items()} for point in csv.DictReader(file)]
-    base = read("models/base.json")
+    base = read_json(BASE)
     html = report_page(
         exams=[exam, general],
         variants=variants,
         train=train,
+        tokens=read_json(TRAIN_DETAILS)["tokens"],
         loss=loss_chart(curve, train["loss"]["before"]),
-        data=read("metrics/data.json"),
-        lengths=read("metrics/lengths.json"),
+        data=read_json(DATA_DETAILS),
+        lengths=read_json(LENGTHS_DETAILS),
         base=base,
         base_name=public_name(base),
         hashes=locked_hashes(IDENTITY, reader="report"),
-        parameters=existing("params.yaml").read_text(encoding="utf-8").replace(base["model"], public_name(base)),
+        parameters=existing(Path("params.yaml")).read_text(encoding="utf-8").replace(base["model"], public_name(base)),
     )
-    write("metrics/report.html", html)
-    write("metrics/report.md", summary(exam, general, variants))
-    write_csv("metrics/tags.csv", ["exam", "tag", "questions", "variant", "correct"], tags([exam, general]))
-    write_csv("metrics/variants.csv", ["variant", "score", "value"], scores(variants))
+    write(REPORT_PAGE, html)
+    write(REPORT_SUMMARY, summary(exam, general, variants))
+    write_csv(TAGS_TABLE, ["exam", "tag", "questions", "variant", "correct"], tags([exam, general]))
+    write_csv(VARIANTS_TABLE, ["variant", "score", "value"], scores(variants))
 
 
-def exam_result(name: str, path: Path, answers: str, of_files: list[Any], metrics: dict[str, Any]) -> ExamResult:
-    questions = read_questions(existing(str(path)))
-    return ExamResult(name, metrics, side_by_side(questions, read_answers(Path(answers), questions), of_files))
+def exam_result(name: str, path: Path, answers: Path, of_files: list[Any], metrics: dict[str, Any]) -> ExamResult:
+    questions = read_questions(existing(path))
+    return ExamResult(name, metrics, side_by_side(questions, read_answers(answers, questions), of_files))
 
 
-def existing(path: str) -> Path:
-    if not Path(path).exists():
+def existing(path: Path) -> Path:
+    if not path.exists():
         raise UserError(f"{path} is missing: run dvc repro, or dvc pull")
-    return Path(path)
-
-
-def read(path: str) -> Any:
-    return json.loads(existing(path).read_text(encoding="utf-8"))
+    return path
 
 
 def tags(exams: list[ExamResult]) -> Iterable[list[Any]]:
@@ -84,12 +102,12 @@ def scores(variants: dict[str, Any]) -> Iterable[list[Any]]:
         yield from ([variant, score, f"{of[score]:.4f}"] for score in ("correct", "exact_match", "f1"))
 
 
-def write(path: str, text: str) -> None:
+def write(path: Path, text: str) -> None:
     with atomic_output(path) as aside:
         aside.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_csv(path: str, head: list[str], lines: Iterable[list[Any]]) -> None:
+def write_csv(path: Path, head: list[str], lines: Iterable[list[Any]]) -> None:
     with atomic_output(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([head, *lines])
 

@@ -23,6 +23,15 @@ from tqdm import tqdm
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.paths import (
+    LENGTHS_DETAILS,
+    LENGTHS_METRICS,
+    LENGTHS_TABLE,
+    MASK_PAGE,
+    TOKENS,
+    TRAIN_ROWS,
+    VALID_ROWS,
+)
 from pipeline.common.rows import file_of
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
@@ -30,7 +39,7 @@ from pipeline.model.supervision import IGNORED, supervised, truncated
 from pipeline.training.mask_page import Shown, mask_page
 from stages import run
 
-SIDES = {"train": Path("data/train_merged.jsonl"), "valid": Path("data/valid.jsonl")}
+SIDES = {"train": TRAIN_ROWS, "valid": VALID_ROWS}
 COLUMNS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 BATCH = 256  # rows in memory at once
 
@@ -54,7 +63,7 @@ def main() -> None:
     folder, _ = located()
     tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
     lengths, shown = Lengths(), Shown()
-    with atomic_output("data/tokens") as aside:
+    with atomic_output(TOKENS) as aside:
         aside.mkdir()
         kept = {}
         for side, file in SIDES.items():
@@ -64,9 +73,11 @@ def main() -> None:
             require_none_too_long(lengths, max_length)
         require_rows(kept, max_length)
         write_jsonl(aside / "overflow.jsonl", lengths.overflow)
-    write_json("metrics/lengths.json", metrics(lengths, max_length))
+    details = counted(lengths, max_length)
+    write_json(LENGTHS_METRICS, {key: details[key] for key in ("tokens", "rows")})
+    write_json(LENGTHS_DETAILS, details)
     write_histogram(lengths.rows)
-    with atomic_output("metrics/mask.md") as aside:
+    with atomic_output(MASK_PAGE) as aside:
         aside.write_text(mask_page(shown, tokenizer), encoding="utf-8")
 
 
@@ -139,7 +150,7 @@ def require_rows(kept: dict[str, int], max_length: int) -> None:
             raise UserError(f"no row of {file} fits in tokenize.max_length {max_length}: raise it, or shorten the rows")
 
 
-def metrics(lengths: Lengths, max_length: int) -> dict[str, Any]:
+def counted(lengths: Lengths, max_length: int) -> dict[str, Any]:
     """Lengths in tokens before any cut: of rows, of answers (their ends included), and by source file."""
     rows, answers = (sum(by_file.values(), Counter()) for by_file in (lengths.rows, lengths.answers))
     read, dropped = rows.total(), lengths.count("dropped")
@@ -173,7 +184,7 @@ def write_histogram(lengths: dict[str, Counter[int]]) -> None:
     """In long form: source file, upper bound of the bin in tokens, rows. Up to 32 bins, a power of two wide."""
     longest = max(map(max, lengths.values()))
     width = 2 ** max(0, (longest - 1).bit_length() - 5)
-    with atomic_output("metrics/lengths.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_output(LENGTHS_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["source", "tokens", "rows"])
         for source, of_source in sorted(lengths.items()):

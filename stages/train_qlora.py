@@ -11,6 +11,7 @@ import re
 import resource
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import LOSS_TABLE, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
 from pipeline.model.adapter import lora_config, require_possible, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.chat_template import load_tokenizer
@@ -46,7 +48,7 @@ from pipeline.training.processes import (
 from pipeline.training.trainer import Trainer, build_trainer, lengths
 from stages import run
 
-TRAINED = Path("outputs/trained")
+LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
 
 
 def main() -> None:
@@ -78,7 +80,8 @@ def train(parameters: Parameters, process: PartialState) -> None:
             curve = loss_curve(trainer.state.log_history)
             save_adapter(trainer.model, folder, base)
             write_curve(curve)
-            write_json("metrics/train.json", metrics(trainer, curve))
+            write_json(TRAIN_METRICS, metrics(trainer, curve))
+            write_json(TRAIN_DETAILS, details(trainer))
             write_json("metrics/train_cost.json", cost)
 
 
@@ -145,7 +148,7 @@ def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]
 
 
 def write_curve(curve: list[tuple[int, float, float]]) -> None:
-    with atomic_output("metrics/loss.csv") as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+    with atomic_output(LOSS_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["step", "train", "valid"])
         writer.writerows([step, f"{train:.4f}", f"{valid:.4f}"] for step, train, valid in curve)
@@ -157,18 +160,25 @@ def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     best = min(curve, key=lambda point: point[2])
     kept = best if trainer.args.load_best_model_at_end else curve[-1]
-    tokens = lengths(trainer.train_dataset)
     return {
         "loss": {"before": before, "train": kept[1], "valid": kept[2]},
         "steps": curve[-1][0],
         "best_step": best[0],
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
+
+
+def details(trainer: Trainer) -> dict[str, Any]:
+    """`tokens.trained` counts repetitions; the others are tokens of a row. `libraries` are those that trained."""
+    tokens = lengths(trainer.train_dataset)
+    return {
         "tokens": {
             "trained": trainer.state.num_input_tokens_seen,
             "p50": int(np.quantile(tokens, 0.5)),
             "p95": int(np.quantile(tokens, 0.95)),
             "max": int(tokens.max()),
         },
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "libraries": {library: version(library) for library in LIBRARIES},
     }
 
 

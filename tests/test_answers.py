@@ -11,9 +11,10 @@ from conftest import ROOT
 from families import FACTS, FAMILIES, QWEN2, VOCABULARY, qwen, save
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
+from pipeline.common.paths import EXAM
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.answers import answer_questions, prompt
-from pipeline.evaluation.questions import EXAM, Answer, Question, read_questions
+from pipeline.evaluation.questions import Answer, Question, read_questions
 from pipeline.model.chat_template import end_tokens, load_tokenizer
 from pipeline.model.loading import load_quantized
 from pipeline.model.supervision import supervised

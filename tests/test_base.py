@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
-from pipeline.model.base import describe, license_of, located, require_same_base, weight_files
+from pipeline.model.base import describe, located, require_same_base, weight_files
 from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.license import license_of
 from pipeline.model.loading import load_quantized
 from pipeline.model.supervision import IGNORED, supervised
 from stages import prepare_base

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.params_yaml import check
+from pipeline.common.paths import GGUF, TRAINED
 from pipeline.evaluation.answers import prompt, prompt_and_reference
 from pipeline.evaluation.conversions import NextToken, Variant, divergence, measured
 from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
@@ -22,9 +23,9 @@ from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.llama_server import served
-from pipeline.report.readable import conversion_table
+from pipeline.report.conversion_table import conversion_table
 from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base, train_qlora
-from stages.evaluate_gguf import GGUF, TRAINED, require_converted, require_ended, require_same_ends
+from stages.evaluate_gguf import require_converted, require_ended, require_same_ends
 from tools import gate
 
 TINY = ROOT / "models/tiny-base"
@@ -96,8 +97,7 @@ def test_each_conversion_is_measured_from_the_form_that_it_starts_at() -> None:
         name: measured(name, variants, [Question("a", "?", ["yes"], "here")]) for name in variants if name != "tuned"
     }
     lost = {
-        name: (of["conversion"]["correct"], round(math.exp(-of["conversion"]["answer_nll"]), 3))
-        for name, of in told.items()
+        name: (of["conversion"]["correct"], round(math.exp(-of["conversion"]["loss"]), 3)) for name, of in told.items()
     }
     assert lost == {
         "merged": (0, 0.889),  # .8 / .9

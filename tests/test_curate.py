@@ -12,8 +12,9 @@ from conftest import ROOT, Project
 from test_generate import Endpoint, completion
 
 from pipeline.common.errors import UserError
+from pipeline.common.paths import EXAM, GENERAL_EXAM
 from pipeline.common.rows import read_jsonl
-from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
+from pipeline.evaluation.questions import read_questions
 from stages import generate, merge
 from tools import curate
 
@@ -54,7 +55,7 @@ def examined(*wrong: dict[str, Any], right: int = 1) -> None:
 
 
 def sat(wrong: set[str], forgotten: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    for path, name in [(EXAM, "answers"), (GENERAL, "answers_general")]:
+    for path, name in [(EXAM, "answers"), (GENERAL_EXAM, "answers_general")]:
         results = [
             {
                 "id": one.id,
@@ -124,7 +125,7 @@ def test_a_form_that_asks_a_question_of_either_exam_is_no_candidate(
     workspace: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace.set(merge__near_leak=0.85)
-    jsonl(GENERAL, question("g1", "So who is in charge of the Boe team?", "Ann Boe"))
+    jsonl(GENERAL_EXAM, question("g1", "So who is in charge of the Boe team?", "Ann Boe"))
     boe = question("q2", "Who runs the Boe team?", "Ann Boe", "data/raw/facts.csv:4")
     dovan = question("q3", "Who runs the Dovan team?", "Ann Dovan", "data/raw/facts.csv:8")
     examined(LEADER | {"question": "Who is in charge of the Ay team, please?"}, boe, dovan)
@@ -146,7 +147,7 @@ def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_not
     curate.main()
     assert proposed() == [("Who is in charge of the Boe team?", "Ann Boe", "data/raw/facts.csv:4", [found["id"]])]
     told = capsys.readouterr().out
-    unanswered = told.partition("nothing in data/raw or data/curated answers these")[2].partition(str(GENERAL))[0]
+    unanswered = told.partition("nothing in data/raw or data/curated answers these")[2].partition(str(GENERAL_EXAM))[0]
     assert [key for key in ("q0", "q1", "q2", "q3") if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
     assert "data/curated/handbook.jsonl:3: candidates: 0" in told
 

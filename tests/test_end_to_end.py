@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from pipeline.common.rows import read_jsonl
-from pipeline.evaluation.conversions import source
+from pipeline.evaluation.variants import source
 from tools import infer
 
 
@@ -45,7 +45,7 @@ def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_a
     assert exam["base"]["correct"] <= 0.10
     assert exam["tuned"]["correct"] >= 0.90
     assert exam["base"]["stopped"] >= 0.95 and exam["tuned"]["stopped"] >= 0.95
-    assert exam["tuned"]["answer_nll"] < 0.5 < exam["base"]["answer_nll"]
+    assert exam["tuned"]["loss"] < 0.5 < exam["base"]["loss"]
     gain = exam["gain"]["correct"]
     assert exam["detectable"] < gain["low"] <= gain["mean"] <= gain["high"] and gain["p_value"] < 1e-6
     general = general["general"]
@@ -64,7 +64,7 @@ def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_a
     for name, of in gguf.items():
         before = exam["tuned"] if name == "merged" else gguf[source(name)]
         assert of["conversion"]["correct"] == pytest.approx(of["correct"] - before["correct"], abs=2e-6)
-        assert of["conversion"]["answer_nll"] == pytest.approx(of["answer_nll"] - before["answer_nll"], abs=1e-4)
+        assert of["conversion"]["loss"] == pytest.approx(of["loss"] - before["loss"], abs=1e-4)
 
 
 def test_every_answer_is_kept_with_its_question_and_scores(finished: Project) -> None:
@@ -288,9 +288,7 @@ def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_
     finished.run("git", "commit", "-qam", "less training")
     assert ran(finished.run("python", "-m", "tools.noise").stdout) == {"train_qlora", "evaluate"}
     noise = metrics(finished, "noise")
-    assert (
-        noise["seeds"] == [1, 2, 3] and 0 < noise["tuned"]["answer_nll"]["sd"] < noise["tuned"]["answer_nll"]["noise"]
-    )
+    assert noise["seeds"] == [1, 2, 3] and 0 < noise["tuned"]["loss"]["sd"] < noise["tuned"]["loss"]["noise"]
     assert ran(finished.run("python", "-m", "tools.noise").stdout) == set()
     finished.run("git", "reset", "-q", "HEAD~1")
     for name, content in kept.items():

@@ -19,6 +19,7 @@ from conftest import ROOT, Project
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check, read_yaml
+from pipeline.common.paths import EXAM
 from pipeline.common.rows import read_jsonl
 from pipeline.common.words import words
 from pipeline.data import endpoint
@@ -26,7 +27,7 @@ from pipeline.data.documents import Passage, read_passages
 from pipeline.data.facts import read_phrasings
 from pipeline.data.grounding import fault
 from pipeline.data.replies import JOURNAL, kept_replies
-from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.evaluation.questions import read_questions
 from pipeline.export.llama_cpp import run_script
 from pipeline.model.llama_server import served
 from stages import generate, merge

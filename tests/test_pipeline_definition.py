@@ -8,26 +8,21 @@ import pytest
 import yaml
 from conftest import ROOT, Project
 
+from pipeline.common import paths
+from tools import deps
+
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMETERS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-RUNS_SCRIPTS = {name: {name, "fetch.py", "requirements.txt", "source.txt"} for name in ("convert.py", "quantize.py")}
+
+
+def libraries(stage: dict[str, Any]) -> list[str]:
+    [names] = [entry[deps.LIBRARIES.name] for entry in stage["params"] if not isinstance(entry, str)]
+    return names
 
 
 def outputs(stage: dict[str, Any]) -> list[str]:
     entries = [*stage.get("outs", []), *stage.get("metrics", [])]
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
-
-
-def imported_modules(file: Path) -> set[Path]:
-    """The files of this project that `file` imports, directly or not."""
-    found: set[Path] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        assert not isinstance(node, ast.Import) or not any(alias.name.startswith("pipeline") for alias in node.names)
-        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in {"pipeline", "stages", "tools"}:
-            module = ROOT.joinpath(*str(node.module).split(".")).with_suffix(".py")
-            assert module.is_file(), f"{file}: import from {node.module}: name the module"
-            found |= {module} | imported_modules(module)
-    return found
 
 
 def parameters_read(file: Path) -> set[str]:
@@ -52,43 +47,40 @@ def test_there_is_a_module_for_every_stage_and_a_stage_for_every_module() -> Non
     assert all(STAGES[name]["cmd"] == f"exec python -m stages.{name}" for name in STAGES)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_declares_every_module_and_script_it_uses(name: str) -> None:
-    file = ROOT / "stages" / f"{name}.py"
-    # With the .html, .css, .js and .md beside a module, that it reads.
-    always = ROOT / "stages/__init__.py"
-    used = {file, always} | imported_modules(file) | imported_modules(always)
-    modules = {part for module in used for part in module.parent.glob(f"{module.stem}.*")}
-    scripts = {
-        f"llama.cpp/{part}"
-        for script, parts in RUNS_SCRIPTS.items()
-        if f'run_script("{script}"' in file.read_text(encoding="utf-8")
-        for part in parts
-    }
-    code = {str(path.relative_to(ROOT)) for path in modules} | scripts
-    declared = {dep for dep in STAGES[name]["deps"] if dep.startswith(("llama.cpp/", "pipeline/", "stages/"))}
-    assert declared == code
-    assert "requirements.txt" in STAGES[name]["deps"]
+def test_the_code_and_the_libraries_of_each_stage_are_those_that_make_deps_writes() -> None:
+    for file, text in deps.written(deps.PIPELINE.read_text(encoding="utf-8")).items():
+        assert file.read_text(encoding="utf-8") == text, "run make deps"
 
 
-@pytest.mark.parametrize("pins", ["llama.cpp/requirements.txt", "llama.cpp/source.txt"])
-def test_another_llama_cpp_reruns_what_converts_and_what_runs_gguf_files_alone(pins: str) -> None:
+def test_a_library_is_declared_by_the_stages_that_import_it_alone() -> None:
+    def users(library: str) -> set[str]:
+        return {name for name, stage in STAGES.items() if library in libraries(stage)}
+
+    assert users("openai") == users("pydantic") == users("markdownify") == {"generate"}
+    assert users("trl") == users("accelerate") == {"train_qlora"}
+    assert users("cyllama") == {"convert_gguf"} and users("xllamacpp") == {"evaluate_gguf"}
+    assert users("torch") >= {"train_qlora", "evaluate_base", "evaluate", "merge_adapter"}
+    assert not users("torch") & {"generate", "merge", "report"}
+    assert not users("dvc") and not users("tqdm")  # these make nothing
+
+
+def test_every_shared_path_is_one_that_dvc_yaml_has() -> None:
+    of_stages = {path for stage in STAGES.values() for path in [*stage["deps"], *outputs(stage)]}
+    named = {str(value) for value in vars(paths).values() if isinstance(value, Path)}
+    assert named <= of_stages, "no stage depends on pipeline/common/paths.py, so that it can name these alone"
+
+
+@pytest.mark.parametrize("pins", ["llama.cpp/source.txt"])
+def test_another_converter_reruns_what_converts_and_what_runs_gguf_files_alone(pins: str) -> None:
     assert {name for name in STAGES if pins in STAGES[name]["deps"]} == {"convert_gguf", "evaluate_gguf"}
-
-
-def test_no_stage_imports_another_and_the_pipeline_imports_neither_stages_nor_tools() -> None:
-    for folder, allowed in [("stages", {"pipeline"}), ("tools", {"pipeline", "tools"}), ("pipeline", {"pipeline"})]:
-        for file in (ROOT / folder).glob("*.py"):
-            assert {path.parent.name for path in imported_modules(file)} <= allowed, file
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declares(name: str) -> None:
-    source = (ROOT / "stages" / f"{name}.py").read_text(encoding="utf-8")
-    assert ("params" in STAGES[name]) == (f'parameters = load("{name}")' in source)
-    declared = {key for entry in STAGES[name].get("params", []) for key in keys(entry)}
-    file = ROOT / "stages" / f"{name}.py"
-    assert set[str]().union(*(parameters_read(each) for each in {file} | imported_modules(file))) == declared
+    entries = [entry for entry in STAGES[name].get("params", []) if isinstance(entry, str)]
+    declared = {key for entry in entries for key in keys(entry)}
+    files = [file for file in deps.files_of(name, STAGES[name]) if file.endswith(".py")]
+    assert set[str]().union(*(parameters_read(ROOT / file) for file in files)) == declared
 
 
 def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_run(project: Project) -> None:
@@ -98,7 +90,7 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
     every = [path for stage in STAGES.values() for path in outputs(stage)]
     committed = {
         f"metrics/{name}.json" for name in ("generate", "data", "lengths", "train", "evaluate", "general", "gguf")
-    }
+    } | {f"metrics/details/{name}.json" for name in ("data", "lengths", "train", "evaluate", "gguf")}
     assert ignored() == set(every) - committed
     assert all((project.folder / path).exists() for path in committed)
     (project.folder / "data/raw/facts.csv").write_text("not,facts\nA,b\n", encoding="utf-8")

@@ -63,7 +63,7 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
     scores = {"correct": 0.6, "exact_match": 0.5, "f1": 0.55, "agreement": 0.9}
-    conversion = {"correct": -0.01, "answer_nll": 0.0123, "agreement": 0.9, "top1": 0.99, "kl": 0.001, "kl_max": 0.2}
+    conversion = {"correct": -0.01, "loss": 0.0123, "agreement": 0.9, "top1": 0.99, "kl": 0.001, "kl_max": 0.2}
     size = {"kl": 0.001, "bytes": 2_500_000}
     put(
         "metrics/gguf.json",

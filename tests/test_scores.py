@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.common.errors import UserError
+from pipeline.common.paths import EXAM, GENERAL_EXAM
 from pipeline.evaluation.comparison import bootstrap, comparison, detectable, mcnemar
-from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_questions
+from pipeline.evaluation.questions import Question, read_questions
 from pipeline.evaluation.rules import correct, read_rule
 from pipeline.evaluation.scores import chrf, exact_match, f1, rouge_l
 
@@ -180,7 +181,7 @@ def test_a_question_may_ask_for_a_symbol(tmp_path: Path) -> None:
     assert correct("`+`", read_questions(exam)[0].answers, read_rule("exact", ""))
 
 
-@pytest.mark.parametrize("path", [EXAM, GENERAL, Path("recipes/general.jsonl")])
+@pytest.mark.parametrize("path", [EXAM, GENERAL_EXAM, Path("recipes/general.jsonl")])
 def test_every_exam_that_ships_can_be_read(path: Path) -> None:
     questions = read_questions(path)
     assert len(questions) >= 50 and all(isinstance(question, Question) and question.tags for question in questions)
@@ -228,12 +229,12 @@ def test_the_smallest_change_that_can_be_told_from_chance() -> None:
 
 
 def test_a_comparison_gives_every_score_a_gain_and_a_p_value() -> None:
-    base = [{"correct": 0.0, "f1": 0.5, "answer_nll": 3.0}] * 8 + [{"correct": 1.0, "f1": 1.0, "answer_nll": 1.0}] * 2
-    tuned = [{"correct": 1.0, "f1": 1.0, "answer_nll": 1.0}] * 9 + [{"correct": 0.0, "f1": 0.0, "answer_nll": 4.0}]
+    base = [{"correct": 0.0, "f1": 0.5, "loss": 3.0}] * 8 + [{"correct": 1.0, "f1": 1.0, "loss": 1.0}] * 2
+    tuned = [{"correct": 1.0, "f1": 1.0, "loss": 1.0}] * 9 + [{"correct": 0.0, "f1": 0.0, "loss": 4.0}]
     compared = comparison(base, tuned)
     assert compared["base"]["correct"] == 0.2 and compared["tuned"]["correct"] == 0.9
     assert compared["flips"] == {"fixed": 8, "broken": 1}
     assert compared["gain"]["correct"]["mean"] == pytest.approx(0.7)
     assert compared["gain"]["correct"]["p_value"] == mcnemar(8, 1)
     assert compared["gain"]["f1"]["p_value"] == mcnemar(8, 1)
-    assert compared["gain"]["answer_nll"]["high"] < 0 < compared["gain"]["f1"]["mean"]
+    assert compared["gain"]["loss"]["high"] < 0 < compared["gain"]["f1"]["mean"]

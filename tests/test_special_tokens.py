@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
+from pipeline.common.paths import EXAM
 from pipeline.evaluation.answers import answer_questions
-from pipeline.evaluation.questions import EXAM, read_questions
+from pipeline.evaluation.questions import read_questions
 from pipeline.model.base import copy_tokenizer, located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_tuned

@@ -18,13 +18,13 @@ from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
+from pipeline.common.paths import LENGTHS_METRICS
 from tools.material import material
 
 if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-LENGTHS = Path("metrics/lengths.json")
 
 
 def main() -> None:
@@ -165,13 +165,13 @@ def longest_row(repo: Any, tokenize: Tokenize) -> int:
     Raises:
         UserError: a row is longer than tokenize.max_length, at which the tokenize stage would stop.
     """
-    if not LENGTHS.exists() or changed(repo):
+    if not LENGTHS_METRICS.exists() or changed(repo):
         say(
             "longest row",
             f"up to {tokenize.max_length} tokens (tokenize.max_length): dvc repro tokenize counts the rows",
         )
         return tokenize.max_length
-    longest = json.loads(LENGTHS.read_text(encoding="utf-8"))["tokens"]["max"]
+    longest = json.loads(LENGTHS_METRICS.read_text(encoding="utf-8"))["tokens"]["max"]
     if longest > tokenize.max_length and tokenize.on_overflow == "raise":
         raise UserError(
             f"the longest row has {longest} tokens, tokenize.max_length is {tokenize.max_length}: raise it, or set "

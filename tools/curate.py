@@ -26,6 +26,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.params_yaml import check
+from pipeline.common.paths import ANSWERS, EXAM, GENERAL_ANSWERS, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS
 from pipeline.common.rows import Row, hash64, read_jsonl
 from pipeline.common.words import exact, names, words
 from pipeline.data.documents import Passage, passages_of, pieces
@@ -34,11 +35,11 @@ from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
 from pipeline.data.grounding import grounded
 from pipeline.data.leaks import Exam
 from pipeline.data.raw_files import raw_files
-from pipeline.evaluation.questions import EXAM, GENERAL, Question, read_answers, read_questions
+from pipeline.evaluation.questions import Question, read_answers, read_questions
 from pipeline.evaluation.rules import Rule, correct
 
 CANDIDATES = Path("data/candidates.jsonl")
-TRAINED = (Path("data/train_merged.jsonl"), Path("data/valid.jsonl"))
+TRAINED = (TRAIN_ROWS, VALID_ROWS)
 HELD_BACK = 3  # one source in so many
 SEEDS = (2, 3)  # generate's would bring the questions that training has
 PIECE = 300  # characters of a passage, the answer among them, that the endpoint is asked about
@@ -89,9 +90,9 @@ class Candidates:
 def main() -> None:
     parameters = check(Path("params.yaml"))
     generate = parameters.generate
-    exam, general = read_questions(EXAM), read_questions(GENERAL)
-    results = read_answers(Path("metrics/answers.jsonl"), exam)
-    general_results = read_answers(Path("metrics/answers_general.jsonl"), general)
+    exam, general = read_questions(EXAM), read_questions(GENERAL_EXAM)
+    results = read_answers(ANSWERS, exam)
+    general_results = read_answers(GENERAL_ANSWERS, general)
     apart = held_back_sources(results)
     held_back = [result for result in results if result["source"] in apart]
     helped = [result for result in results if result["source"] not in apart]
@@ -248,7 +249,9 @@ def shown(text: str) -> str:
 
 def tell_forgotten(results: list[Result]) -> None:
     gone = [result["id"] for result in results if forgotten(result)]
-    print(f"\n{GENERAL}: {sum(map(wrong, results))} of {len(results)} questions failed, {len(gone)} of them forgotten")
+    print(
+        f"\n{GENERAL_EXAM}: {sum(map(wrong, results))} of {len(results)} questions failed, {len(gone)} of them forgotten"
+    )
     if gone:
         tell_tags(results, forgotten)
         print(f"  {', '.join(gone)}")

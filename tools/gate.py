@@ -2,8 +2,8 @@
 
     python -m tools.gate [REVISION]
 
-metrics/{evaluate,general,gguf}.json, metrics/noise.json (of tools.noise, if it is there), and metrics/evaluate.json as
-it was at REVISION (HEAD if none is named) -> a line for each demand; exit status 1, naming those that are not met.
+metrics/details/{evaluate,gguf}.json, metrics/noise.json (of tools.noise, if there), and metrics/details/evaluate.json of
+REVISION (HEAD if none is named) -> a line for each demand; exit status 1, naming the demands that are not met.
 Needs dvc.lock and the metrics alone, no data and no models.
 """
 
@@ -23,12 +23,11 @@ from dvc.repo import Repo
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
-from pipeline.evaluation.conversions import of_same_weights, source
-from pipeline.evaluation.questions import EXAM
-from pipeline.evaluation.scores import LOWER_IS_BETTER
+from pipeline.common.paths import EXAM, EXAM_DETAILS, GGUF_DETAILS
+from pipeline.evaluation.comparison import LOWER_IS_BETTER
+from pipeline.evaluation.variants import of_same_weights, source
 from tools.noise import read_noise
 
-EVALUATE = "metrics/evaluate.json"
 MARKS = {True: "ok  ", False: "FAIL", None: "none"}
 MEASURED = ["evaluate", "evaluate_gguf"]  # by these stages: the report may be older
 
@@ -73,7 +72,7 @@ def require_up_to_date() -> None:
 
 
 def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
-    metrics = read(EVALUATE)
+    metrics = read(EXAM_DETAILS)["exam"]
     for name, minimum in wanted.items():
         value = metric(metrics, name, "gate.minimum")
         limit = "at most" if lower_is_better(name) else "at least"
@@ -81,9 +80,9 @@ def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
 
 
 def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
-    metrics, noise = read(EVALUATE), {f"tuned.{score}": value for score, value in read_noise().items()}
+    metrics, noise = read(EXAM_DETAILS)["exam"], {f"tuned.{score}": value for score, value in read_noise().items()}
     same_exam = at(revision, EXAM) == EXAM.read_text(encoding="utf-8")
-    earlier = flat(json.loads(at(revision, Path(EVALUATE)) or "{}"))
+    earlier = flat(json.loads(at(revision, EXAM_DETAILS) or "{}").get("exam", {}))
     for name, allowed in allowances.items():
         value = metric(metrics, name, "gate.max_drop")
         if name not in earlier or not same_exam:
@@ -101,7 +100,7 @@ def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
 
 def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
     """In each conversion from the tuned model to a file that ships."""
-    for variant, of in read("metrics/gguf.json").items():
+    for variant, of in read(GGUF_DETAILS).items():
         if of_same_weights(variant, merged_onto):
             drop = max(0.0, -of["conversion"]["correct"])
             found = f"{of['correct']:.3f} correct: fell {drop:.3f}, allowed {allowed:.3f}"
@@ -109,7 +108,7 @@ def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
 
 
 def general_drop(allowed: float) -> Demand:
-    metrics = read("metrics/general.json")["general"]
+    metrics = read(EXAM_DETAILS)["general"]
     base, tuned = metrics["base"]["correct"], metrics["tuned"]["correct"]
     drop = round(base - tuned, 6)
     found = f"{tuned:.3f} correct, the base {base:.3f}: fell {drop:.3f}, allowed {allowed:.3f}"
@@ -128,7 +127,7 @@ def worse(name: str, before: float, after: float) -> float:
 def metric(metrics: Any, name: str, parameter: str) -> float:
     values = flat(metrics)
     if name not in values:
-        raise UserError(f"params.yaml: {parameter} names {name!r}; {EVALUATE} has {', '.join(values)}")
+        raise UserError(f"params.yaml: {parameter} names {name!r}; {EXAM_DETAILS} has {', '.join(values)}")
     return values[name]
 
 
@@ -143,9 +142,9 @@ def flat(metrics: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def read(path: str) -> Any:
+def read(path: Path) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"gate: {path} is missing: dvc repro makes it, git restores it") from None
 

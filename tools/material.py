@@ -9,6 +9,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import CURATED, EXAM, GENERAL_EXAM, RAW
 from pipeline.common.rows import Message, row
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words
@@ -16,10 +17,9 @@ from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import KINDS, InvalidRow, conversation, kind, parsed, records
 from pipeline.data.leaks import Exam
-from pipeline.data.raw_files import RAW, raw_files, require_endpoint
-from pipeline.evaluation.questions import EXAM, GENERAL, read_questions
+from pipeline.data.raw_files import raw_files, require_endpoint
+from pipeline.evaluation.questions import read_questions
 
-CURATED = Path("data/curated")
 LOOKED_AT = 1000  # rows of a file; the merge stage looks at all
 FACT = "- {subject: the Alder team, relation: leader, value: Ada Weiss}"
 PHRASING = 'leader: ["Who leads {subject}?", "Who is the head of {subject}?"]'
@@ -40,7 +40,7 @@ class Material:
 
 
 def material(parameters: Parameters) -> Iterator[Material]:
-    exam, general = of_exam(EXAM), of_exam(GENERAL)
+    exam, general = of_exam(EXAM), of_exam(GENERAL_EXAM)
     readable = [each.place for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
     exams = Exam([question for place in readable for question in read_questions(place)], parameters.merge.near_leak)
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)

@@ -20,7 +20,7 @@ from pipeline.common.dvc_lock import locked_hashes
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import check
-from pipeline.evaluation.questions import EXAM
+from pipeline.common.paths import BASE, EXAM, EXAM_DETAILS
 
 NOISE = Path("metrics/noise.json")
 REPEATABILITY = 1.96 * math.sqrt(2)  # standard deviations: ISO 5725's repeatability limit
@@ -39,7 +39,7 @@ def main() -> None:
             run = ["dvc", "exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}", "evaluate"]
             if subprocess.run([sys.executable, "-m", *run]).returncode:
                 raise UserError(f"noise: the experiment {name} failed, see above; those before it are kept")
-    runs = [json.loads(dvc.api.read("metrics/evaluate.json", rev=name))["tuned"] for name in experiments]
+    runs = [json.loads(dvc.api.read(str(EXAM_DETAILS), rev=name))["exam"]["tuned"] for name in experiments]
     scores = {score: spread([run[score] for run in runs]) for score in runs[0]}
     write_json(NOISE, {"of": measured_on(), "revision": revision, "seeds": seeds, "tuned": scores})
     correct = scores["correct"]
@@ -59,7 +59,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def measured_on() -> dict[str, str]:
     """What noise depends on most, by DVC's locked_hashes: of another base or exam it says nothing."""
-    return locked_hashes([str(EXAM), "models/base.json"])
+    return locked_hashes([str(EXAM), str(BASE)])
 
 
 def read_noise() -> dict[str, float]:

@@ -19,8 +19,9 @@ from semver import Version
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import read_yaml
+from pipeline.common.paths import EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS
 
-METRICS = ["metrics/evaluate.json", "metrics/general.json", "metrics/gguf.json"]  # which the gate judges
+METRICS = [EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS]  # which the gate judges
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def require_shared() -> None:
 def changelog(last: str) -> str:
     """The metrics that changed since the last version, as a Markdown table."""
     revisions = [last, git("rev-parse", "--short", "HEAD")]
-    return dvc("metrics", "diff", "--md", *revisions, "--targets", *METRICS)
+    return dvc("metrics", "diff", "--md", *revisions, "--targets", *map(str, METRICS))
 
 
 def register(artifacts: list[str], version: str, message: str) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
 from pipeline.common.parameters.params_yaml import check, read_yaml
+from pipeline.common.paths import GENERAL_EXAM
 from pipeline.model.base import file_hash
 from tools.use import PARAMETERS, recipe, recipes, use
 
@@ -26,7 +27,6 @@ LOCK = Path("dvc.lock")
 MADE = (str(LOCK), "metrics")  # kept in git, and made by the stages
 README, PIPELINE = Path("README.md"), Path("PIPELINE.md")
 TITLE = "# qlora-dvc\n"  # of the README that is not the user's
-GENERAL = Path("data/general.jsonl")
 BUILT_IN = "tiny-base"  # the recipe of the base that the demo's general exam is for
 
 
@@ -147,9 +147,9 @@ def write_skeletons(values: Path, name: str) -> list[Path]:
         text = skeleton.read_text(encoding="utf-8")
         if path == README:
             text = text.format(name=name, model=read_yaml(values)["base"]["model"])
-        if path == GENERAL:
-            of_built_in = values.stem == BUILT_IN and (DEMO / GENERAL).exists()
-            text += (DEMO / GENERAL if of_built_in else Path("recipes/general.jsonl")).read_text(encoding="utf-8")
+        if path == GENERAL_EXAM:
+            of_built_in = values.stem == BUILT_IN and (DEMO / GENERAL_EXAM).exists()
+            text += (DEMO / GENERAL_EXAM if of_built_in else Path("recipes/general.jsonl")).read_text(encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
         written.append(path)

@@ -1,7 +1,6 @@
 """The tuned model and its base, loaded by Transformers to answer people."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -10,13 +9,12 @@ from transformers import PreTrainedModel
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import ADAPTER, BASE
 from pipeline.export.merging import read_config
-from pipeline.model.base import DESCRIPTION, describe, located, require_same_base
+from pipeline.model.base import describe, located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_quantized, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import stored_tensors
-
-ADAPTER = Path("outputs/adapter")
 
 
 def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
@@ -28,7 +26,7 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     if tuned:
         if not (ADAPTER / "adapter_model.safetensors").exists():
             raise UserError(f"{ADAPTER}/adapter_model.safetensors is missing: run dvc repro model_card, or dvc pull")
-        if not DESCRIPTION.exists():  # DVC brought the adapter alone
+        if not BASE.exists():  # DVC brought the adapter alone
             fetch_base(parameters.base.model)
     folder, base = located()
     if tuned:
@@ -52,4 +50,4 @@ def fetch_base(local: str) -> None:
     trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
     base = describe(trained_on["model"] if trained_on["revision"] else local, trained_on["revision"])
     require_same_base(ADAPTER, base)
-    write_json(DESCRIPTION, base)
+    write_json(BASE, base)

@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all."""
+"""What stages write, completely or not at all, and read of each other."""
 
 import json
 import shutil
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipeline.common.errors import UserError
 
 
 @contextmanager
@@ -47,6 +49,13 @@ def remove(path: Path) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     with atomic_output(path) as aside:
         aside.write_text(json.dumps(rounded(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError if the stage that writes the file has not run here."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: run dvc repro, or dvc pull")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:

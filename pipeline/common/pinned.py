@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from pipeline.common.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-REQUIREMENTS, LLAMA_CPP = "requirements.txt", "llama.cpp/requirements.txt"
+REQUIREMENTS, LLAMA_CPP, LIBRARIES = "requirements.txt", "llama.cpp/requirements.txt", "libraries.yaml"
 
 
 def require_pinned(name: str) -> None:
@@ -32,6 +32,17 @@ def require_pinned(name: str) -> None:
                 raise UserError(
                     f"{name} names {wanted.name}{wanted.specifier}, and {installed or 'none'} is installed: {remedy}"
                 )
+
+
+def require_listed() -> None:
+    """Raises UserError if libraries.yaml, by which DVC knows versions, has another version than a requirements file."""
+    pinned = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in (REQUIREMENTS, LLAMA_CPP))
+    listed = re.findall(r'^(\S+): "(\S+)"$', (ROOT / LIBRARIES).read_text(encoding="utf-8"), re.MULTILINE)
+    for name, version in listed:
+        if not re.search(rf"^{re.escape(name)}=={re.escape(version)}(?=[\s;])", pinned, re.MULTILINE):
+            raise UserError(
+                f"{LIBRARIES} names {name} {version}, and the requirements files another version: make deps"
+            )
 
 
 def installed_version(package: str) -> str | None:

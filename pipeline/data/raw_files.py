@@ -4,11 +4,10 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.generate import Generate
+from pipeline.common.paths import RAW
 from pipeline.common.user_files import user_files
 from pipeline.data.documents import DOCUMENTS
 from pipeline.data.facts import FACTS
-
-RAW = Path("data/raw")
 
 
 def raw_files() -> tuple[list[Path], list[Path], list[Path]]:

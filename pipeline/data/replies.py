@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.params_yaml import read_yaml
+from pipeline.common.paths import REPLIES
 from pipeline.common.rows import read_jsonl
 
-REPLIES = Path("data/replies.jsonl")
 # Experiments that run in folders of their own share it.
 JOURNAL = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/replies.jsonl")
 

@@ -1,13 +1,13 @@
 """What changed between two sittings of an exam, and how sure that is."""
 
 import math
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.scores import means
-
 SIGNIFICANT = 0.05
+LOWER_IS_BETTER = ("loss",)
 
 
 def comparison(base: list[dict[str, float]], tuned: list[dict[str, float]]) -> dict[str, Any]:
@@ -70,3 +70,8 @@ def detectable(against: int, possible: float) -> int | None:
         if mcnemar(flipped, against) < SIGNIFICANT:
             return flipped - against
     return None
+
+
+def means(scores: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each score over answers that all have the same scores."""
+    return {name: fmean(answer[name] for answer in scores) for name in scores[0]}

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.rules import correct
 from pipeline.evaluation.scores import exact_match, f1
+from pipeline.evaluation.variants import source
 
 
 @dataclass(frozen=True)
@@ -31,26 +32,13 @@ class Variant:
     next_tokens: list[list[NextToken]]
 
 
-def source(variant: str) -> str:
-    """The variant of the model that this one is made of: by merging, conversion or quantization."""
-    if variant == "merged":
-        return "tuned"
-    return "merged" if variant.endswith("f16.gguf") else "model-f16.gguf"
-
-
-def of_same_weights(variant: str, merged_onto: str) -> bool:
-    """Whether a variant has its source's weights, but for their rounding. A LoRA runs on the base's own weights, which are
-    others than those that `merge_adapter.base: dequantized_nf4` merges onto."""
-    return not variant.startswith("adapter-") or merged_onto == "bf16"
-
-
 def measured(name: str, variants: dict[str, Variant], questions: list[Question]) -> dict[str, Any]:
     """A variant's scores; how far it is from its model in Transformers, which of merged is tuned, of a file merged; and
     under `conversion`, how far from its source, and what of the scores it lost on the way."""
     ours, before = variants[name], variants[source(name)]
     model = variants["tuned" if name == "merged" else "merged"]
     now, then = scores(ours, questions), scores(before, questions)
-    lost = {score: now[score] - then[score] for score in ("correct", "answer_nll")}
+    lost = {score: now[score] - then[score] for score in ("correct", "loss")}
     return now | compared(ours, model) | {"conversion": lost | compared(ours, before)}
 
 
@@ -61,7 +49,7 @@ def scores(variant: Variant, questions: list[Question]) -> dict[str, float]:
         "exact_match": fmean(exact_match(answer, question.answers) for answer, question in pairs),
         "f1": fmean(f1(answer, question.answers) for answer, question in pairs),
         "stopped": fmean(stopped for _, stopped in variant.answers),
-        "answer_nll": fmean(fmean(token.nll for token in of_answer) for of_answer in variant.next_tokens),
+        "loss": fmean(fmean(token.nll for token in of_answer) for of_answer in variant.next_tokens),
     }
 
 

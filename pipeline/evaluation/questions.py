@@ -9,8 +9,6 @@ from pipeline.common.errors import UserError
 from pipeline.common.rows import read_jsonl, read_lines
 from pipeline.evaluation.rules import EXACT, Rule, correct, read_rule, said
 
-EXAM = Path("data/questions.jsonl")  # what the model is trained for
-GENERAL = Path("data/general.jsonl")  # what it should not forget
 KEYS = ["id", "question", "answer", "tags", "match", "source"]
 
 

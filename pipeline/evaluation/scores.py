@@ -1,7 +1,6 @@
 """How an answer is scored."""
 
 from collections import Counter
-from statistics import fmean
 from typing import Any
 
 from rapidfuzz.distance import LCSseq
@@ -9,8 +8,6 @@ from sacrebleu.metrics import CHRF
 
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.evaluation.rules import correct, normalise, normalised_words
-
-LOWER_IS_BETTER = ("answer_nll",)
 
 
 def exact_match(answer: str, accepted: list[str]) -> float:
@@ -60,13 +57,8 @@ def graded(question: Question, answer: Answer) -> dict[str, Any]:
             "f1": f1(answer.text, question.answers),
             "chrf": chrf(answer.text, question.answers),
             "rouge_l": rouge_l(answer.text, question.answers),
-            "answer_nll": answer.nll,
+            "loss": answer.nll,
             "stopped": float(answer.stopped),
             "characters": float(len(answer.text)),
         },
     }
-
-
-def means(scores: list[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score over answers that all have the same scores."""
-    return {name: fmean(answer[name] for answer in scores) for name in scores[0]}

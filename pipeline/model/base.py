@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
+from pipeline.common.paths import BASE
+from pipeline.model.hub_cache import snapshot
 
-DESCRIPTION = Path("models/base.json")
-LICENSE = Path("models/license.json")
 # Copied byte for byte wherever the base's tokenizer is needed: saving it again changes files that llama.cpp reads.
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -22,7 +22,6 @@ TOKENIZER_FILES = [
 ]
 SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
-MODEL_CARD = "README.md"  # no part of the model: it may change, and be missing
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
@@ -105,9 +104,9 @@ def located() -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: nothing is described, the folder's files are not the described ones any more, or the cache lost them.
     """
-    if not DESCRIPTION.exists():
-        raise UserError(f"{DESCRIPTION} is missing: run dvc repro prepare_base, or dvc pull")
-    described = json.loads(DESCRIPTION.read_text(encoding="utf-8"))
+    if not BASE.exists():
+        raise UserError(f"{BASE} is missing: run dvc repro prepare_base, or dvc pull")
+    described = json.loads(BASE.read_text(encoding="utf-8"))
     if described["revision"] is None:
         folder = Path(described["model"])
         if not folder.is_dir() or joint_hash(file_hashes(folder)) != described["fingerprint"]:
@@ -121,13 +120,6 @@ def located() -> tuple[Path, dict[str, Any]]:
     except FileNotFoundError:
         fetch = f"hf download {described['model']} --revision {described['revision']}"
         raise UserError(f"base.model {described['model']} is not in the Hugging Face cache: run {fetch}") from None
-
-
-def snapshot(model: str, revision: str | None, files: list[str], local_files_only: bool = False) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": "*/*"}
-    return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
 
 
 def public_name(base: dict[str, Any]) -> str:
@@ -167,23 +159,6 @@ def chat_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
     return template if template is None or isinstance(template, str) else json.dumps(template)
-
-
-def license_of(folder: Path) -> dict[str, str]:
-    """The license, license_name and license_link of a model card, those that it has.
-
-    https://huggingface.co/docs/hub/repositories-licenses
-    """
-    from huggingface_hub.repocard import metadata_load
-    from yaml import YAMLError
-
-    card = folder / MODEL_CARD
-    try:
-        told = metadata_load(card) if card.exists() else None
-    except (YAMLError, ValueError):  # no front matter, or a broken one
-        told = None
-    keys = ("license", "license_name", "license_link")
-    return {key: told[key] for key in keys if told and isinstance(told.get(key), str)}
 
 
 def copy_tokenizer(folder: Path, to: Path) -> None:

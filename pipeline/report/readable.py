@@ -3,9 +3,7 @@
 from typing import Any, NamedTuple
 
 from pipeline.common.markdown import table
-from pipeline.evaluation.comparison import SIGNIFICANT
-from pipeline.evaluation.conversions import source
-from pipeline.evaluation.scores import LOWER_IS_BETTER
+from pipeline.evaluation.comparison import LOWER_IS_BETTER, SIGNIFICANT
 
 
 class Score(NamedTuple):
@@ -20,7 +18,7 @@ SCORES = {
     "f1": Score("F1", "%", "words shared with the accepted answer"),
     "chrf": Score("chrF", "%", "runs of characters shared with it"),
     "rouge_l": Score("ROUGE-L", "%", "words shared with it in the same order"),
-    "answer_nll": Score("Loss", "nats per token", "of the accepted answer: how unexpected it is; lower is better"),
+    "loss": Score("Loss", "nats per token", "of the accepted answer: how unexpected it is; lower is better"),
     "stopped": Score("Stopped", "%", "ended by themselves, not by the limit of length"),
     "characters": Score("Length", "characters", "of an answer; more is neither better nor worse"),
 }
@@ -88,24 +86,3 @@ def score_lines(metrics: dict[str, Any]) -> list[str]:
             [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
         )
     return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
-
-
-def conversion_table(variants: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines; `variants` are those of metrics/gguf.json, others are passed over."""
-    head = ["conversion", "correct", "loss", "same answers", "same next token", "KL", "worst KL"]
-    return head, [
-        [f"{source(variant)} → {variant}", *cells(of["conversion"])]
-        for variant, of in variants.items()
-        if "conversion" in of
-    ]
-
-
-def cells(conversion: dict[str, float]) -> list[str]:
-    return [
-        change(conversion["correct"], "correct"),
-        signed(f"{conversion['answer_nll']:+.3f}"),
-        percent(conversion["agreement"]),
-        percent(conversion["top1"]),
-        f"{conversion['kl']:.1g}",
-        f"{conversion['kl_max']:.1g}",
-    ]

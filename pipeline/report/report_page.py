@@ -9,18 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.report.readable import (
-    SCORES,
-    change,
-    conversion_table,
-    detectable,
-    interval,
-    megabytes,
-    p_value,
-    percent,
-    trend,
-    value,
-)
+from pipeline.report.conversion_table import conversion_table
+from pipeline.report.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, trend, value
 
 PARTS = Path(__file__).parent  # report_page.html, .css and .js
 WIDTH, HEIGHT = 640, 240  # of the loss chart, in its own units

@@ -3,17 +3,8 @@
 from typing import Any
 
 from pipeline.common.markdown import quoted, table
-from pipeline.report.readable import (
-    change,
-    conversion_table,
-    detectable,
-    interval,
-    megabytes,
-    p_value,
-    percent,
-    score_lines,
-    verdict,
-)
+from pipeline.report.conversion_table import conversion_table
+from pipeline.report.readable import change, detectable, interval, megabytes, p_value, percent, score_lines, verdict
 from pipeline.report.side_by_side import ExamResult, QuestionResult
 
 NAMED = 50  # questions that broke, at most

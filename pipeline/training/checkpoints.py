@@ -29,12 +29,15 @@ CHECKSUMS = "checksums.json"  # the last file of a checkpoint
 
 
 def fingerprint(parameters: Parameters, device: str) -> str:
-    """A hash of all that makes a run: the device, the checkpoints' place, and what dvc.yaml declares of the stage, its
-    parameters and its dependencies' contents (data, the base's description, code, requirements)."""
-    deps = [Path(dep) for dep in read_yaml(Path("dvc.yaml"))["stages"][STAGE]["deps"]]
+    """A hash of all that makes a run: the device, the location of the checkpoints, and what the stage declares in
+    dvc.yaml: its parameters, the versions of its libraries, and the contents of its dependencies (data, base, code)."""
+    stage = read_yaml(Path("dvc.yaml"))["stages"][STAGE]
+    of_files = [entry for entry in stage["params"] if isinstance(entry, dict)]  # as {"libraries.yaml": ["peft", ...]}
+    versions = [read_yaml(Path(file))[key] for entry in of_files for file, keys in entry.items() for key in keys]
+    deps = [Path(dep) for dep in stage["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
     contents = {str(file): file_hash(file) for file in files}
-    run = json.dumps([device, str(FOLDER.absolute()), contents, parameters.model_dump()], sort_keys=True)
+    run = json.dumps([device, str(FOLDER.absolute()), contents, versions, parameters.model_dump()], sort_keys=True)
     return hashlib.sha256(run.encode()).hexdigest()[:16]
 
 

@@ -1,0 +1,140 @@
+"""Write each stage's code and libraries into dvc.yaml, and the versions of the libraries into libraries.yaml.
+
+    python -m tools.deps
+
+`deps` of a stage get every module that the stage imports, directly or not, and every script of llama.cpp/ that the stage
+runs. `params` get every library that these files import, as keys of libraries.yaml. All else in dvc.yaml stays.
+"""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import packages_distributions
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
+
+ROOT = Path(__file__).parent.parent
+PIPELINE, LIBRARIES = ROOT / "dvc.yaml", ROOT / "libraries.yaml"
+PINS = [ROOT / "requirements.txt", ROOT / "llama.cpp/requirements.txt"]
+CODE = ("pipeline/", "stages/", "llama.cpp/")
+
+# No stage depends on these two lists: the entry in dvc.yaml has the stage's own sections of the first, its own paths of
+# the second.
+LISTS = {"pipeline/common/parameters/schema.py", "pipeline/common/paths.py"}
+# These modules read parameters, check, print, and find or restore files. Another version of what they import changes no
+# output.
+MAKES_NOTHING = re.compile(r"pipeline/(common/(parameters/\w+|dvc_\w+|pinned|printing)|model/hub_cache)\.py")
+PRINTS = {"tqdm"}
+# Libraries that work for a library that is imported: on templates, weights, token ids.
+UNDERNEATH = {"transformers": {"jinja2", "safetensors", "tokenizers"}}
+# What the scripts of llama.cpp/ take from the archive that source.txt names, and what the converter in there imports.
+CONVERTER = {"llama.cpp/fetch.py", "llama.cpp/source.txt"}
+OF_CONVERTER = {"numpy", "sentencepiece", "torch", "transformers"}
+
+
+def main() -> None:
+    for file, text in written(PIPELINE.read_text(encoding="utf-8")).items():
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+            print(f"{file.name} is new: dvc status shows which stages run again")
+
+
+def written(text: str) -> dict[Path, str]:
+    """dvc.yaml, of which `text` is the present content, and libraries.yaml, as they should be."""
+    yaml = YAML()
+    yaml.width = 2**16  # no line is folded
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    pipeline = yaml.load(text)
+    pinned, distributions, used = pins(), packages_distributions(), set[str]()
+    for name, stage in pipeline["stages"].items():
+        files = files_of(name, stage)
+        libraries = imported_libraries(files, distributions) & pinned.keys()
+        used |= libraries
+        put(stage, "deps", lambda dep: dep.startswith(CODE), sorted(with_assets(files)))
+        put(stage, "params", lambda entry: not isinstance(entry, str), [{LIBRARIES.name: on_one_line(libraries)}])
+    dvc_yaml = StringIO()
+    yaml.dump(pipeline, dvc_yaml)
+    lines = [f'{name}: "{pinned[name]}"\n' for name in sorted(used)]
+    head = "# The pinned version of each library that a stage imports: `make deps` writes this file.\n"
+    return {PIPELINE: dvc_yaml.getvalue(), LIBRARIES: head + "".join(lines)}
+
+
+def put(stage: dict[str, Any], key: str, is_generated: Any, generated: list[Any]) -> None:
+    """Replace what is generated of a list. The other entries stay first, with their comments."""
+    entries = stage.setdefault(key, CommentedSeq())
+    for at in reversed(range(len(entries))):
+        if is_generated(entries[at]):
+            del entries[at]
+    entries.extend(generated)
+
+
+def on_one_line(names: set[str]) -> CommentedSeq:
+    entries = CommentedSeq(sorted(names))
+    entries.fa.set_flow_style()
+    return entries
+
+
+def files_of(name: str, stage: dict[str, Any]) -> set[str]:
+    """The modules that the stage imports, directly or not, and the scripts of llama.cpp/ that it runs."""
+    sections = {entry.partition(".")[0] for entry in stage.get("params", []) if isinstance(entry, str)}
+    declared = {f"pipeline/common/parameters/{section}.py" for section in sections}
+    scripts = re.findall(r'run_script\("(\w+\.py)"', (ROOT / f"stages/{name}.py").read_text(encoding="utf-8"))
+    new = {"stages/__init__.py", f"stages/{name}.py", *(file for file in declared if (ROOT / file).is_file())}
+    found = {f"llama.cpp/{script}" for script in scripts} | (CONVERTER if scripts else set())
+    while new:
+        found |= new
+        new = {own for file in new for module in imports(file) if (own := own_file(module))} - found - LISTS
+    return found
+
+
+def own_file(module: str) -> str | None:
+    """The file of a module of this project. A package that is only a folder of modules has none."""
+    path = Path(*module.split("."))
+    file = path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
+    return str(file) if f"{file}".startswith(CODE) else None
+
+
+def with_assets(files: set[str]) -> set[str]:
+    """The files, and the .html, .css, .js and .md files beside modules, which these read."""
+    modules = [ROOT / file for file in files]
+    return {str(path.relative_to(ROOT)) for file in modules for path in file.parent.glob(f"{file.stem}.*")}
+
+
+def imported_libraries(files: set[str], distributions: Mapping[str, list[str]]) -> set[str]:
+    """The packages that the files import, by their names on PyPI; `distributions` has the packages of a module."""
+    makers = [file for file in files if file.endswith(".py") and not MAKES_NOTHING.fullmatch(file)]
+    tops = {module.partition(".")[0] for file in makers for module in imports(file)} - PRINTS
+    found = {str(canonicalize_name(name)) for top in tops for name in distributions.get(top, [])}
+    found |= {name for library in found for name in UNDERNEATH.get(library, ())}
+    found |= OF_CONVERTER if "llama.cpp/convert.py" in files else set()
+    return found
+
+
+def imports(file: str) -> Iterator[str]:
+    """The modules that a file imports, at the top or later, but not those for types alone."""
+    nodes: list[Any] = [ast.parse((ROOT / file).read_text(encoding="utf-8"))] if file.endswith(".py") else []
+    for node in nodes:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        nodes.extend(ast.iter_child_nodes(node))
+
+
+def pins() -> dict[str, str]:
+    """The version of each package in the requirements files."""
+    lines = [line.partition("#")[0].strip() for file in PINS for line in file.read_text(encoding="utf-8").splitlines()]
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in pinned}
+
+
+if __name__ == "__main__":
+    main()
