@@ -18,6 +18,7 @@ test: setup $(VENV)/.dev $(VENV)/.sky
 	@ruff check .
 	@ruff format --check .
 	@mypy
+	@lint-imports --no-logo
 	@pytest --numprocesses 2 --dist loadfile $(PYTEST)
 
 check: setup

@@ -21,20 +21,22 @@ from bench.pipeline import CHANGES
 
 DOCUMENT = ROOT / "docs/reruns.md"
 OWN = {"dvc.yaml", "dvc.lock"}  # of DVC itself; a changed entry of dvc.yaml is another stage
+LIBRARIES = "libraries.yaml"
 
 
 @dataclass(frozen=True)
 class Reruns:
-    """The stages that depend on each parameter and on each file; and for every stage, in the order of dvc.yaml, itself
+    """The stages that depend on each parameter, library and file; and for every stage, in the order of dvc.yaml, the stage
     and those whose outputs it takes, directly or not."""
 
     parameters: dict[str, set[str]]
+    libraries: dict[str, set[str]]
     files: dict[str, set[str]]
     stages: dict[str, set[str]]
 
     def of(self, name: str) -> set[str]:
         """The stages that run again whatever comes of it."""
-        return self.parameters[name] if name in self.parameters else self.files[name]
+        return (self.parameters | self.libraries | self.files)[name]
 
     def at_most(self, name: str) -> set[str]:
         """And those that run if all of these make other bytes."""
@@ -58,7 +60,7 @@ def reruns(tmp_path_factory: pytest.TempPathFactory) -> Reruns:
                 for stage in repo.index.stages
             }
             outputs = {str(Path(out.fs_path).relative_to(project.folder)) for out in repo.index.outs}
-        return Reruns(of_parameters(project), of_files(project, outputs | OWN), stages)
+        return Reruns(of_parameters(project), of_libraries(), of_files(project, outputs | OWN | {LIBRARIES}), stages)
 
 
 def of_parameters(project: Project) -> dict[str, set[str]]:
@@ -71,6 +73,16 @@ def of_parameters(project: Project) -> dict[str, set[str]]:
             found[key.replace("__", ".")] = set[str]().union(*modified().values())
             Path("params.yaml").write_text(text, encoding="utf-8")
     return found
+
+
+def of_libraries() -> dict[str, set[str]]:
+    """All are changed at once: of libraries.yaml each stage names its own."""
+    path = Path(LIBRARIES)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(re.sub(r'"$', '.1"', text, flags=re.MULTILINE), encoding="utf-8")
+    found = modified()
+    path.write_text(text, encoding="utf-8")
+    return {name: found[name] for name in yaml.safe_load(text)}
 
 
 def of_files(project: Project, besides: set[str]) -> dict[str, set[str]]:
@@ -92,13 +104,16 @@ def modified() -> dict[str, set[str]]:
         for stage, changes in repo.status().items():
             for change in changes:
                 for name, how in change.get("changed deps", {}).items():
+                    keys = how if name == LIBRARIES else [name]
                     if how != "deleted":
-                        found[name].add(stage)
+                        for key in keys:
+                            found[key].add(stage)
     return dict(found)
 
 
 def test_the_document_tells_what_dvc_does(reruns: Reruns, tmp_path: Path) -> None:
-    tables = iter([table("parameter", parameter_rows(reruns), reruns), table("file", file_rows(reruns), reruns)])
+    parts = {"parameter": parameter_rows(reruns), "library": library_rows(reruns), "file": file_rows(reruns)}
+    tables = (table(part, rows, reruns) for part, rows in parts.items())
     before = DOCUMENT.read_text(encoding="utf-8")
     now = re.sub(r"(?m)(^\|.*\n)+", lambda _: next(tables), before)
     (tmp_path / "reruns.md").write_text(now, encoding="utf-8")
@@ -116,7 +131,8 @@ def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
     ("section", "never"),
     [
         ("lora", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
-        ("train", {"prepare_base", "generate", "merge", "evaluate_base"}),
+        ("tokenize", {"prepare_base", "generate", "merge", "evaluate_base"}),
+        ("train", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
         ("base", {"generate", "merge"}),
         ("generate", {"prepare_base", "evaluate_base"}),
         ("merge", {"prepare_base", "generate", "evaluate_base"}),
@@ -144,8 +160,20 @@ def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
         assert reruns.at_most(name) == set(), name
 
 
+def test_a_library_reruns_the_stages_that_import_it(reruns: Reruns) -> None:
+    assert reruns.of("openai") == {"generate"}
+    assert reruns.of("trl") == {"train_qlora"}
+    assert reruns.of("cyllama") == {"convert_gguf"}
+
+
+def test_a_new_parameter_reruns_the_stages_that_read_its_section(reruns: Reruns) -> None:
+    assert reruns.of("pipeline/common/parameters/gguf.py") == {"convert_gguf"}
+    assert reruns.of("pipeline/common/parameters/train.py") == {"train_qlora", "model_card"}
+    for name in ("gate.py", "schema.py"):
+        assert reruns.at_most(f"pipeline/common/parameters/{name}") == set()
+
+
 def test_what_must_run_again(reruns: Reruns) -> None:
-    assert reruns.of("requirements.txt") == set(reruns.stages)
     assert reruns.of("lora.r") == {"train_qlora", "model_card", "report"}
     assert reruns.of("tokenize.max_length") == {
         "tokenize",
@@ -166,6 +194,11 @@ def parameter_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:
             others = [name for name in names if name not in alike]
             but = f", but for {listed(others)}" if others else ""
             yield listed(alike) if len(alike) <= len(others) else f"`{section}`{but}", marks
+
+
+def library_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:
+    for marks, alike in sorted(by_marks(reruns, reruns.libraries).items(), reverse=True):
+        yield listed(alike), marks
 
 
 def file_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:
