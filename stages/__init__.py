@@ -1,4 +1,4 @@
-"""One module a stage, named like its entry in dvc.yaml; each runs alone as `python -m stages.<name>`."""
+"""One module for each stage, named like the stage in dvc.yaml. `python -m stages.<name>` runs a stage alone."""
 
 import ctypes
 import os
@@ -16,13 +16,12 @@ from pipeline.common.printing import calm_libraries
 PR_SET_PDEATHSIG = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
 LAUNCHED = "LOCAL_RANK" in os.environ  # one of several processes, by accelerate launch
-# A dvc that is killed would leave its stage running, and the next one start another; so would a launcher. Linux alone
-# has prctl.
+# Without this, a killed dvc or launcher leaves its stage running. Only Linux has prctl.
 if (LAUNCHED or "DVC_STAGE" in os.environ) and hasattr(ctypes.CDLL(None), "prctl"):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 if LAUNCHED:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once, and the launcher tells of it
-# Before torch is imported: spinning OpenMP threads cost eight times the time on a busy machine.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once; the launcher prints the message
+# To be set before torch is imported: on a busy machine, spinning OpenMP threads take eight times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The tokenizer's own threads deadlock in forked processes: https://github.com/huggingface/transformers/issues/5486
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,7 +29,7 @@ calm_libraries()
 
 
 def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C ends a stage in one line, during its imports too, and what DVC deleted before it started it comes back."""
+    """End a stage with one line after Ctrl-C, also during imports, and restore the outputs that DVC deleted."""
     if issubclass(kind, KeyboardInterrupt):
         if "DVC_STAGE" in os.environ:
             put_back_outputs(os.environ["DVC_STAGE"])
@@ -40,7 +39,7 @@ def without_traceback(kind: type[BaseException], error: BaseException, trace: Tr
 
 
 def run(stage: Callable[[], None]) -> None:
-    """Run a stage's main function; if it fails, put back the outputs that DVC deleted before it started the stage."""
+    """Run the main function of a stage. If it fails, restore the outputs that DVC deleted before the stage."""
     try:
         stage()
     except (Exception, SystemExit) as error:
@@ -52,6 +51,6 @@ def run(stage: Callable[[], None]) -> None:
 
 
 sys.excepthook = without_traceback
-# Before the stage's own imports, which may fail with other versions.
+# Before the imports of the stage, which other versions may break.
 run(lambda: require_pinned(REQUIREMENTS))
 run(require_listed)

@@ -1,9 +1,10 @@
-"""Make the files that llama.cpp and Ollama run.
+"""The files that llama.cpp and Ollama run.
 
     python -m stages.convert_gguf
 
 models/base.json, outputs/trained/, models/merged/, data/train_merged.jsonl, data/tokens/ -> models/gguf/: the adapter
-as a GGUF LoRA, if it can be one, the merged model as f16 and quantized, Ollama's Modelfiles, and SHA256SUMS
+as a GGUF LoRA (if the format can hold the adapter), the merged model as f16 and quantized, Modelfiles for Ollama,
+SHA256SUMS
 """
 
 import json
@@ -67,9 +68,10 @@ def main() -> None:
 
 
 def metadata(base: dict[str, Any]) -> dict[str, Any]:
-    """What every file tells of itself, by the names of a model card on the hub; with a dot, by the file's own keys.
+    """The metadata of every GGUF file: by the names of a model card on the hub, and by own keys, which have a dot.
 
-    The commit is not known yet, but dvc.lock will hold the adapter's hash: `git log -S HASH -- dvc.lock` finds it.
+    The commit is not known yet. dvc.lock will hold the hash of the adapter: `git log -S HASH -- dvc.lock` finds the
+    commit.
     """
     name = public_name(base)
     [trained] = Repo().find_outs_by_path(str(TRAINED))
@@ -84,8 +86,8 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: Path) -> None:
-    """The adapter as a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so rsLoRA's alpha / sqrt(r) goes into
-    alpha."""
+    """Convert the adapter to a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so the alpha of an rsLoRA
+    adapter, which is scaled by alpha / sqrt(r), is multiplied by sqrt(r)."""
     adapter = TRAINED
     if adapter_config["use_rslora"]:
         adapter = card.with_name(TRAINED.name)
@@ -101,7 +103,7 @@ def convert_merged(outtype: str, card: Path, folder: Path) -> None:
 
 
 def measured_importance(parameters: Parameters, folder: Path) -> Path:
-    """A file of how much each weight of the merged model matters on training rows."""
+    """Write a file with the importance of each input of the merged model's weights, measured on training rows."""
     file = folder / "importance.safetensors"
     reproducible(0, parameters.threads)
     device = pick_device(parameters.base.device)

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def side_by_side(questions: list[Question], before: list[Line], answers: list[Answer]) -> list[Line]:
-    """A line a question: what was asked, both answers and both scores, to the digits that the base's file has."""
+    """One line for each question: the question, both answers, and the scores of both, rounded like the base's."""
     rows = []
     for question, old, answer in zip(questions, before, answers, strict=True):
         new = rounded(graded(question, answer))

@@ -56,14 +56,14 @@ def main() -> None:
     given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
     variants = {"tuned": Variant(given, along(model, asked))}
     del model
-    release_memory()  # a small GPU has no room for both
+    release_memory()  # a small GPU has no room for two models
     model = load_merged(MERGED, device, dtype)
     given = [
         (answer.text, answer.stopped) for answer in answer_questions(model, tokenizer, questions, batch_size, length)
     ]
     variants["merged"] = Variant(given, along(model, asked))
     del model
-    release_memory()  # nor has a small machine for it and llama.cpp's f16 file
+    release_memory()  # nor has a small machine for the merged model and the f16 file
 
     cost = {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
@@ -94,8 +94,8 @@ def along(model: PreTrainedModel, asked: list[Asked]) -> list[list[NextToken]]:
 
 
 def files_to_examine(base: Path, temporary: Path) -> list[tuple[str, Path, Path | None]]:
-    """(name, GGUF model, GGUF LoRA on it) of every file to be tried. A LoRA, which not every adapter can be, needs the
-    base as GGUF, which is not shipped."""
+    """(name, GGUF model, GGUF LoRA on the model) of every file to examine. A LoRA, if there is one, needs the base as
+    GGUF, which does not ship."""
     base_gguf = temporary / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
@@ -108,9 +108,10 @@ def files_to_examine(base: Path, temporary: Path) -> list[tuple[str, Path, Path 
 def answer_in_llama_cpp(
     server: Server, name: str, questions: list[Question], asked: list[Asked], ends: set[int], length: int
 ) -> tuple[Variant, dict[str, float]]:
-    """What a file does in the exam, and how fast.
+    """The answers and next tokens of a file, and its speed.
 
-    One by one: together they would share batches as the clock has it, and the last digits would differ from run to run.
+    The server gets one question at a time. Concurrent questions would share batches by chance, and the last digits of
+    the probabilities would differ from run to run.
     """
     prompts = [prompt for prompt, _ in asked]
     require_same_tokens(server, questions, prompts, name)
@@ -125,29 +126,29 @@ def answer_in_llama_cpp(
 
 
 def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
-    """Raises UserError with the first question whose prompt the file renders or tokenizes otherwise than Transformers."""
+    """Raises UserError for the first question of which the file and Transformers make different prompt tokens."""
     for question, expected in zip(questions, prompts, strict=True):
         tokens = server.tokens([{"role": "user", "content": question.question}])
         if tokens != expected:
             raise UserError(
                 f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "
-                f"{expected} in Transformers: the file would answer other questions than the model was trained on"
+                f"{expected} in Transformers: the file would get other prompts than the model was trained on"
             )
 
 
 def require_same_ends(server: Server, prompt: list[int], ends: set[int], name: str) -> None:
-    """Raises UserError with the first of the tokens that end the base's answers at which the file does not stop."""
+    """Raises UserError for the first token that ends an answer in Transformers, and not in llama.cpp."""
     for end in sorted(ends):
         if not server.stops_at(prompt, end):
             raise UserError(
-                f"{name}: llama.cpp does not stop at token {end}, which ends the base's answers: it would run on; "
-                "name that token as eos_token in tokenizer_config.json of a local copy of the base, or choose another"
+                f"{name}: llama.cpp does not stop at token {end}, which ends answers in Transformers: answers "
+                "would not end; set eos_token to this token in tokenizer_config.json of a local copy of the base, or "
+                "choose another base.model"
             )
 
 
 def require_ended(replies: list[dict[str, Any]], questions: list[Question], ends: set[int], name: str) -> None:
-    """Raises UserError with the first answer that llama.cpp ends at a token at which Transformers goes on. A quantized
-    model may have come to say one; then the answer counts as not stopped."""
+    """Raises UserError for the first answer that llama.cpp ends at a token at which Transformers continues."""
     if source(name) != "merged":
         return
     for question, reply in zip(questions, replies, strict=True):
@@ -163,14 +164,14 @@ def size(name: str) -> dict[str, int]:
 
 
 def require_converted(details: dict[str, Any], max_kl: float, merged_onto: str) -> None:
-    """Raises UserError with the first file in 16 bits that is another model than the one that it was made of."""
+    """Raises UserError for the first 16-bit file whose next-token probabilities are not those of the merged model."""
     for name, of in details.items():
         moved = of["conversion"]["kl"]
         if source(name) == "merged" and of_same_weights(name, merged_onto) and not moved <= max_kl:  # nor NaN
             raise UserError(
                 f"{name}: in the conversion merged → {name} its next-token probabilities moved by {moved:.2g} "
-                f"nats, and evaluate.max_kl allows {max_kl:g}: it is not the model that was merged; run dvc repro -f "
-                "convert_gguf, choose another base.model, or allow more"
+                f"nats, and evaluate.max_kl allows {max_kl:g}: the file is not the merged model; run dvc repro -f "
+                "convert_gguf, choose another base.model, or raise evaluate.max_kl"
             )
 
 

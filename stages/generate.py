@@ -1,12 +1,11 @@
-"""Ask every fact in several phrasings, and have a language model ask about every passage of the documents.
+"""Rows from facts, by their phrasings, and from documents, by a language model.
 
     python -m stages.generate
 
-data/raw/ -> data/train.jsonl, data/ungrounded.jsonl (questions of documents that were dropped, and why),
-metrics/generate.json;
-data/replies.jsonl, to which a run adds what it paid for
+data/raw/ -> data/train.jsonl, data/ungrounded.jsonl (dropped questions, with the reason), metrics/generate.json, and
+data/replies.jsonl, to which each run adds the replies that it paid for
 
-In data/raw, in any folders: facts (.csv .json .yaml), the phrasings to ask them in (the same, in files named phrasings...), and
+data/raw/ has, in any folders: facts (.csv .json .yaml), phrasings (the same formats, in files named phrasings...), and
 documents (.docx .html .md .pdf .txt).
 """
 

@@ -1,10 +1,11 @@
-"""Put generated and hand-written rows together, check them, and split them.
+"""Generated and hand-written rows, checked, without repetitions and leaks, and split.
 
     python -m stages.merge
 
 data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl,
-data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (every row that went, and why),
-data/conflicts.jsonl (sources of rows with the same question and another answer), metrics/data.json, metrics/data.md
+data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (dropped rows, with the reason),
+data/conflicts.jsonl (sources of rows with the same question and different answers), metrics/data.json, metrics/data.md,
+metrics/details/data.json
 """
 
 import tempfile
@@ -43,7 +44,7 @@ from pipeline.evaluation.questions import read_questions
 from stages import run
 
 OUTCOMES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
-SHOWN_KEYS = 50  # by name, of those that no format knows
+SHOWN_KEYS = 50  # unknown keys that metrics/details/data.json names
 DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(OUTCOMES))
 
 Integers = NDArray[np.int64]
@@ -79,7 +80,8 @@ def main() -> None:
 
 
 def curated_files() -> list[Path]:
-    """Hand-written rows come first, so that they and not their generated duplicates are kept."""
+    """The files of hand-written rows. These come first, so that a generated duplicate is dropped, not a hand-written
+    row."""
     files = user_files(CURATED)
     for file in files:
         if kind(file) not in KINDS:
@@ -88,7 +90,8 @@ def curated_files() -> list[Path]:
 
 
 def only_valid(chunks: Iterator[Chunk], on_invalid: str, quarantine: Quarantine) -> Iterator[Chunk]:
-    """The chunks, once their invalid rows are in quarantine. Raises UserError after the last, if any are to be raised."""
+    """Pass the chunks on, and put their invalid rows into quarantine. With on_invalid: raise, raises UserError at the
+    end."""
     for chunk in chunks:
         for entry in chunk.invalid:
             quarantine.add(entry)
@@ -102,10 +105,10 @@ def only_valid(chunks: Iterator[Chunk], on_invalid: str, quarantine: Quarantine)
 
 
 def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers]:
-    """The outcome of each row, as a place in OUTCOMES, and the earlier row that it repeats.
+    """The outcome of each row, as an index of OUTCOMES, and the index of the earlier row that the row repeats.
 
-    Of rows alike the first stays: files of data/curated by name, then generated rows. Adding rows never moves another
-    between training and validation: a hash of the row decides that, or of its fact or passage.
+    Of similar rows the first is kept: files of data/curated by name, then generated rows. A hash of the row (or of its
+    fact or passage) decides between training and validation, so that new rows never move other rows.
     """
     first = first_of_each(rows.ids)
     repeated = first.copy()
@@ -125,7 +128,7 @@ def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers
         repeated[list(near)] = list(near.values())
     decisive = rows.groups if merge.split_by == "source" else rows.ids
     left = outcomes == TRAIN
-    lowest = decisive == decisive[left].min(initial=2**64 - 1)  # one at least, of few rows too
+    lowest = decisive == decisive[left].min(initial=2**64 - 1)  # at least one, even if there are few rows
     outcomes[left & (lowest | (decisive < merge.valid_share * 2.0**64))] = VALID
     return outcomes, repeated
 
@@ -135,7 +138,7 @@ def require_both_sides(outcomes: NDArray[np.uint8], valid_share: float) -> None:
     if not train or not valid:
         raise UserError(
             f"{len(outcomes)} rows can be used, and merge.valid_share {valid_share} leaves {train} of them to train on "
-            f"and {valid} to validate with: both need one: add rows to data/raw or data/curated, or lower that share"
+            f"and {valid} to validate with: both need one: add rows to data/raw or data/curated, or lower the share"
         )
 
 
@@ -147,7 +150,7 @@ def write(
     valid: IO[bytes],
     quarantine: Quarantine,
 ) -> Counter[tuple[str, str]]:
-    """Every row to the file of its outcome. Returns how many stay, by file and side."""
+    """Write every row to the file of its outcome. Returns the number of kept rows by source file and side."""
     kept: Counter[tuple[str, str]] = Counter()
     for at, (line, outcome) in enumerate(zip(rows.lines(), outcomes.tolist(), strict=True)):
         source = rows.sources[at]
@@ -179,14 +182,15 @@ def asks(rows: CheckedRows, at: int) -> str:
 
 
 def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
-    """Rows with the same question and another answer, in words and layout of code; each with the first that asks so."""
+    """Pairs of rows with the same question and different answers (in words, or in the layout of code); first row
+    first."""
     first = first_of_each(rows.questions[kept])
     others = np.flatnonzero(rows.answers[kept] != rows.answers[kept][first])
     return [(int(kept[first[at]]), int(kept[at])) for at in others]
 
 
 def answers_of(rows: CheckedRows, first: int, other: int) -> list[str]:
-    """The question, and each source with its answer."""
+    """The question, and both answers with their sources."""
     question = rows.messages(first)[-2]["content"]
     return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in (first, other))]
 

@@ -1,4 +1,4 @@
-"""Add the adapter to the base's weights.
+"""The base's weights with the adapter added.
 
     python -m stages.merge_adapter
 

@@ -1,9 +1,9 @@
-"""Give the adapter a model card in the hub's format (https://huggingface.co/docs/hub/model-cards).
+"""The adapter with a model card in the hub's format (https://huggingface.co/docs/hub/model-cards).
 
     python -m stages.model_card
 
-outputs/trained/, models/base.json, data/train_merged.jsonl, what data, training and exams gave -> outputs/adapter/: the
-same adapter with its README.md, as it is shared
+outputs/trained/, models/base.json, data/train_merged.jsonl, metrics/details/ -> outputs/adapter/: the adapter with
+its README.md, as people share it
 """
 
 import shutil
@@ -84,7 +84,7 @@ def template() -> Template:
 
 
 def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
-    """The card's YAML. A base in a local folder has no id on the hub, which the hub would ask for."""
+    """The YAML of the card. It names the base by its id on the hub; a base in a local folder has none."""
     found = {"correct": "accuracy", "exact_match": "exact_match", "f1": "f1", "chrf": "chrf"}
     results = [
         EvalResult(

@@ -1,9 +1,10 @@
-"""Describe the base model: which one, which revision, every file's hash.
+"""Which base model: its revision and the hash of every file.
 
     python -m stages.prepare_base
 
-base.model, base.revision -> models/base.json, models/license.json (by the base's model card). A hub model's weights are
-fetched into the Hugging Face cache, and stay there; only this stage uses the network, and only for a hub id.
+base.model, base.revision -> models/base.json, models/license.json (from the model card). The weights of a hub model are
+downloaded into the Hugging Face cache and stay there. Only this stage downloads files, and only
+for a hub id.
 """
 
 from pipeline.common.outputs import write_json
@@ -19,7 +20,7 @@ def main() -> None:
     parameters = load("prepare_base")
     base = describe(parameters.base.model, parameters.base.revision)
     folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
-    weights_by_file(folder)  # refuses damaged ones
+    weights_by_file(folder)  # raises UserError if a file is damaged
     write_json(BASE, base)
     write_json(LICENSE, license_of(folder))
 

@@ -1,10 +1,9 @@
-"""Tell what changed: a page for the browser, a summary for a pull request and the terminal, tables for `dvc plots`.
+"""What changed: a page for the browser, a summary for a pull request and the terminal, tables for `dvc plots`.
 
     python -m stages.report
 
-what the stages before have measured, data/questions.jsonl, data/general.jsonl, models/base.json, params.yaml ->
-metrics/report.html, metrics/report.md, metrics/tags.csv (correct answers by tag), metrics/variants.csv (of every variant that
-the model takes)
+metrics/, data/questions.jsonl, data/general.jsonl, models/base.json, params.yaml -> metrics/report.html,
+metrics/report.md, metrics/tags.csv (correct answers by tag), metrics/variants.csv (scores of every variant)
 """
 
 import csv
@@ -46,7 +45,7 @@ from pipeline.report.report_summary import summary
 from pipeline.report.side_by_side import ExamResult, side_by_side
 from stages import run
 
-# What identifies the run. The commit cannot: it holds dvc.lock, and with it the hash of the page.
+# What identifies the run. A commit cannot: it contains dvc.lock, and so the hash of the page.
 IDENTITY = list(map(str, [EXAM, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS, ADAPTER, GGUF]))
 
 

@@ -1,10 +1,10 @@
-"""Turn the rows into token ids and labels, and tell how long they are.
+"""The rows as token ids and labels, and their lengths.
 
     python -m stages.tokenize
 
 models/base.json, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and valid.arrow: Arrow streams
-with the columns input_ids and labels; overflow.jsonl: rows that were dropped or cut), metrics/lengths.json,
-metrics/lengths.csv, metrics/mask.md
+with the columns input_ids and labels; overflow.jsonl: rows that were dropped or truncated), metrics/lengths.json,
+metrics/lengths.csv, metrics/mask.md, metrics/details/lengths.json
 """
 
 import csv
@@ -46,11 +46,11 @@ BATCH = 256  # rows in memory at once
 
 @dataclass
 class Lengths:
-    """How many rows and answers of each source file have which length in tokens, and what became of the too long."""
+    """Of each source file, how many rows and answers have each length in tokens; and the rows that are too long."""
 
     rows: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     answers: defaultdict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    overflow: list[dict[str, Any]] = field(default_factory=list)  # id, source, tokens and what became of each row
+    overflow: list[dict[str, Any]] = field(default_factory=list)  # id, source, tokens, and dropped or truncated
 
     def count(self, reason: str) -> int:
         return sum(row["reason"] == reason for row in self.overflow)
@@ -96,7 +96,8 @@ def tokenized(
     lengths: Lengths,
     shown: Shown,
 ) -> Iterator[dict[str, list[int]]]:
-    """input_ids and labels of every row that fits or is made to fit; `lengths` counts them all, `shown` keeps a few."""
+    """Yield input_ids and labels of every row that fits, or is truncated. `lengths` counts all rows, `shown` keeps a
+    few."""
     for row in rows:
         source = row["source"]
         file = file_of(source)
@@ -116,12 +117,12 @@ def tokenized(
 
 
 def answer_lengths(labels: list[int]) -> list[int]:
-    """Tokens of each of the assistant's turns, its end included."""
+    """Tokens of each turn of the assistant, with the token that ends the turn."""
     return [len(list(run)) for learnt, run in groupby(labels, lambda label: label != IGNORED) if learnt]
 
 
 def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
-    """Write an Arrow stream, as `datasets` maps it into memory; the number of rows."""
+    """Write an Arrow stream, which `datasets` maps into memory. Returns the number of rows."""
     written = 0
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, COLUMNS) as stream:
         while batch := list(islice(rows, BATCH)):
@@ -131,27 +132,29 @@ def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
 
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:
-    """Raises UserError with the first rows that are too long, and how many there are."""
+    """Raises UserError with the first rows that are too long and the number of all."""
     if lengths.overflow:
         longest = max(map(max, lengths.rows.values()))
         first = [f"{row['source']} ({row['tokens']} tokens)" for row in lengths.overflow[:3]]
         more = ", ..." if len(lengths.overflow) > 3 else ""
         raise UserError(
             f"{len(lengths.overflow)} rows are longer than tokenize.max_length {max_length}: "
-            f"{', '.join(first)}{more}: raise it (the longest has {longest}), shorten the rows, or set "
-            "tokenize.on_overflow to drop or truncate"
+            f"{', '.join(first)}{more}: raise tokenize.max_length (the longest row has {longest}), shorten the rows, or "
+            "set tokenize.on_overflow to drop or truncate"
         )
 
 
 def require_rows(kept: dict[str, int], max_length: int) -> None:
-    """Raises UserError if nothing is left to train on, or nothing to validate with."""
+    """Raises UserError if no row is left for training or for validation."""
     for side, file in SIDES.items():
         if not kept[side]:
-            raise UserError(f"no row of {file} fits in tokenize.max_length {max_length}: raise it, or shorten the rows")
+            raise UserError(
+                f"no row of {file} fits in tokenize.max_length {max_length}: raise the limit, or shorten the rows"
+            )
 
 
 def counted(lengths: Lengths, max_length: int) -> dict[str, Any]:
-    """Lengths in tokens before any cut: of rows, of answers (their ends included), and by source file."""
+    """metrics/details/lengths.json: tokens before truncation, of rows, of answers (with end tokens), by source file."""
     rows, answers = (sum(by_file.values(), Counter()) for by_file in (lengths.rows, lengths.answers))
     read, dropped = rows.total(), lengths.count("dropped")
     return {
@@ -181,7 +184,7 @@ def over(lengths: Counter[int], max_length: int) -> int:
 
 
 def write_histogram(lengths: dict[str, Counter[int]]) -> None:
-    """In long form: source file, upper bound of the bin in tokens, rows. Up to 32 bins, a power of two wide."""
+    """One line for each bin: source file, upper bound in tokens, rows. Up to 32 bins, a power of two wide."""
     longest = max(map(max, lengths.values()))
     width = 2 ** max(0, (longest - 1).bit_length() - 5)
     with atomic_output(LENGTHS_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as file:

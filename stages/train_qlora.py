@@ -2,8 +2,8 @@
 
     python -m stages.train_qlora
 
-models/base.json, data/tokens/ -> outputs/trained/, metrics/train.json, metrics/loss.csv;
-metrics/train_cost.json beside them, which DVC does not track because no two runs cost the same.
+models/base.json, data/tokens/ -> outputs/trained/, metrics/train.json, metrics/loss.csv,
+metrics/details/train.json; and metrics/train_cost.json, which DVC does not track, because no two runs cost the same
 """
 
 import csv
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train(parameters: Parameters, process: PartialState) -> None:
-    """As one of the processes; the first writes the outputs."""
+    """Train in one of the processes. The first process writes the outputs."""
     folder, base = located()
     device = process.device
     with checkpoint_folder(fingerprint(parameters, device.type), process.is_local_main_process) as checkpoints:
@@ -91,7 +91,7 @@ def load_trainable(
     """The base in NF4 with a new adapter on it."""
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     sharded = is_sharded(parameters.train.processes, parameters.train.strategy)
-    if sharded:  # on a GPU the whole base may have no room, and FSDP shards no integers
+    if sharded:  # the complete base may not fit on one GPU, and FSDP shards no integers
         base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
     else:
         base = load_quantized(folder, device, dtype)
@@ -106,27 +106,28 @@ def load_trainable(
 
 
 def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
-    """Train, from `checkpoint` on if there is one: the seconds that it took, and tokens per second."""
+    """Train, from the checkpoint on if there is one. Returns seconds and tokens per second."""
     tokens = 0
     trainer.args.eval_on_start = checkpoint is None
     if checkpoint:
         tokens = TrainerState.load_from_json(checkpoint / "trainer_state.json").num_input_tokens_seen
-        print(f"going on from {checkpoint.name} of a run that did not end", flush=True)
+        print(f"continuing from {checkpoint.name} of an interrupted run", flush=True)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finally:
-        print(file=sys.stderr)  # the progress bar leaves its line open
+        print(file=sys.stderr)  # the progress bar does not end its line
     seconds = time.monotonic() - started
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
         raise UserError(
-            f"the checkpoint with the lowest validation loss is gone: rm -r {trainer.args.output_dir}, and again"
+            f"the checkpoint with the lowest validation loss is missing: rm -r "
+            f"{trainer.args.output_dir}, then dvc repro"
         )
     return {"seconds": seconds, "tokens_per_second": (trainer.state.num_input_tokens_seen - tokens) / seconds}
 
 
 def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
-    """The adapter, the base's tokenizer files unchanged, and base.json: which base it belongs to."""
+    """Write the adapter, the tokenizer files of the base unchanged, and base.json, which identifies the base."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = public_name(base), base["revision"]
     for name, value in vars(config).items():
@@ -141,7 +142,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
 
 
 def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
-    """(step, mean training loss since the point before, validation loss), in nats per token."""
+    """(step, mean training loss since the previous point, validation loss), in nats per token."""
     train = {int(entry["step"]): float(entry["loss"]) for entry in history if "loss" in entry}
     valid = {int(entry["step"]): float(entry["eval_loss"]) for entry in history if "eval_loss" in entry}
     return [(step, train[step], valid[step]) for step in sorted(train)]
@@ -155,8 +156,8 @@ def write_curve(curve: list[tuple[int, float, float]]) -> None:
 
 
 def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str, Any]:
-    """`loss.before` is the validation loss of the untrained base; the others are those of the adapter that is kept:
-    after `best_step`, or after the last of all `steps`."""
+    """`loss.before` is the validation loss of the untrained base. The other losses are those of the adapter that is
+    kept: of `best_step` with train.load_best_model_at_end, otherwise of the last step."""
     before = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
     best = min(curve, key=lambda point: point[2])
     kept = best if trainer.args.load_best_model_at_end else curve[-1]
@@ -169,7 +170,7 @@ def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str
 
 
 def details(trainer: Trainer) -> dict[str, Any]:
-    """`tokens.trained` counts repetitions; the others are tokens of a row. `libraries` are those that trained."""
+    """`tokens.trained` counts repetitions; the other values are tokens of a row. `libraries` are the versions used."""
     tokens = lengths(trainer.train_dataset)
     return {
         "tokens": {
@@ -183,8 +184,8 @@ def details(trainer: Trainer) -> dict[str, Any]:
 
 
 def memory(device: torch.device) -> dict[str, Any]:
-    """The peak: of what torch allocated on a GPU (without CUDA's own), of the process's resident memory on a CPU; of
-    several processes the largest."""
+    """Peak memory in MB: allocated by torch on a GPU (without CUDA's own memory), resident memory of the process on a
+    CPU. With several processes, the largest value."""
     on_gpu = device.type == "cuda"
     peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else peak_resident()])
     return {
@@ -194,7 +195,7 @@ def memory(device: torch.device) -> dict[str, Any]:
 
 
 def peak_resident() -> int:
-    """In bytes."""
+    """Bytes of resident memory, at most, since the process started."""
     try:  # not getrusage's peak, which a process of Linux has from the one that started it
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:  # macOS

@@ -51,7 +51,7 @@ def test_a_fresh_clone_is_told_what_it_will_make_and_what_that_takes(
         ),
         ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
         ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
-        ({"tokenize__max_length": 20}, r"the longest row has 34 tokens, tokenize\.max_length is 20: raise it, or set"),
+        ({"tokenize__max_length": 20}, r"the longest row has 34 tokens, tokenize\.max_length is 20: raise tokenize"),
     ],
 )
 def test_what_a_stage_would_refuse_is_refused_in_one_line(
@@ -94,7 +94,7 @@ def test_a_base_that_takes_no_step_without_weights_is_refused_for_its_experts_al
         tool.main()
     project.set(lora__target_modules=["q_proj", "v_proj"])
     tool.main()
-    assert "not foretold: qwen3_moe takes no step without weights" in capsys.readouterr().out
+    assert "no estimate: qwen3_moe takes no step without weights" in capsys.readouterr().out
 
 
 def test_a_typo_is_told_before_torch_is_imported(project: Project) -> None:

@@ -202,7 +202,7 @@ def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_traini
     finished.run("dvc", "exp", "run", "--queue", "--name", "small", *less)
     finished.run("dvc", "queue", "start")
     log = finished.run("dvc", "queue", "logs", "--follow", "small").stdout
-    assert "going on from checkpoint-" in log
+    assert "continuing from checkpoint-" in log
     assert ran(log) == {
         "train_qlora",
         "evaluate",

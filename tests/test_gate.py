@@ -94,7 +94,7 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
     project.set(gate__max_drop={"tuned.correct": 0.02})
     write_json(NOISE, {"of": measured_on(), "tuned": {"correct": {"noise": 0.07}}})
     passed, told, _ = gate()
-    assert passed and "allowed 0.020, or its noise, 0.070" in told
+    assert passed and "allowed 0.020, or the noise, 0.070" in told
     write_json(NOISE, {"of": measured_on() | {"models/base.json": "other"}, "tuned": {"correct": {"noise": 0.07}}})
     assert read_noise() == {}  # noise of another base says nothing
 
@@ -110,7 +110,7 @@ def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(project: Project, g
         (
             {"lora__r": 3},
             "HEAD",
-            "the metrics are not of these parameters, code and data, dvc repro would run train_qlora",
+            "the metrics are older than parameters, code or data (dvc repro would run train_qlora",
         ),
     ]
     for values, revision, said in cases:

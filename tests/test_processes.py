@@ -86,7 +86,7 @@ def test_however_two_processes_end_none_is_left_and_the_next_go_on_with_the_step
     assert printed.count("was ended by SIGKILL") == 1 and "Traceback" not in printed
     capfd.readouterr()
     require_same(trained(launching), alone)
-    assert "going on from checkpoint-" in capfd.readouterr().out
+    assert "continuing from checkpoint-" in capfd.readouterr().out
 
 
 def untied(folder: Path) -> None:

@@ -293,7 +293,7 @@ def test_exams_that_are_short_untagged_or_unchanged_have_a_report(
     assert page.locator("[name=tag]").count() == 0 and page.locator("article").count() == len(exam) + 1
     page.locator("label", has_text="broken").click()
     assert shown(page) == []
-    assert "no difference that this exam can tell from chance" in Path("metrics/report.md").read_text(encoding="utf-8")
+    assert "no difference beyond chance" in Path("metrics/report.md").read_text(encoding="utf-8")
     with open("metrics/tags.csv", encoding="utf-8") as lines:
         assert {line["tag"] for line in csv.DictReader(lines)} == {"all questions"}
 
@@ -321,7 +321,9 @@ def test_the_summary_names_what_broke_first_and_what_was_fixed_up_to_a_few(run: 
     report.main()
     text = Path("metrics/report.md").read_text(encoding="utf-8")
     assert "- `q2` `Question 2?`: `yes` → `no`, expected `yes`" in text
-    assert "falls from 30.0 points on" in text and "## Broken in the general exam: 8" in text  # 6 of 20: p = 0.03
+    assert (
+        "differs from chance: a loss of 30.0 points." in text and "## Broken in the general exam: 8" in text
+    )  # 6 of 20: p = 0.03
     assert text.index("## Broken: 1") < text.index("## Fixed: 12")
     assert text.count(": `no` → `yes`\n") == 4 and "- and 7 more" in text
     assert "| model-q8_0.gguf  |  60.0 % | 55.0 % |       90.0 % | 0.001 | 2.5 MB |" in text

@@ -68,7 +68,7 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
         try:
             check.main()
         except UserError as refusal:
-            return str(refusal).partition(": see what is to do")[0].split(", ")
+            return str(refusal).partition(": see TO DO")[0].split(", ")
         return []
 
     assert lacking() == ["data/raw", "data/curated", "data/questions.jsonl"]
@@ -108,12 +108,12 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 30
     leak = Path("data/curated/leak.jsonl")
     leak.write_text('{"question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"^data/curated: see what is to do"):
+    with pytest.raises(UserError, match=r"^data/curated: see TO DO"):
         check.main()
     assert f"TO DO: {leak}:1: asks the question 1 of an exam ('Who?'): reword" in capsys.readouterr().out
     leak.unlink()
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
-    with pytest.raises(UserError, match=r"^data/curated: see what is to do"):
+    with pytest.raises(UserError, match=r"^data/curated: see TO DO"):
         check.main()
     assert "TO DO: data/curated/chats.json:1: a message has" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_check_names_what_of_the_facts_no_question_is_about_and_wants_two_rows(
     check.main()
     assert "2 questions about 1 facts; no phrasing names maker\n" in capsys.readouterr().out
     Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,,Bo\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"^data/raw, data/curated: see what is to do"):
+    with pytest.raises(UserError, match=r"^data/raw, data/curated: see TO DO"):
         check.main()
     assert "TO DO: less than two rows to train on" in capsys.readouterr().out
 

@@ -112,7 +112,7 @@ def goes_on_from(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
     """Where the last training went on from."""
 
     def told() -> str:
-        found = re.findall(r"going on from (\S+) of a run", capfd.readouterr().out)
+        found = re.findall(r"continuing from (\S+) of an interrupted run", capfd.readouterr().out)
         return str(found[-1]) if found else "the start"
 
     return told
@@ -202,7 +202,7 @@ def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_
     project.set(train__epochs=3, train__eval_steps=2)
     project.kill("dvc", "repro", "train_qlora", step=4, victim="first")
     printed = project.kill("dvc", "repro", "train_qlora", step=8, how=signal.SIGINT)
-    assert "going on from checkpoint-" in printed
+    assert "continuing from checkpoint-" in printed
     assert "interrupted: run dvc repro again to go on" in printed and "Traceback" not in printed
     assert adapter.read_bytes() == before
 

@@ -1,10 +1,10 @@
-"""Check params.yaml, the user's files, the base and this machine, without running anything.
+"""Check params.yaml, the user's files, the base and this machine, without running a stage.
 
     python -m tools.check
 
-Tells what is missing next with an example, what will be trained and made, and the memory and disk that it takes. Exit
-status 1, and one line that says what to change, if a stage would refuse something or the machine has too little.
-Changes no file in the repository, and fetches all but the weights of a base on the hub.
+Prints what is missing, with examples, what the stages will train and make, and estimates of memory and disk. If a stage
+would refuse something, or memory or disk is too small, the exit status is 1 and one line says what to change. The tool
+changes no file of the repository. Of a base on the hub it downloads all files but the weights.
 """
 
 import json
@@ -28,16 +28,17 @@ GIB = 2**30
 
 
 def main() -> None:
-    parameters = check(Path("params.yaml"))  # all else is imported later: it takes seconds, and a typo is told at once
-    lacking = tell_material(parameters)
+    parameters = check(Path("params.yaml"))  # other imports take seconds, and a typo is reported at once
+    lacking = print_material(parameters)
     examine(parameters)
     if lacking:
-        raise UserError(f"{', '.join(lacking)}: see what is to do above, then make check again")
+        raise UserError(f"{', '.join(lacking)}: see TO DO above, then make check again")
     print("nothing is missing: make repro")
 
 
-def tell_material(parameters: Parameters) -> list[str]:
-    """Print what is there of the user's files, and what is missing. Returns where something is."""
+def print_material(parameters: Parameters) -> list[str]:
+    """Print which of the user's files are present and what is missing. Returns the places where something is
+    missing."""
     lacking = []
     for each in material(parameters):
         say(str(each.place), f"TO DO: {each.missing}" if each.missing else each.found or "nothing")
@@ -49,7 +50,7 @@ def tell_material(parameters: Parameters) -> list[str]:
 
 
 def examine(parameters: Parameters) -> None:
-    """Print the table; UserError at the first thing that cannot be, or at the end by what does not fit."""
+    """Print the table. Raises UserError at once for what is impossible, at the end for what does not fit."""
     import torch
     from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
@@ -90,16 +91,19 @@ def examine(parameters: Parameters) -> None:
     refusals = []
     try:
         parts = needed(train)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # as code does that asks for values: MoE's
-        say(
-            f"{memory}: train_qlora", f"not foretold: {model.config.model_type} takes no step without weights ({error})"
-        )
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # from code that needs values of tensors, such as MoE's
+        say(f"{memory}: train_qlora", f"no estimate: {model.config.model_type} takes no step without weights ({error})")
         parts = {"adapter": 0, "optimizer": 0}
     else:
         trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
         say("adapter", f"{trained:,} parameters, r {lora.r}")
         if train.processes > 1:
-            say("processes", f"{train.processes}, {train.strategy}; of train_qlora what one of them needs follows")
+            say("processes", f"{train.processes}, {train.strategy}; the next line is for one of them")
         room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {remedy(train, device, needed, room)}")
@@ -116,7 +120,7 @@ def examine(parameters: Parameters) -> None:
     copies = 1 if {"hardlink", "symlink"} & set(repo.cache.local.cache_types) else 2
     files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
     if not fits("disk", files, room := shutil.disk_usage(".").free):
-        refusals.append(f"a run {short(files, room, 'disk')}: free some, or take formats out of gguf.quantize")
+        refusals.append(f"a run {short(files, room, 'disk')}: free some, or remove files from gguf.quantize")
     if not has_weights(folder):
         download = {"weights": size * saved.itemsize}
         if not fits("disk: download", download, room := shutil.disk_usage(folder).free):
@@ -130,7 +134,7 @@ def say(name: str, text: str) -> None:
 
 
 def fits(name: str, parts: dict[str, int], room: int) -> bool:
-    """Print a line about what needs how much of the `room`, in GiB."""
+    """Print how much of `room` bytes the parts need, in GiB. Returns whether they fit."""
     needed = sum(parts.values())
     of = ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items()) if len(parts) > 1 else ""
     verdict = "fits" if needed <= room else "DOES NOT FIT"
@@ -143,27 +147,28 @@ def short(parts: dict[str, int], room: int, of: str) -> str:
 
 
 def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
-    """The ids of the tokens that will be trained. Whether the base learnt its own is read off its weights."""
+    """The ids of the tokens that will be trained. The base's weights show which tokens the base was never trained
+    on."""
     from pipeline.model.base import has_weights
     from pipeline.model.chat_template import load_tokenizer
     from pipeline.model.special_tokens import trainable_tokens
 
     wanted = parameters.lora.trainable_tokens
     if wanted == "auto" and not has_weights(folder):
-        say("special tokens", "told once the weights are here: dvc repro prepare_base fetches them")
+        say("special tokens", "known after dvc repro prepare_base, which downloads the weights")
         return []
     tokenizer = load_tokenizer(folder)
     tokens = trainable_tokens(wanted, folder, tokenizer)
     names = ", ".join(tokenizer.convert_ids_to_tokens(tokens))
-    say("special tokens", f"trained: {names}" if tokens else "none trained: the base knows its own")
+    say("special tokens", f"trained: {names}" if tokens else "none trained: the base was trained on all of them")
     return tokens
 
 
 def longest_row(repo: Any, tokenize: Tokenize) -> int:
-    """Tokens of the longest row, or tokenize.max_length if the data or the base changed since they were counted.
+    """Tokens of the longest row; tokenize.max_length if the data or the base changed since the tokenize stage ran.
 
     Raises:
-        UserError: a row is longer than tokenize.max_length, at which the tokenize stage would stop.
+        UserError: a row is longer than tokenize.max_length, and the tokenize stage would refuse it.
     """
     if not LENGTHS_METRICS.exists() or changed(repo):
         say(
@@ -174,41 +179,49 @@ def longest_row(repo: Any, tokenize: Tokenize) -> int:
     longest = json.loads(LENGTHS_METRICS.read_text(encoding="utf-8"))["tokens"]["max"]
     if longest > tokenize.max_length and tokenize.on_overflow == "raise":
         raise UserError(
-            f"the longest row has {longest} tokens, tokenize.max_length is {tokenize.max_length}: raise it, or set "
-            "tokenize.on_overflow to drop or truncate"
+            f"the longest row has {longest} tokens, tokenize.max_length is {tokenize.max_length}: raise "
+            "tokenize.max_length, or set tokenize.on_overflow to drop or truncate"
         )
     say("longest row", f"{longest} tokens, of at most {tokenize.max_length}")
     return min(longest, tokenize.max_length)
 
 
 def changed(repo: Any) -> bool:
-    """Whether the rows may have other lengths than when they were counted. What was never made here has not changed."""
+    """Whether the rows may have other lengths than in metrics/lengths.json. Outputs that were never made do not
+    count."""
     from dvc.lock import LockError
 
     try:
         status = repo.status(targets=["tokenize"], with_deps=True)
-    except LockError:  # a running dvc repro may be changing them
+    except LockError:  # a running dvc repro may change the rows
         return True
     for stage, changes in status.items():
         for change in changes:
             for paths in change.values() if isinstance(change, dict) else []:
                 for path, state in paths.items():
-                    cut = stage == "tokenize" and path == "params.yaml"  # lengths are counted before any cut
-                    if state not in ("deleted", "not in cache") and not cut and not path.endswith((".py", ".txt")):
+                    cut = stage == "tokenize" and path == "params.yaml"  # lengths are counted before truncation
+                    if (
+                        state not in ("deleted", "not in cache")
+                        and not cut
+                        and not path.endswith((".py", "libraries.yaml"))
+                    ):
                         return True
     return False
 
 
 def remedy(train: Train, device: "torch.device", needed: Any, room: int) -> str:
-    """The first of `mends` with which training fits in `room` bytes."""
-    for change in mends(train, device):
+    """The first of the `savings` with which training fits in `room` bytes."""
+    for change in savings(train, device):
         if sum(needed(train.model_copy(update=change)).values()) <= room:
             return "set " + ", ".join(f"train.{key} to {str(value).lower()}" for key, value in change.items())
-    return "lower lora.r, or tokenize.max_length once dvc repro tokenize has counted the rows, or choose a smaller base.model"
+    return (
+        "lower lora.r, or tokenize.max_length after dvc repro tokenize has counted the rows, or choose a smaller base"
+    )
 
 
-def mends(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
-    """What saves memory, each with all before it. None makes a step of fewer rows, or one that cannot be shared."""
+def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
+    """Changes of train.* that save memory, each with all before. Every change keeps the rows of a step, and steps that
+    the processes can share."""
     from pipeline.model.loading import pick_checkpointing, pick_optimizer
 
     change: dict[str, object] = {}

@@ -1,10 +1,10 @@
-"""Fail if the model is worse than `gate` in params.yaml allows.
+"""Fail if the model is worse than the section `gate` of params.yaml allows.
 
     python -m tools.gate [REVISION]
 
-metrics/details/{evaluate,gguf}.json, metrics/noise.json (of tools.noise, if there), and metrics/details/evaluate.json of
-REVISION (HEAD if none is named) -> a line for each demand; exit status 1, naming the demands that are not met.
-Needs dvc.lock and the metrics alone, no data and no models.
+metrics/details/{evaluate,gguf}.json, metrics/noise.json (of tools.noise, if there), and metrics/details/evaluate.json
+of REVISION (HEAD if none is named) -> a line for each demand; exit status 1, naming the demands that are not met. The
+tool needs only git's files and dvc.lock: no data and no models.
 """
 
 import json
@@ -29,13 +29,13 @@ from pipeline.evaluation.variants import of_same_weights, source
 from tools.noise import read_noise
 
 MARKS = {True: "ok  ", False: "FAIL", None: "none"}
-MEASURED = ["evaluate", "evaluate_gguf"]  # by these stages: the report may be older
+MEASURED = ["evaluate", "evaluate_gguf"]  # by these stages; the report may be older
 
 
 @dataclass(frozen=True)
 class Demand:
     name: str
-    met: bool | None  # None: there is nothing to compare with
+    met: bool | None  # None: not compared
     found: str
 
 
@@ -55,20 +55,22 @@ def main(revision: str = "HEAD") -> None:
 
 
 def require_up_to_date() -> None:
-    """Raises UserError if the metrics are not those of this params.yaml, code and data. Outputs may be absent."""
+    """Raises UserError if the metrics are older than params.yaml, code or data. Outputs may be absent."""
     deleted = subprocess.run(["git", "ls-files", "--deleted"], capture_output=True, text=True).stdout.splitlines()
-    if deleted:  # DVC would take them for outputs that may be absent
+    if deleted:  # DVC would treat deleted files as outputs that may be absent
         raise UserError(
-            f"gate: {', '.join(deleted)}: deleted, and of this commit: git restore them, or commit and dvc repro"
+            f"gate: {', '.join(deleted)}: deleted, but part of this commit: git restore them, or commit and dvc repro"
         )
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # it would tell of every stage
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # DVC would print a line for every stage
     try:
         with Repo() as repo, redirect_stdout(StringIO()):
             stale = ", ".join(stage.name for stage in repo.reproduce(MEASURED, dry=True, allow_missing=True))
-    except ReproductionError as error:  # a stage would run, and what it needs is absent
+    except ReproductionError as error:  # a stage would run, and its dependencies are absent
         stale = str(error).removeprefix("failed to reproduce ").strip("'")
     if stale:
-        raise UserError(f"gate: the metrics are not of these parameters, code and data, dvc repro would run {stale}")
+        raise UserError(
+            f"gate: the metrics are older than parameters, code or data (dvc repro would run {stale}): run dvc repro"
+        )
 
 
 def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
@@ -94,16 +96,16 @@ def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
             f"drop of {name}",
             drop <= max(allowed, noise.get(name, 0.0)),
             f"{value:.3f}, {earlier[name]:.3f} at {revision}: {drop:+.3f} worse, allowed {allowed:.3f}, "
-            + (f"or its noise, {noise[name]:.3f}" if name in noise else "noise not measured: make noise"),
+            + (f"or the noise, {noise[name]:.3f}" if name in noise else "noise not measured: make noise"),
         )
 
 
 def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
-    """In each conversion from the tuned model to a file that ships."""
+    """One demand for each conversion from the tuned model to a file that ships."""
     for variant, of in read(GGUF_DETAILS).items():
         if of_same_weights(variant, merged_onto):
             drop = max(0.0, -of["conversion"]["correct"])
-            found = f"{of['correct']:.3f} correct: fell {drop:.3f}, allowed {allowed:.3f}"
+            found = f"{of['correct']:.3f} correct, {drop:.3f} less, allowed {allowed:.3f}"
             yield Demand(f"drop in the conversion {source(variant)} → {variant}", drop <= allowed, found)
 
 
@@ -111,7 +113,7 @@ def general_drop(allowed: float) -> Demand:
     metrics = read(EXAM_DETAILS)["general"]
     base, tuned = metrics["base"]["correct"], metrics["tuned"]["correct"]
     drop = round(base - tuned, 6)
-    found = f"{tuned:.3f} correct, the base {base:.3f}: fell {drop:.3f}, allowed {allowed:.3f}"
+    found = f"{tuned:.3f} correct, the base {base:.3f}: {drop:.3f} less, allowed {allowed:.3f}"
     return Demand("drop of the general exam", drop <= allowed, found)
 
 
@@ -120,7 +122,7 @@ def lower_is_better(name: str) -> bool:
 
 
 def worse(name: str, before: float, after: float) -> float:
-    """By how much. At six digits, as the metrics are."""
+    """By how much, rounded to six digits like the metrics."""
     return round(after - before if lower_is_better(name) else before - after, 6)
 
 
@@ -146,15 +148,17 @@ def read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"gate: {path} is missing: dvc repro makes it, git restores it") from None
+        raise UserError(f"gate: {path} is missing: dvc repro makes the file, git restore brings it back") from None
 
 
 def at(revision: str, path: Path) -> str | None:
-    """A file that git has, as it was at a revision; None if it was not there."""
+    """The content of a file at a revision in git; None if the revision lacks the file."""
     if subprocess.run(
         ["git", "rev-parse", "--quiet", "--verify", f"{revision}^{{commit}}"], capture_output=True
     ).returncode:
-        raise UserError(f"gate: {revision} is no revision of this clone: git fetch it (in CI: with its whole history)")
+        raise UserError(
+            f"gate: {revision} is no revision of this clone: git fetch it (in CI: with the complete history)"
+        )
     shown = subprocess.run(["git", "show", f"{revision}:./{path}"], capture_output=True, text=True, encoding="utf-8")
     return None if shown.returncode else shown.stdout
 

@@ -1,10 +1,10 @@
-"""Measure how much the scores differ between trainings that differ in their seed alone.
+"""Measure how much the scores of trainings differ if only their seeds differ.
 
     python -m tools.noise
 
-Runs `evaluate.repeats` DVC experiments, each with a seed of its own, from `seed` in params.yaml on ->
-metrics/noise.json: each score's mean, standard deviation, and `noise`, by which two such trainings may well differ.
-`dvc exp show` lists the experiments; one that is there already is not run again.
+Runs `evaluate.repeats` DVC experiments with consecutive seeds, from `seed` in params.yaml on -> metrics/noise.json: of
+each score the mean, the standard deviation, and `noise`, the largest difference between two such trainings that is
+likely. `dvc exp show` lists the experiments. An experiment that exists already does not run again.
 """
 
 import json
@@ -29,7 +29,9 @@ REPEATABILITY = 1.96 * math.sqrt(2)  # standard deviations: ISO 5725's repeatabi
 def main() -> None:
     parameters = check(Path("params.yaml"))
     if git("status", "--porcelain", "--untracked-files=no", "--", ".", f":!{NOISE}"):
-        raise UserError("noise: there are changes that are not committed: the noise is measured of a commit")
+        raise UserError(
+            "noise: there are uncommitted changes: git commit or git stash, because noise is measured for a commit"
+        )
     revision = git("rev-parse", "--short=10", "HEAD")
     seeds = [parameters.seed + number for number in range(parameters.evaluate.repeats)]
     experiments = [f"noise-{revision}-seed-{seed}" for seed in seeds]
@@ -38,7 +40,7 @@ def main() -> None:
         if name not in known:
             run = ["dvc", "exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}", "evaluate"]
             if subprocess.run([sys.executable, "-m", *run]).returncode:
-                raise UserError(f"noise: the experiment {name} failed, see above; those before it are kept")
+                raise UserError(f"noise: the experiment {name} failed, see above; earlier experiments are kept")
     runs = [json.loads(dvc.api.read(str(EXAM_DETAILS), rev=name))["exam"]["tuned"] for name in experiments]
     scores = {score: spread([run[score] for run in runs]) for score in runs[0]}
     write_json(NOISE, {"of": measured_on(), "revision": revision, "seeds": seeds, "tuned": scores})
@@ -53,7 +55,7 @@ def git(*arguments: str) -> str:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """`noise`: were `sd` exact, two trainings would differ by less in 95 of 100 cases; of five values, in 88."""
+    """`noise`: two trainings differ by less in 95 of 100 cases if `sd` is exact, in 88 if `sd` is of five values."""
     return {"mean": fmean(values), "sd": stdev(values), "noise": REPEATABILITY * stdev(values)}
 
 
@@ -63,7 +65,7 @@ def measured_on() -> dict[str, str]:
 
 
 def read_noise() -> dict[str, float]:
-    """The noise of each of the tuned model's scores; empty if none was measured on this base and exam."""
+    """The noise of each score of the tuned model; empty if no noise was measured with this base and exam."""
     if not NOISE.is_file():
         return {}
     measured = json.loads(NOISE.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""How a Hugging Face model sits the exam."""
+"""The answers of a Hugging Face model to an exam."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def prompt(tokenizer: Any, question: Question) -> list[int]:
 def answer_questions(
     model: PreTrainedModel, tokenizer: Any, questions: list[Question], batch_size: int, max_new_tokens: int
 ) -> list[Answer]:
-    """Answer every question greedily, and measure how likely the model finds the expected answers."""
+    """Answer every question greedily, and measure how likely the model finds each reference answer."""
     model.eval()
     ends = end_tokens(model.generation_config)
     rows = [prompt_and_reference(tokenizer, question, ends) for question in questions]
@@ -43,13 +43,14 @@ def answer_questions(
 
 
 def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, bool]:
-    """An answer's text, and whether it ended by itself."""
+    """The text of an answer, and whether the answer ended by itself."""
     stopped = tokens[-1] in ends
     return tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip(), stopped
 
 
 def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
-    """The token ids of `prompt`, and those of the first accepted answer and the token that ends it."""
+    """The token ids of the prompt, and of the reference: the first accepted answer and the token that ends the
+    answer."""
     messages = question_and_answer(question.question, question.answers[0])
     ids, labels = supervised(tokenizer, messages, ends, f"exam question {question.id}")
     start = next(at for at, label in enumerate(labels) if label != IGNORED)
@@ -60,26 +61,26 @@ def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> 
 def answer(
     model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], ends: set[int], max_new_tokens: int
 ) -> list[tuple[list[int], float]]:
-    """For each (prompt, reference) the tokens of the greedy answer, and the mean negative log-likelihood of the
-    reference, in nats per token.
+    """For each (prompt, reference): the tokens of the greedy answer, and the mean negative log-likelihood of the
+    reference in nats per token.
 
-    The prompts are read once for both. A reference whose every token is the likeliest is the greedy answer, as a draft
-    is in speculative decoding (https://arxiv.org/abs/2211.17192). Only the others are decoded. In bfloat16
-    a near tie may fall otherwise in one pass than token by token.
+    One forward pass reads the prompts for both. If every token of a reference is the likeliest token, the reference is
+    the greedy answer, as a draft is in speculative decoding (https://arxiv.org/abs/2211.17192). Only other answers are
+    decoded. In bfloat16, two almost equal tokens may change their order between one pass and decoding token by token.
     """
     prompts = padded([prompt for prompt, _ in rows], "left").to(model.device)
     labels = padded([reference for _, reference in rows], "right").to(model.device)
-    mask, supervised = (prompts != IGNORED).long(), labels != IGNORED
+    mask, of_reference = (prompts != IGNORED).long(), labels != IGNORED
     drafts = labels[:, :-1]
     asked = forward(model, prompts, mask, logits_to_keep=1)
     cache = asked.past_key_values
     drafted = forward(model, drafts, pad(mask, (0, drafts.shape[1]), value=1), past_key_values=deepcopy(cache))
     logits = torch.cat([asked.logits, drafted.logits], dim=1)
-    losses = cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
-    nlls = [of_row.mean().item() for of_row in losses.split(supervised.sum(1).tolist())]
+    losses = cross_entropy(logits[of_reference].float(), labels[of_reference], reduction="none")
+    nlls = [of_row.mean().item() for of_row in losses.split(of_reference.sum(1).tolist())]
 
     answers = [reference[:max_new_tokens] for _, reference in rows]
-    others = ((logits.argmax(-1) != labels) & supervised).any(1).nonzero().flatten()
+    others = ((logits.argmax(-1) != labels) & of_reference).any(1).nonzero().flatten()
     cache.reorder_cache(others)
     for row in others.tolist():
         answers[row] = []
@@ -92,7 +93,7 @@ def answer(
 def greedy(
     model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
 ) -> Iterator[tuple[int, int]]:
-    """(prompt, token) of the greedy answer to each of `prompts`, as the tokens come."""
+    """Yield (number of the prompt, token) of the greedy answers, as the tokens come."""
     ids = padded(prompts, "left").to(model.device)
     mask = (ids != IGNORED).long()
     asked = forward(model, ids, mask, logits_to_keep=1)
@@ -102,8 +103,10 @@ def greedy(
 def decode(
     model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
 ) -> Iterator[tuple[int, int]]:
-    """(row, token) of each greedy answer, of which `logits` (shape: rows, 1, vocabulary) tell the first token. A row
-    that ends leaves the batch, which Transformers' own `generate` carries on to the end of the longest."""
+    """Yield (row, token) of the greedy answers; `logits` (shape: rows, 1, vocabulary) are those of the first tokens.
+
+    A row leaves the batch when its answer ends. Transformers' own `generate` keeps every row until the last one ends.
+    """
     rows = list(range(len(mask)))
     for left in reversed(range(max_new_tokens)):
         tokens = logits.argmax(-1)
@@ -125,6 +128,6 @@ def padded(rows: list[list[int]], side: str) -> torch.Tensor:
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
-    """The model's output for `ids` (shape: rows, new tokens); `mask` has columns for what is in the cache too."""
+    """The model's output for `ids` (shape: rows, new tokens); `mask` (shape: rows, cached and new tokens)."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model(input_ids=ids.clamp(min=0), attention_mask=mask, position_ids=positions, use_cache=True, **options)

@@ -1,4 +1,4 @@
-"""What changed between two sittings of an exam, and how sure that is."""
+"""What changed between the answers of two models to an exam, and how certain the change is."""
 
 import math
 from statistics import fmean
@@ -11,8 +11,8 @@ LOWER_IS_BETTER = ("loss",)
 
 
 def comparison(base: list[dict[str, float]], tuned: list[dict[str, float]]) -> dict[str, Any]:
-    """The scores of both, each gain with its interval and p-value, the smallest change with a p-value under .05, and
-    the flips.
+    """The mean scores of both models, and of each score the gain with its interval and p-value; the smallest change
+    that would have a p-value under .05; and how many answers became correct (fixed) or wrong (broken).
 
     `base` and `tuned` are the scores of the same questions in the same order.
     """
@@ -38,7 +38,7 @@ def gain(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str)
 
 
 def flips(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str) -> tuple[int, int]:
-    """(how many rose, how many fell) of a score."""
+    """How many questions have a higher score, and how many a lower one."""
     pairs = [(old[name], new[name]) for old, new in zip(base, tuned, strict=True)]
     return sum(new > old for old, new in pairs), sum(new < old for old, new in pairs)
 
@@ -51,21 +51,19 @@ def bootstrap(differences: np.ndarray, resamples: int = 10_000) -> tuple[float, 
     return float(low), float(high)
 
 
-def mcnemar(rose: int, fell: int) -> float:
-    """The exact two-sided p-value of McNemar's test: how likely so uneven a split of the changes is by chance.
+def mcnemar(higher: int, lower: int) -> float:
+    """The exact two-sided p-value of McNemar's test: how probable so uneven a split of the changes is by chance.
 
-    Of a score that is more than right or wrong, it is the sign test.
+    For a score with more than two values the test is the sign test.
     """
-    changes = rose + fell
-    tail = sum(math.comb(changes, k) for k in range(min(rose, fell) + 1)) / 2**changes
+    changes = higher + lower
+    tail = sum(math.comb(changes, k) for k in range(min(higher, lower) + 1)) / 2**changes
     return min(1.0, 2 * tail)
 
 
 def detectable(against: int, possible: float) -> int | None:
-    """The smallest surplus of answers that flip one way to have a p-value under .05, if `against` flip the other way.
-
-    None if that takes more than the `possible` answers that can flip.
-    """
+    """By how much the answers that change one way must outnumber `against`, those that change the other way, for a
+    p-value under .05. None if more than the `possible` answers would have to change."""
     for flipped in range(against + 1, int(possible) + 1):
         if mcnemar(flipped, against) < SIGNIFICANT:
             return flipped - against

@@ -1,4 +1,4 @@
-"""The conversions from the tuned model to each file that ships, and what each of them lost."""
+"""What each conversion, from the tuned model to each file that ships, lost of the answers."""
 
 import math
 from dataclasses import dataclass
@@ -13,28 +13,28 @@ from pipeline.evaluation.variants import source
 
 @dataclass(frozen=True)
 class NextToken:
-    """A model's distribution of the next token, where the reference answer has `token`."""
+    """A model's distribution of the next token at a token of the reference answer."""
 
-    token: int
-    likeliest: dict[int, float]  # log-probability by token id, the highest first
+    token: int  # of the reference answer
+    likeliest: dict[int, float]  # log-probabilities of the likeliest tokens by token id, the highest first
 
     @property
     def nll(self) -> float:
-        """Of `token`, in nats; if that is not told, of the last that is."""
+        """Of `token`, in nats. A token that is not among the likeliest counts as the last of these."""
         return -self.likeliest.get(self.token, min(self.likeliest.values()))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What a variant of the model does in the exam, question by question."""
+    """The answers and next tokens of a variant of the model, question by question."""
 
-    answers: list[tuple[str, bool]]  # and whether it stopped by itself, as Transformers would
+    answers: list[tuple[str, bool]]  # text, and whether the answer ended by itself
     next_tokens: list[list[NextToken]]
 
 
 def measured(name: str, variants: dict[str, Variant], questions: list[Question]) -> dict[str, Any]:
-    """A variant's scores; how far it is from its model in Transformers, which of merged is tuned, of a file merged; and
-    under `conversion`, how far from its source, and what of the scores it lost on the way."""
+    """The scores of a variant, and two comparisons. At the top level, the merged model is compared with the tuned one,
+    and each GGUF file with the merged model. Under `conversion`, each variant is compared with its source."""
     ours, before = variants[name], variants[source(name)]
     model = variants["tuned" if name == "merged" else "merged"]
     now, then = scores(ours, questions), scores(before, questions)
@@ -54,8 +54,9 @@ def scores(variant: Variant, questions: list[Question]) -> dict[str, float]:
 
 
 def compared(ours: Variant, theirs: Variant) -> dict[str, float]:
-    """The share of answers that are the same, letter by letter, and of likeliest next tokens; mean and largest KL
-    divergence of the next token in nats, which on a GPU hold the rounding of Transformers' own bfloat16 too."""
+    """The share of identical answers, the share of identical likeliest next tokens, and the mean and largest KL
+    divergence of the next-token distributions in nats. On a GPU the divergence includes Transformers' bfloat16
+    rounding."""
     pairs = [
         (our.likeliest, their.likeliest)
         for of_answer in zip(ours.next_tokens, theirs.next_tokens, strict=True)
@@ -71,10 +72,10 @@ def compared(ours: Variant, theirs: Variant) -> dict[str, float]:
 
 
 def divergence(ours: dict[int, float], theirs: dict[int, float]) -> float:
-    """KL(theirs || ours) in nats of two distributions of which the likeliest tokens are told.
+    """KL(theirs || ours) in nats of two distributions that are known for their likeliest tokens alone.
 
-    Over the tokens that `ours` tells, and all others as one; of them, one that `theirs` does not tell is as likely as
-    its last.
+    The sum runs over the tokens of `ours`, and over all other tokens as one. A token that `theirs` lacks counts as
+    likely as the last token of `theirs`.
     """
     last = min(theirs.values())
     pairs = [(theirs.get(token, last), logprob) for token, logprob in ours.items()]

@@ -1,4 +1,4 @@
-"""The exams: their questions and what answers to them look like."""
+"""The exams (evaluation sets): questions, and answers to them."""
 
 import unicodedata
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ KEYS = ["id", "question", "answer", "tags", "match", "source"]
 class Question:
     id: str
     question: str
-    answers: list[str]  # all that are accepted
+    answers: list[str]  # all accepted answers
     source: str
     tags: list[str] = field(default_factory=list)
     rule: Rule = EXACT
@@ -26,7 +26,7 @@ class Question:
 class Answer:
     text: str
     stopped: bool  # ended by itself, before max_new_tokens
-    nll: float  # of the first accepted answer and the token that ends it: mean nats per token
+    nll: float  # mean negative log-likelihood of the reference, its end token included, in nats per token
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -34,12 +34,12 @@ def read_questions(path: Path) -> list[Question]:
     places: dict[tuple[str, str], str] = {}
     questions = []
     if not path.is_file():
-        raise UserError(f"{path} is not there: write the exam's questions into it")
+        raise UserError(f"{path} is missing: write the questions of the exam into this file")
     for place, content in read_lines(path):
         question = read_question(place, content)
         for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()))]:
             if earlier := places.get((name, value)):
-                raise UserError(f"{place}: the {name} is that of {earlier}: each stands once in an exam")
+                raise UserError(f"{place}: the {name} repeats that of {earlier}: an exam has each {name} once")
             places[name, value] = place
         questions.append(question)
     if not questions:

@@ -28,7 +28,7 @@ SPELLING = regex.compile(
 )
 BULLET = regex.compile(r"(?<=\n)[ \t]*-[ \t]+")
 SIGN = regex.compile(r"(?<!\w)(?<!\w[ \t])-[ \t]+(?=\.?\p{N})")  # - 5, but not 3 - 5
-# What an answer says: words with what stands inside them or makes them others (3.5, -5, C++, 1/2, f[0], .NET, -v, A-),
+# What an answer says: words with the signs inside a word or part of a word (3.5, -5, C++, 1/2, f[0], .NET, -v, A-),
 # and signs of units and relations by themselves.
 SAID = regex.compile(
     r"""(?x)
@@ -55,13 +55,13 @@ FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 @dataclass(frozen=True)
 class Rule:
-    """How an answer is held against the accepted ones.
+    """When an answer is correct.
 
-    exact     says the same: see `said`
-    contains  what an accepted answer says stands in it, in its order
-    number    its last number, as GSM8K is scored (https://arxiv.org/abs/2110.14168), is at most `tolerance` off
-    regex     `pattern` is found in it
-    json      the same JSON value, bare or in a fenced block; the order of keys and 1 or 1.0 make no difference
+    exact     the answer and an accepted answer have the same words: see `said`
+    contains  the answer contains the words of an accepted answer, in their order
+    number    the last number of the answer differs by `tolerance` at most (as GSM8K: https://arxiv.org/abs/2110.14168)
+    regex     `pattern` is found in the answer
+    json      the same JSON value, bare or in a fenced block; the order of keys, and 1 or 1.0, make no difference
     """
 
     kind: Literal["exact", "contains", "number", "regex", "json"]

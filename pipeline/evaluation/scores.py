@@ -11,7 +11,7 @@ from pipeline.evaluation.rules import correct, normalise, normalised_words
 
 
 def exact_match(answer: str, accepted: list[str]) -> float:
-    """SQuAD's: the same as an accepted answer but for case, punctuation, articles and spaces."""
+    """SQuAD's exact match: equal to an accepted answer, apart from case, punctuation, articles and spaces."""
     return float(normalise(answer) in map(normalise, accepted))
 
 
@@ -42,7 +42,7 @@ def _rouge_l(given: list[str], wanted: list[str]) -> float:
 
 
 def graded(question: Question, answer: Answer) -> dict[str, Any]:
-    """One line of an answers file: the question, what was expected, what came, and its scores."""
+    """One line of an answers file: the question, the accepted answers, the answer and its scores."""
     return {
         "id": question.id,
         "question": question.question,

@@ -7,7 +7,7 @@ from pipeline.report.readable import change, percent, signed
 
 
 def conversion_table(variants: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines; `variants` are those of metrics/gguf.json, others are passed over."""
+    """Head and lines of the table; `variants` are those of metrics/details/gguf.json, others have no line."""
     head = ["conversion", "correct", "loss", "same answers", "same next token", "KL", "worst KL"]
     return head, [
         [f"{source(variant)} → {variant}", *cells(of["conversion"])]

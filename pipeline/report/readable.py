@@ -13,14 +13,16 @@ class Score(NamedTuple):
 
 
 SCORES = {
-    "correct": Score("Correct", "%", "by each question's own rule: what counts here"),
+    "correct": Score("Correct", "%", "by the rule of each question: the score to look at first"),
     "exact_match": Score("Exact match", "%", "the same words as an accepted answer"),
     "f1": Score("F1", "%", "words shared with the accepted answer"),
-    "chrf": Score("chrF", "%", "runs of characters shared with it"),
-    "rouge_l": Score("ROUGE-L", "%", "words shared with it in the same order"),
-    "loss": Score("Loss", "nats per token", "of the accepted answer: how unexpected it is; lower is better"),
-    "stopped": Score("Stopped", "%", "ended by themselves, not by the limit of length"),
-    "characters": Score("Length", "characters", "of an answer; more is neither better nor worse"),
+    "chrf": Score("chrF", "%", "sequences of characters shared with the accepted answer"),
+    "rouge_l": Score("ROUGE-L", "%", "words shared with the accepted answer, in the same order"),
+    "loss": Score(
+        "Loss", "nats per token", "of the accepted answer: how improbable the model finds it; lower is better"
+    ),
+    "stopped": Score("Stopped", "%", "answers that ended before the length limit"),
+    "characters": Score("Length", "characters", "of an answer; neither more nor less is better"),
 }
 
 
@@ -38,7 +40,7 @@ def interval(gain: dict[str, float], score: str) -> str:
 
 
 def signed(number: str) -> str:
-    """With a minus as wide as the plus, and no sign of zero."""
+    """With a minus sign as wide as the plus sign; zero has no sign."""
     return number.lstrip("+-") if not float(number) else number.replace("-", "\u2212")
 
 
@@ -55,7 +57,7 @@ def megabytes(size: int) -> str:
 
 
 def trend(score: str, gain: dict[str, float]) -> str:
-    """better or worse if its p-value is under .05 and its interval without 0, each score for itself; else same."""
+    """better or worse if the p-value of the score is under .05 and its interval excludes 0; otherwise same."""
     sure = gain["p_value"] < SIGNIFICANT and (gain["low"] > 0 or gain["high"] < 0)
     if not sure or score == "characters":
         return "same"
@@ -64,15 +66,15 @@ def trend(score: str, gain: dict[str, float]) -> str:
 
 def verdict(metrics: dict[str, Any]) -> str:
     """Of the correct answers of an exam."""
-    words = {"better": "better", "worse": "worse", "same": "no difference that this exam can tell from chance"}
+    words = {"better": "better", "worse": "worse", "same": "no difference beyond chance"}
     return words[trend("correct", metrics["gain"]["correct"])]
 
 
 def detectable(smallest: float | None) -> str:
-    """Which changes an exam can tell from chance."""
+    """The smallest change that an exam can distinguish from chance."""
     if smallest is None:
-        return "nothing, with so few questions"
-    return f"{'gains' if smallest > 0 else 'falls'} from {100 * abs(smallest):.1f} points on"
+        return "none, with so few questions"
+    return f"a {'gain' if smallest > 0 else 'loss'} of {100 * abs(smallest):.1f} points"
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:

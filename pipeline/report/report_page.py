@@ -1,4 +1,4 @@
-"""metrics/report.html: one file that needs nothing else, for a browser."""
+"""metrics/report.html: one file for a browser, which loads nothing else."""
 
 import hashlib
 import math
@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 640, 240  # of the loss chart, in its own units
 
 @dataclass(frozen=True)
 class Chart:
-    """Points and ticks as SVG has them: (0, 0) is above on the left."""
+    """Points and ticks in SVG's coordinates: (0, 0) is the upper left corner."""
 
     lines: dict[str, list[tuple[float, float]]]
     x_ticks: list[tuple[float, str]]
@@ -26,9 +26,9 @@ class Chart:
 
 
 def report_page(**content: Any) -> str:
-    """HTML of report_page.html, which names the `content` that it shows.
+    """The HTML that the template report_page.html makes of `content`.
 
-    A model's answers may hold anything: all content is escaped, and no script but the page's own can run.
+    A model's answers may contain anything: all content is escaped, and only the page's own script can run.
     """
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -1,4 +1,4 @@
-"""metrics/report.md: the report in short, for a pull request and the terminal."""
+"""metrics/report.md: a summary for a pull request and the terminal."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from pipeline.report.conversion_table import conversion_table
 from pipeline.report.readable import change, detectable, interval, megabytes, p_value, percent, score_lines, verdict
 from pipeline.report.side_by_side import ExamResult, QuestionResult
 
-NAMED = 50  # questions that broke, at most
-EXAMPLES = 5  # of others
+NAMED = 50  # broken questions, at most
+EXAMPLES = 5  # other questions
 WIDEST = 60  # characters of a question or an answer
 
 
@@ -20,21 +20,22 @@ def summary(exam: ExamResult, general: ExamResult, variants: dict[str, Any]) -> 
             "",
             *headline("The exam", exam),
             *score_lines(exam.metrics),
-            *headline("The general exam, of what it should not forget", general),
+            *headline("The general exam, of what the model must not forget", general),
             *score_lines(general.metrics),
-            "**Every variant of the model.** Same answers, letter by letter: of merged as tuned, of GGUF files as merged.",
-            "KL: how far its next-token probabilities are from those of the same, in nats.",
+            "**Every variant of the model.** The merged model is compared with the tuned model, and each GGUF file",
+            "with the merged model. Same answers: the share of identical answers. KL: the mean divergence of the",
+            "next-token probabilities, in nats per token.",
             "",
             *of_variants(variants),
-            "**Which conversion lost what.** From each variant to the one made of it: correct answers in points, the loss of the",
-            "accepted answer in nats per token, and the mean and the largest KL over its tokens.",
+            "**What each conversion lost.** Each variant is compared with the variant that it is made of: correct",
+            "answers in points, loss of the accepted answers in nats per token, mean and largest KL divergence in nats.",
             "",
             *table(*conversion_table(variants)),
-            *fell(exam),
+            *worse_tags(exam),
             *flips("Broken", exam.of("broken"), NAMED),
             *flips("Broken in the general exam", general.of("broken"), EXAMPLES),
             *flips("Fixed", exam.of("fixed"), EXAMPLES),
-            "All answers side by side: metrics/report.html",
+            "Every question with all answers: metrics/report.html",
             "",
         ]
     )
@@ -47,7 +48,7 @@ def headline(name: str, exam: ExamResult) -> list[str]:
         f"**{name}: {verdict(exam.metrics)}.** {before} → {after} of {exam.total.questions} answers are correct:",
         f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}),",
         f"{changed['fixed']} fixed, {changed['broken']} broken ({p_value(gain['p_value'])}).",
-        f"What it can tell from chance: {detectable(exam.metrics['detectable'])}.",
+        f"Smallest change that differs from chance: {detectable(exam.metrics['detectable'])}.",
         "",
     ]
 
@@ -62,10 +63,14 @@ def of_variants(variants: dict[str, Any]) -> list[str]:
     return table(head, lines)
 
 
-def fell(exam: ExamResult) -> list[str]:
+def worse_tags(exam: ExamResult) -> list[str]:
     tags = [tag for tag in exam.tags if tag.after < tag.before]
     lines = [[quoted(tag.tag), tag.questions, tag.before, tag.after] for tag in tags]
-    return ["## Tags that fell", "", *table(["tag", "questions", "correct before", "after"], lines)] if tags else []
+    return (
+        ["## Tags with fewer correct answers", "", *table(["tag", "questions", "correct before", "after"], lines)]
+        if tags
+        else []
+    )
 
 
 def flips(name: str, items: list[QuestionResult], longest: int) -> list[str]:

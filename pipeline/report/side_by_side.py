@@ -1,4 +1,4 @@
-"""Every question of an exam beside all answers to it, and what they count up to."""
+"""Every question of an exam with all answers, and the counts of correct answers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ UNTAGGED = "(no tag)"
 @dataclass(frozen=True)
 class Given:
     text: str
-    correct: bool  # by the question's own rule
+    correct: bool  # by the rule of the question
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class QuestionResult:
 
     @property
     def outcome(self) -> str:
-        """broken: no longer correct; fixed: correct now; right or wrong: as before."""
+        """broken: was correct; fixed: is correct now; right or wrong: as before."""
         if self.before.correct != self.after.correct:
             return "fixed" if self.after.correct else "broken"
         return "right" if self.after.correct else "wrong"
 
     @property
     def groups(self) -> list[str]:
-        """Its tags, or that it has none."""
+        """The tags, or UNTAGGED."""
         return self.tags or [UNTAGGED]
 
     @property
     def differs(self) -> bool:
-        """Whether the merged model or a GGUF file answers otherwise than the tuned model, letter by letter."""
+        """Whether the answer of the merged model or of a GGUF file is not identical to the tuned model's."""
         return any(given.text != self.after.text for given in self.files.values())
 
 
@@ -57,7 +57,7 @@ class Tally:
 @dataclass(frozen=True)
 class ExamResult:
     name: str
-    metrics: dict[str, Any]  # what changed: pipeline/evaluation/comparison.py
+    metrics: dict[str, Any]  # by pipeline/evaluation/comparison.py
     items: list[QuestionResult]
 
     @property
@@ -91,7 +91,7 @@ def side_by_side(questions: list[Question], answers: list[Any], of_files: list[A
 
 
 def by_tag(items: list[QuestionResult]) -> list[Tally]:
-    """Those that fell most first; none if the exam has no tags. A question counts for each of its tags."""
+    """The tags that lost most come first; none if the exam has no tags. A question counts for each of its tags."""
     groups: dict[str, list[QuestionResult]] = {}
     for item in items:
         for tag in item.groups:
