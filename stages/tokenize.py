@@ -139,8 +139,8 @@ def require_none_too_long(lengths: Lengths, max_length: int) -> None:
         more = ", ..." if len(lengths.overflow) > 3 else ""
         raise UserError(
             f"{len(lengths.overflow)} rows are longer than tokenize.max_length {max_length}: "
-            f"{', '.join(first)}{more}: raise tokenize.max_length (the longest row has {longest}), shorten the rows, or "
-            "set tokenize.on_overflow to drop or truncate"
+            f"{', '.join(first)}{more}: raise tokenize.max_length (the longest row has {longest}), shorten the rows, "
+            "or set tokenize.on_overflow to drop or truncate"
         )
 
 

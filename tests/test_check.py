@@ -129,7 +129,7 @@ def test_a_base_on_the_hub_is_checked_without_its_weights(
     project.set(base__model="someone/tiny")
     told = project.run("python", "-m", "tools.check").stdout
     hub.shutdown()
-    assert "someone/tiny: llama, 3.9 M parameters" in told and "dvc repro prepare_base fetches them" in told
+    assert "someone/tiny: llama, 3.9 M parameters" in told and "dvc repro prepare_base" in told
     assert list(cache.rglob("config.json")) and not list(cache.rglob("*.safetensors"))
 
 
@@ -221,7 +221,7 @@ def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: 
 
 
 def test_the_disk_that_gguf_files_fill_comes_out() -> None:
-    files = json.loads((ROOT / "metrics/gguf.json").read_text(encoding="utf-8"))
+    files = json.loads((ROOT / "metrics/details/gguf.json").read_text(encoding="utf-8"))
     made = sum(scores["bytes"] for scores in files.values() if "bytes" in scores)
     foretold = filled(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
     assert foretold["models/gguf"] == pytest.approx(made, rel=0.1)

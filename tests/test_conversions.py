@@ -175,8 +175,8 @@ def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
         evaluate_gguf.main()
     assert "| model-f16.gguf → model-q8_0.gguf |" in capsys.readouterr().out  # DVC puts the last run's metrics back
     assert lost() == [
-        "fall in the conversion merged → adapter-f16.gguf",
-        "fall in the conversion model-f16.gguf → model-q8_0.gguf",
+        "drop in the conversion merged → adapter-f16.gguf",
+        "drop in the conversion model-f16.gguf → model-q8_0.gguf",
     ]
 
 

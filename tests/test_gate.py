@@ -32,7 +32,7 @@ def gate(project: Project, capsys: pytest.CaptureFixture[str]) -> Gate:
 
 def change(project: Project, name: str, change: Change) -> None:
     """A metric as if the pipeline had made it so: dvc.lock knows its new content."""
-    path, lock = project.folder / f"metrics/{name}.json", project.folder / "dvc.lock"
+    path, lock = project.folder / f"metrics/details/{name}.json", project.folder / "dvc.lock"
     before = path.read_bytes()
     content = json.loads(before)
     change(content)
@@ -43,8 +43,8 @@ def change(project: Project, name: str, change: Change) -> None:
     lock.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def set_correct(value: float) -> Change:
-    return lambda metrics: metrics.get("general", metrics)["tuned"].update(correct=value)
+def set_correct(value: float, exam: str = "exam") -> Change:
+    return lambda details: details[exam]["tuned"].update(correct=value)
 
 
 def test_the_model_that_ships_passes(gate: Gate) -> None:
@@ -69,7 +69,7 @@ def test_the_model_that_ships_passes(gate: Gate) -> None:
             lambda of: of["model-q8_0.gguf"]["conversion"].update(correct=-0.1),
             "drop in the conversion model-f16.gguf → model-q8_0.gguf",
         ),
-        ("general", set_correct(0.0), "drop of the general exam"),
+        ("evaluate", set_correct(0.0, "general"), "drop of the general exam"),
     ],
 )
 def test_each_demand_that_is_not_met_is_named(
@@ -81,7 +81,9 @@ def test_each_demand_that_is_not_met_is_named(
 
 
 def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project: Project, gate: Gate) -> None:
-    now = json.loads((project.folder / "metrics/evaluate.json").read_text(encoding="utf-8"))["tuned"]["correct"]
+    now = json.loads((project.folder / "metrics/details/evaluate.json").read_text(encoding="utf-8"))["exam"]["tuned"][
+        "correct"
+    ]
     (project.folder / "metrics/noise.json").unlink(missing_ok=True)
     project.run("git", "commit", "-qam", "no noise", "--allow-empty")
     change(project, "evaluate", set_correct(now - 0.06))
@@ -104,7 +106,7 @@ def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(project: Project, g
         (
             {"gate__minimum": {"tuned.corect": 0.9}},
             "HEAD",
-            "gate.minimum names 'tuned.corect'; metrics/evaluate.json has base.correct",
+            "gate.minimum names 'tuned.corect'; metrics/details/evaluate.json has base.correct",
         ),
         ({"gate__minimum": {}}, "no-such-branch", "no-such-branch is no revision of this clone"),
         (
@@ -131,8 +133,8 @@ def test_a_revision_that_cannot_be_compared_with_is_told_and_fails_nothing(proje
     project.run("git", "commit", "-qam", "another exam")
     (project.folder / "data/questions.jsonl").write_text(exam, encoding="utf-8")
     passed, told, _ = gate()
-    assert passed and "none  fall of tuned.correct: 0.951; HEAD has another exam: not compared" in told
-    project.run("git", "rm", "-q", "--cached", "metrics/evaluate.json")
+    assert passed and "none  drop of tuned.correct: 0.951; HEAD has another exam: not compared" in told
+    project.run("git", "rm", "-q", "--cached", "metrics/details/evaluate.json")
     project.run("git", "commit", "-qm", "before there was an exam")
     passed, told, _ = gate()
     assert passed and "HEAD has none: not compared" in told

@@ -62,6 +62,7 @@ def test_after_another_version_was_installed_a_stage_refuses_until_make_setup(pr
     (packages / "here.pth").write_text("\n".join(here), encoding="utf-8")
     project.env = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheels)}
     (project.folder / "requirements.txt").write_text("tiny==1\n", encoding="utf-8")
+    (project.folder / "libraries.yaml").write_text("", encoding="utf-8")
     python = str(project.folder / ".venv/bin/python")
     project.run(python, "-m", "pip", "install", "tiny==1")
     (project.folder / ".venv/.installed").touch()  # as after make setup
@@ -71,3 +72,10 @@ def test_after_another_version_was_installed_a_stage_refuses_until_make_setup(pr
     assert refused.stderr == "requirements.txt names tiny==1, and 2 is installed: make setup\n"
     project.run("make", "setup")
     project.run(python, "-m", "stages.generate")
+
+
+def test_a_version_that_only_the_requirements_have_is_refused(project: Project) -> None:
+    text = (project.folder / "libraries.yaml").read_text(encoding="utf-8")
+    (project.folder / "libraries.yaml").write_text(text.replace('trl: "', 'trl: "0'), encoding="utf-8")
+    refused = project.run("python", "-m", "stages.generate", check=False)
+    assert "libraries.yaml names trl 0" in refused.stderr and refused.stderr.endswith(": make deps\n")

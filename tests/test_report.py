@@ -51,32 +51,34 @@ GENERAL = [asked(1, "yes", "yes", id="g 1/%"), asked(2, "yes", "no", id="g2")]
 def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILES) -> None:
     """What the stages before leave in the working directory; GGUF files answer as the tuned model, q8_0 with blanks."""
     put("params.yaml", (ROOT / "params.yaml").read_text(encoding="utf-8"))
-    for name, answers, metrics, rows in [
-        ("questions", "answers", "evaluate", exam),
+    details = {}
+    for name, answers, kind, rows in [
+        ("questions", "answers", "exam", exam),
         ("general", "answers_general", "general", general),
     ]:
         compared = [side_by_side(*row) for row in rows]
         put(f"data/{name}.jsonl", *[question for question, _, _ in rows])
         put(f"metrics/{answers}.jsonl", *compared)
-        changes = comparison.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
-        put(f"metrics/{metrics}.json", {"general": changes} if metrics == "general" else changes)
+        details[kind] = comparison.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
+    put("metrics/details/evaluate.json", details)
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
     scores = {"correct": 0.6, "exact_match": 0.5, "f1": 0.55, "agreement": 0.9}
     conversion = {"correct": -0.01, "loss": 0.0123, "agreement": 0.9, "top1": 0.99, "kl": 0.001, "kl_max": 0.2}
     size = {"kl": 0.001, "bytes": 2_500_000}
     put(
-        "metrics/gguf.json",
+        "metrics/details/gguf.json",
         {name: scores | {"conversion": conversion} | (size if name.endswith("gguf") else {}) for name in files},
     )
     put("metrics/loss.csv", "step,train,valid\n10,1.5,1.2\n20,0.5,0.4\n")
     losses = {"loss": {"before": 2.5, "train": 0.5, "valid": 0.4}, "steps": 20, "best_step": 20}
-    put("metrics/train.json", losses | {"tokens": {"trained": 1234}, "trainable_parameters": 4096})
+    put("metrics/train.json", losses | {"trainable_parameters": 4096})
+    put("metrics/details/train.json", {"tokens": {"trained": 1234}})
     outcomes = {"read": 12, "invalid": 1, "duplicate": 0, "near_duplicate": 1, "leaked": 0, "train": 9, "valid": 1}
-    put("metrics/data.json", {"rows": outcomes, "sources": {"data/raw/facts.csv": outcomes}})
+    put("metrics/details/data.json", {"rows": outcomes, "sources": {"data/raw/facts.csv": outcomes}})
     lengths = {"p50": 20, "p95": 25, "max": 30}
     sources = {"data/raw/facts.csv": lengths}
-    put("metrics/lengths.json", {"tokens": lengths, "rows": {"dropped": 1, "truncated": 0}, "sources": sources})
+    put("metrics/details/lengths.json", {"tokens": lengths, "rows": {"dropped": 1, "truncated": 0}, "sources": sources})
     put("models/base.json", {"model": "models/tiny-base", "revision": None, "fingerprint": "f" * 64})
     lock("a" * 32 + ".dir")
 
@@ -90,7 +92,7 @@ def side_by_side(line: dict[str, Any], before: str, after: str) -> dict[str, Any
 
 
 def put(path: str, *content: Any) -> None:
-    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     lines = [part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in content]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -161,8 +161,8 @@ def test_a_match_rule_tells_right_from_wrong(
         ({"tag": ["a"]}, "'tag' is no key of a question; accepted: id, question, answer, tags, match, source"),
         ({"tags": "a"}, "tags are a list"),
         ({"source": 3}, "source is text"),
-        ({"id": "q1"}, "the id is that of"),
-        ({"question": " what IS it?"}, "the question is that of"),
+        ({"id": "q1"}, "the id repeats that of"),
+        ({"question": " what IS it?"}, "the question repeats that of"),
     ],
 )
 def test_a_question_that_cannot_be_scored_is_refused_by_its_line(

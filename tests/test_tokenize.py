@@ -218,7 +218,7 @@ def read(side: str) -> list[dict[str, list[int]]]:
 
 
 def lengths() -> Any:
-    return json.loads(Path("metrics/lengths.json").read_text(encoding="utf-8"))
+    return json.loads(Path("metrics/details/lengths.json").read_text(encoding="utf-8"))
 
 
 def test_rows_become_arrow_files_and_their_lengths_metrics_that_add_up(rows: list[dict[str, Any]]) -> None:
@@ -262,7 +262,9 @@ def test_rows_over_max_length_are_refused_by_source_and_number_and_nothing_is_wr
 ) -> None:
     project.set(tokenize__max_length=40)
     line = r"3 rows are longer than tokenize\.max_length 40: a\.csv:2 \(60 tokens\), b\.jsonl:1 \(64 tokens\), "
-    with pytest.raises(UserError, match=line + r"b\.jsonl:3 \(60 tokens\): raise it \(the longest has 64\), "):
+    with pytest.raises(
+        UserError, match=line + r"b\.jsonl:3 \(60 tokens\): raise tokenize\.max_length \(the longest row has 64"
+    ):
         tokenize.main()
     assert not Path("data/tokens").exists() and not Path("metrics/lengths.csv").exists()
 
@@ -285,7 +287,9 @@ def test_rows_over_max_length_are_dropped_or_cut_and_counted(
 def test_a_side_of_which_no_row_fits_is_refused(project: Project, rows: list[dict[str, Any]]) -> None:
     project.set(tokenize__max_length=40, tokenize__on_overflow="drop")
     write([*rows[:3], rows[4]])
-    with pytest.raises(UserError, match=r"no row of data/valid\.jsonl fits in tokenize\.max_length 40: raise it"):
+    with pytest.raises(
+        UserError, match=r"no row of data/valid\.jsonl fits in tokenize\.max_length 40: raise the limit"
+    ):
         tokenize.main()
     assert not Path("data/tokens").exists()
 
