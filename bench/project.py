@@ -30,7 +30,8 @@ def make_project(project: Path, config: PreTrainedConfig | None, parameters: dic
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(project / "base")
         copy_tokenizer(TINY, project / "base")
     write_json(project / "models/base.json", describe(str(project / "base"), None))
-    shutil.copy(ROOT / "dvc.yaml", project)
+    for name in ("dvc.yaml", "libraries.yaml"):
+        shutil.copy(ROOT / name, project)
     yaml = YAML()
     values = yaml.load(ROOT / "params.yaml")
     for name, value in ({"base.device": "cpu", "base.compute_dtype": "float32"} | parameters).items():

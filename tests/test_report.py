@@ -239,7 +239,7 @@ def test_the_report_names_a_local_base_without_its_path(run: Path) -> None:
     put("params.yaml", parameters.replace("model: models/tiny-base", "model: /home/you/models/x-1b"))
     report.main()
     page, short = (Path(f"metrics/report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
-    assert "<h1>x-1b got " in page and "model: x-1b" in page
+    assert "<h1>x-1b answered " in page and "model: x-1b" in page
     assert "/home/you" not in page + short
 
 
