@@ -1,6 +1,6 @@
 """The exam by this pipeline beside what people use instead: the same model, questions and references.
 
-    python -m bench.evaluate tiny     # the built-in base with outputs/adapter, the whole exam: a minute on two cores
+    python -m bench.evaluate tiny     # the built-in base with outputs/adapter, the complete exam: a minute on two cores
     python -m bench.evaluate wide     # a random one of 100 M parameters, answers of 64 tokens: some minutes
 
 bench/README.md has what it printed. `tiny` needs the adapter that `dvc repro train_qlora` makes; both need EleutherAI's
@@ -49,7 +49,7 @@ class Exam:
 
 
 @dataclass
-class Sat:
+class ExamRun:
     answers: list[str]
     nlls: list[float]  # mean nats per token
     took: list[np.ndarray]  # `clock` of the answers and of the likelihoods, or of both at once
@@ -83,17 +83,17 @@ def longer(questions: list[Question], i: int) -> Question:
     return replace(questions[i], question="\n".join(lines))
 
 
-def show(name: str, sat: Sat, loop: Sat | None = None) -> Sat:
-    """Print the line of `sat`, with how many answers are those of the loop, and by how much an NLL differs at most."""
-    loop = loop or sat
-    parts = [f"{seconds:.1f}" for seconds, _ in sat.took] if len(sat.took) == 2 else ["", ""]
-    (seconds, cpu), (of_loop, _) = np.sum(sat.took, axis=0), np.sum(loop.took, axis=0)
-    number = len(sat.answers)
-    equal = sum(answer == other for answer, other in zip(sat.answers, loop.answers, strict=True))
-    off = max(abs(nll - other) for nll, other in zip(sat.nlls, loop.nlls, strict=True))
+def show(name: str, run: ExamRun, loop: ExamRun | None = None) -> ExamRun:
+    """Print the line of `run`, with how many answers are those of the loop, and by how much an NLL differs at most."""
+    loop = loop or run
+    parts = [f"{seconds:.1f}" for seconds, _ in run.took] if len(run.took) == 2 else ["", ""]
+    (seconds, cpu), (of_loop, _) = np.sum(run.took, axis=0), np.sum(loop.took, axis=0)
+    number = len(run.answers)
+    equal = sum(answer == other for answer, other in zip(run.answers, loop.answers, strict=True))
+    off = max(abs(nll - other) for nll, other in zip(run.nlls, loop.nlls, strict=True))
     rates = f"{seconds:9.1f}{cpu:8.1f}{number / seconds:10.1f}{of_loop / seconds:7.1f}"
     print(f"{name:34}{parts[0]:>8}{parts[1]:>7}{rates}{f'{equal}/{number}':>9}{off:9.0e}", flush=True)
-    return sat
+    return run
 
 
 def clock() -> np.ndarray:
@@ -101,7 +101,7 @@ def clock() -> np.ndarray:
     return np.array([time.monotonic(), time.process_time()])
 
 
-def loop(exam: Exam) -> Sat:
+def loop(exam: Exam) -> ExamRun:
     started = clock()
     answers = []
     for question in exam.questions:
@@ -120,7 +120,7 @@ def loop(exam: Exam) -> Sat:
     for question in exam.questions:
         messages = question_and_answer(question.question, question.answers[0])
         nlls.append(nll(exam.model, *supervised(exam.tokenizer, messages, ends, question.source)))
-    return Sat(answers, nlls, [answered - started, clock() - answered])
+    return ExamRun(answers, nlls, [answered - started, clock() - answered])
 
 
 @torch.inference_mode()
@@ -128,7 +128,7 @@ def nll(model: PreTrainedModel, ids: list[int], labels: list[int]) -> float:
     return float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)
 
 
-def harness(exam: Exam, batch_size: int = 1) -> Sat:
+def harness(exam: Exam, batch_size: int = 1) -> ExamRun:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -150,8 +150,8 @@ def harness(exam: Exam, batch_size: int = 1) -> Sat:
             "doc_to_target": "{{answer}}",
             "target_delimiter": "",
         }
-        told = simple_evaluate(lm, tasks=[task], task_manager=tasks, apply_chat_template=True, bootstrap_iters=0)
-        samples = sorted(told["samples"][kind], key=lambda sample: sample["doc_id"])
+        results = simple_evaluate(lm, tasks=[task], task_manager=tasks, apply_chat_template=True, bootstrap_iters=0)
+        samples = sorted(results["samples"][kind], key=lambda sample: sample["doc_id"])
         return [sample["resps"][0][0] for sample in samples], clock() - started
 
     generation = {"until": [end], "max_gen_toks": exam.max_new_tokens, "do_sample": False}
@@ -163,13 +163,13 @@ def harness(exam: Exam, batch_size: int = 1) -> Sat:
         asked = prompt(exam.tokenizer, question)
         newline = nll(exam.model, asked, [IGNORED] * (len(asked) - 1) + asked[-1:])
         nlls.append((-total - newline) / len(exam.tokenizer.encode(row["answer"])))
-    return Sat([answer.strip() for answer in answers], nlls, [answering, measuring])
+    return ExamRun([answer.strip() for answer in answers], nlls, [answering, measuring])
 
 
-def this_pipeline(exam: Exam, batch_size: int) -> Sat:
+def this_pipeline(exam: Exam, batch_size: int) -> ExamRun:
     started = clock()
     answers = answer_questions(exam.model, exam.tokenizer, exam.questions, batch_size, exam.max_new_tokens)
-    return Sat([answer.text for answer in answers], [answer.nll for answer in answers], [clock() - started])
+    return ExamRun([answer.text for answer in answers], [answer.nll for answer in answers], [clock() - started])
 
 
 if __name__ == "__main__":

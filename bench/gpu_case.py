@@ -160,7 +160,7 @@ def of_params_yaml(device: torch.device) -> Parameters:
 
 
 def trl_defaults(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
-    """The same model and LoRA; all else is what SFTTrainer does unless told, but for the batch and the full length."""
+    """The same model and LoRA; all else is the default of SFTTrainer, except the batch and the full length."""
     lora = check(ROOT / "params.yaml").lora
     return SFTTrainer(
         model=random_nf4((MODELS | TINY)[asked.model], device, pick_dtype("auto", device)),
@@ -213,7 +213,7 @@ RECIPES = {"this pipeline": this_pipeline, "TRL's defaults": trl_defaults, "Unsl
 
 
 def rows(asked: argparse.Namespace) -> Dataset:
-    """Random tokens, one row a step, all of them learnt."""
+    """Random tokens, one row a step, all supervised."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = (MODELS | TINY)[asked.model].vocab_size
     ids = torch.randint(vocabulary, (asked.steps, asked.length), generator=generator).tolist()
@@ -278,7 +278,7 @@ def save(folder: Path, shape: PreTrainedConfig, device: torch.device) -> None:
 def cap_memory(gib: float) -> None:
     """Let torch reserve what a card of `gib` GiB has beside CUDA's context: that is what is taken of an idle card once
     it has multiplied two matrices, and not reserved by torch. Not under the cap: what libraries load later, and a paged
-    optimizer's states, which CUDA moves to RAM where the card is full. `outside` tells both."""
+    optimizer's states, which CUDA moves to RAM where the card is full. `outside` counts both."""
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     torch.mm(ones, ones)
     free, total = torch.cuda.mem_get_info()

@@ -1,10 +1,10 @@
 """Speed, memory and the longest context of training on a GPU: this pipeline, TRL's defaults, and Unsloth's recipe.
 
-    python -m bench.gpu_qlora speed [MODEL ...]      # all four unless told otherwise; some minutes each
+    python -m bench.gpu_qlora speed [MODEL ...]      # all four by default; some minutes each
     python -m bench.gpu_qlora context [MODEL ...] [--caps GIB ...]
     python -m bench.gpu_qlora speed --tiny           # on a CPU, with tiny shapes: to see that it runs
 
-bench/README.md tells what it prints. Nothing is downloaded: models of the true shapes get random weights, straight in
+bench/README.md explains the output. Nothing is downloaded: models of the true shapes get random weights, straight in
 NF4. Each case is a process of its own (bench.gpu_case), so that no memory is left over from the one before.
 
 Unsloth wants other versions than requirements.txt. In an environment of its own: `pip install unsloth pydantic
@@ -31,7 +31,7 @@ from pipeline.training.memory import training
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
 GIB = 2**30
-MULTIPLE = 64  # tokens, of which contexts are told in multiples
+MULTIPLE = 64  # tokens, contexts are multiples of it
 TIMEOUT = 400  # seconds of a case
 
 
@@ -52,7 +52,7 @@ def main() -> None:
         parser.error(f"no such model: {', '.join(unknown)}; there are {', '.join(shapes)}")
     pythons = dict.fromkeys(RECIPES, sys.executable) | {"Unsloth": asked.unsloth}
     if reason := failure(subprocess.run([asked.unsloth, "-c", "import unsloth"], capture_output=True, text=True)):
-        print(f"Unsloth is left out ({reason}): --help tells how to install it", flush=True)
+        print(f"Unsloth is left out ({reason}): --help shows how to install it", flush=True)
         del pythons["Unsloth"]
     for model in asked.models or shapes:
         with tempfile.TemporaryDirectory() as saved:
@@ -88,19 +88,19 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def print_speed(model: str, recipe: str, length: int, shape: PreTrainedConfig, result: dict[str, Any]) -> None:
-    told = f"{model:14}{recipe:16}{length:6}"
+    line = f"{model:14}{recipe:16}{length:6}"
     if "failed" in result:
-        told += f"  {result['failed']}"
+        line += f"  {result['failed']}"
     else:
         speed, peak = result["tokens_per_second"], result["peak"]
-        told += (
+        line += (
             f"{speed:9.0f} tokens/s{speed * flops_of_a_token(shape, length) / peak:7.1%} of {peak / 1e12:.0f} TFLOP/s"
         )
-        told += f"{result['allocated'] / GIB:8.2f} GiB allocated{result['reserved'] / GIB:7.2f} reserved"
+        line += f"{result['allocated'] / GIB:8.2f} GiB allocated{result['reserved'] / GIB:7.2f} reserved"
         if recipe == "this pipeline":
-            told += f"{foretold(shape, length) / GIB:7.2f} foretold"
-        told += f"  {result['card']}"
-    print(told, flush=True)
+            line += f"{estimate(shape, length) / GIB:7.2f} estimate"
+        line += f"  {result['card']}"
+    print(line, flush=True)
 
 
 def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
@@ -118,7 +118,7 @@ def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
     return 4 * weights + 6 * shape.num_hidden_layers * queries * length
 
 
-def foretold(shape: PreTrainedConfig, length: int) -> int:
+def estimate(shape: PreTrainedConfig, length: int) -> int:
     """Bytes that torch has on the GPU, as `make check` foretells: without CUDA's own and the paged optimizer's."""
     gpu = torch.device("cuda")
     parameters = of_params_yaml(gpu)
@@ -138,12 +138,12 @@ def print_contexts(model: str, recipe: str, caps: list[float], run: Callable[...
             guess += int(left * (8192 - 2048) / (long["reserved"] - short["reserved"]))
         results: dict[int, dict[str, Any]] = {}
         length = longest(partial(fits, run, cap, results), guess)
-        told = f"{model:14}{recipe:16}{cap:5.0f} GiB{length:8} tokens"
+        line = f"{model:14}{recipe:16}{cap:5.0f} GiB{length:8} tokens"
         if length:
-            told += f"{(results[length]['reserved'] + results[length]['outside']) / GIB:8.2f} GiB taken"
+            line += f"{(results[length]['reserved'] + results[length]['outside']) / GIB:8.2f} GiB taken"
         if odd := {result.get("failed", OUT_OF_MEMORY) for result in results.values()} - {OUT_OF_MEMORY}:
-            told += f"  longer ones failed otherwise: {'; '.join(sorted(odd))}"
-        print(told, flush=True)
+            line += f"  longer ones failed otherwise: {'; '.join(sorted(odd))}"
+        print(line, flush=True)
 
 
 def fits(run: Callable[..., dict[str, Any]], cap: float, results: dict[int, dict[str, Any]], length: int) -> bool:

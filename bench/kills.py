@@ -35,14 +35,14 @@ def main() -> None:
         run(["dvc", "repro", "tokenize"], repository)
         started = time.monotonic()
         run(TRAIN, repository)
-        whole = time.monotonic() - started
+        complete = time.monotonic() - started
         expected = adapter(repository)
-        print(f"undisturbed: {whole:.0f} s, adapter {expected}\n")
+        print(f"undisturbed: {complete:.0f} s, adapter {expected}\n")
         print(f"{'kill':>4}  {'after':>6}  {'victim':8}{'goes on from':>14}  adapter")
         same = 0
         for number in range(1, kills + 1):
             victim = VICTIMS[number % 3]
-            while not kill(repository, after := chance.uniform(0, whole), victim):
+            while not kill(repository, after := chance.uniform(0, complete), victim):
                 pass  # it had ended: this machine is faster now
             step = re.search(r"going on from checkpoint-(\d+)", run(TRAIN, repository))
             same += adapter(repository) == expected
@@ -82,7 +82,7 @@ def kill(repository: Path, after: float, victim: str) -> bool:
 
 
 def adapter(repository: Path) -> str:
-    """The hash in dvc.lock of the whole folder of the adapter."""
+    """The hash in dvc.lock of the complete folder of the adapter."""
     outs = yaml.safe_load((repository / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]["outs"]
     return next(out["md5"] for out in outs if out["path"] == "outputs/trained")
 

@@ -1,6 +1,6 @@
 """What `pipeline.training.memory` predicts that training needs on a CPU, beside what it took.
 
-    python -m bench.memory [CASE ...]    # numbers from 0 on; all unless told otherwise: ten minutes, up to 6 GiB
+    python -m bench.memory [CASE ...]    # numbers from 0 on; all by default: ten minutes, up to 6 GiB
 
 bench/README.md has what it printed.
 
@@ -38,7 +38,7 @@ def qwen(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
 
 
 def gemma(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
-    """With capped attention scores, which need the whole matrix of them."""
+    """With capped attention scores, which need the complete matrix of scores."""
     shape = llama(hidden, layers, vocabulary).to_dict()
     return Gemma2Config(
         **{k: shape[k] for k in shape if k.startswith(("num_", "hidden_size", "inter", "vocab"))}, head_dim=64

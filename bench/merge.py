@@ -1,7 +1,7 @@
 """How fast `merge` is and how much memory it needs, beside the plain way and beside datasketch.
 
     pip install datasketch
-    python -m bench.merge [ROWS ...]     # 10000 100000 1000000 unless told otherwise: half an hour
+    python -m bench.merge [ROWS ...]     # 10000 100000 1000000 by default: half an hour
 
 bench/README.md has what it printed.
 

@@ -1,6 +1,6 @@
 """How long `merge_adapter` takes and how much memory it needs, beside PEFT's `merge_and_unload` and a plain copy.
 
-    python -m bench.merge_adapter [SHAPE ...]    # 0.1B 0.5B 1.5B unless told otherwise: ten minutes, 10 GiB of disk
+    python -m bench.merge_adapter [SHAPE ...]    # 0.1B 0.5B 1.5B by default: ten minutes, 10 GiB of disk
 
 bench/README.md has what came of it.
 

@@ -69,7 +69,7 @@ def print_nothing_to_do(clone: Path, bare: Path) -> None:
         print(f"{name:24}{wall:8.2f}{cpu:7.2f}", flush=True)
 
 
-def print_changes(clone: Path, whole: float) -> None:
+def print_changes(clone: Path, total: float) -> None:
     print(f"\nload {os.getloadavg()[0]:.1f}\n{'change':40}{'seconds':>8}{'of all':>8}{'and back':>10}  stages that ran")
     original = (clone / "params.yaml").read_bytes()
     for key, value in CHANGES.items():
@@ -79,7 +79,7 @@ def print_changes(clone: Path, whole: float) -> None:
         took = time.monotonic() - started
         (clone / "params.yaml").write_bytes(original)
         back = seconds(["dvc", "repro"], clone)[0]
-        print(f"{f'{key}: {value}':40}{took:8.1f}{took / whole:8.0%}{back:10.1f}  {', '.join(stages)}", flush=True)
+        print(f"{f'{key}: {value}':40}{took:8.1f}{took / total:8.0%}{back:10.1f}  {', '.join(stages)}", flush=True)
 
 
 def stages_run(clone: Path, *options: str) -> dict[str, float]:
@@ -96,8 +96,8 @@ def stages_run(clone: Path, *options: str) -> dict[str, float]:
     printed, events = list[str](), list[tuple[str, float]]()
     for line in process.stdout:
         printed.append(line)
-        if told := re.match(r"(Running stage|Stage) '(\w+)'", line):
-            events.append((told[2] if told[1] == "Running stage" else "", time.monotonic()))
+        if found := re.match(r"(Running stage|Stage) '(\w+)'", line):
+            events.append((found[2] if found[1] == "Running stage" else "", time.monotonic()))
     assert process.wait() == 0, "".join(printed)
     events.append(("", time.monotonic()))
     return {stage: end - start for (stage, start), (_, end) in pairwise(events) if stage}

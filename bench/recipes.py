@@ -1,6 +1,6 @@
 """What `pipeline.training.memory` foretells that the recipes need on a GPU, as the table in recipes/README.md.
 
-    python -m bench.recipes [RECIPE ...]    # all unless told otherwise; a minute each
+    python -m bench.recipes [RECIPE ...]    # all by default; a minute each
 
 Nothing is downloaded: the shapes are those of each model's config.json on the hub.
 """

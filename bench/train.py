@@ -6,7 +6,7 @@
 bench/README.md has what it printed. Needs the rows that `dvc repro tokenize` makes. The loss curves are drawn to
 bench/train_tiny.svg or bench/train_wide.svg.
 
-The others are TRL's own command line, `trl sft`, told the rows, this project's LoRA and schedule, and nothing else:
+The others are TRL's own command line, `trl sft`, with the rows, the LoRA and the schedule of this project, and defaults for all else:
 with its defaults, and with the batches of one row that most scripts have. Each recipe runs in a process of its own, and
 takes steps of eight rows. The loss is that of the adapter that it saved, on the base in NF4, in nats per token of the
 validation rows' answers; the peak is of the resident memory. What training takes counts evaluations, and for this
@@ -137,7 +137,7 @@ def of_stage(project: Path) -> tuple[float, list[float]]:
 
 
 def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
-    """The command of `trl sft` for the project's rows, with what QLoRA needs to be told."""
+    """The command of `trl sft` for the project's rows, with the options that QLoRA needs."""
     for side, split in {"train": "train", "valid": "test"}.items():
         rows(project, side).to_json(project / f"rows/{split}.jsonl")
     train, lora = parameters.train, parameters.lora

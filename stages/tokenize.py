@@ -118,7 +118,7 @@ def tokenized(
 
 def answer_lengths(labels: list[int]) -> list[int]:
     """Tokens of each turn of the assistant, with the token that ends the turn."""
-    return [len(list(run)) for learnt, run in groupby(labels, lambda label: label != IGNORED) if learnt]
+    return [len(list(run)) for is_supervised, run in groupby(labels, lambda label: label != IGNORED) if is_supervised]
 
 
 def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:

@@ -37,7 +37,7 @@ def require_equal(answers: list[Answer], expected: list[Answer]) -> None:
 
 
 def gpt2(folder: Path) -> None:
-    """Its positions are learnt, not relative as the others': padding must not move a question."""
+    """The positions are learned embeddings, not relative as in the others: padding must not move a question."""
     save(folder, qwen(QWEN2), GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2))
 
 

@@ -30,8 +30,8 @@ def test_the_benchmark_trains_a_tiny_model_and_tells_what_is_left_out(
 def test_a_case_that_fails_is_a_row_with_its_last_words(capsys: pytest.CaptureFixture[str]) -> None:
     failed = case(sys.executable, "Unsloth", "Llama", "--length", "16")  # which is not installed here
     print_speed("Llama", "Unsloth", 16, TINY["Llama"], failed)
-    told = "ModuleNotFoundError: No module named 'unsloth'"
-    assert capsys.readouterr().out == f"Llama         Unsloth             16  {told}\n"
+    reason = "ModuleNotFoundError: No module named 'unsloth'"
+    assert capsys.readouterr().out == f"Llama         Unsloth             16  {reason}\n"
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -48,14 +48,14 @@ def kind(model: Any) -> list[object]:
     """All but the numbers: modules, types, shapes, quantization, ties."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
     tied = [name for name, tensor in tensors if tensor is model.get_input_embeddings().weight]
-    told = ["is_loaded_in_4bit", "is_quantized", "quantization_method", "training"]
+    kept = ["is_loaded_in_4bit", "is_quantized", "quantization_method", "training"]
     return [
         {name: type(module) for name, module in model.named_modules()},
         {name: (type(tensor), tensor.dtype, tensor.shape, tensor.device) for name, tensor in tensors},
         {name: quantization(tensor.quant_state) for name, tensor in tensors if hasattr(tensor, "quant_state")},
         [getattr(module, "compute_dtype", None) for module in model.modules()],
         tied,
-        [getattr(model, name) for name in told],
+        [getattr(model, name) for name in kept],
         model.config._attn_implementation,
         model.config.quantization_config.to_dict(),
     ]

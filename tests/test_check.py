@@ -1,4 +1,4 @@
-"""What is refused before anything runs, and how well memory and disk are foretold."""
+"""What is refused before anything runs, and how well memory and disk are estimated."""
 
 import json
 import re
@@ -31,12 +31,12 @@ def test_a_fresh_clone_is_told_what_it_will_make_and_what_that_takes(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool.main()
-    told = capsys.readouterr().out
-    assert "models/tiny-base: llama, 3.9 M parameters" in told
-    assert "327,680 parameters, r 16" in told
-    assert "34 tokens, of at most 128" in told
-    assert "GGUF as f16, q8_0, q4_k_m, GGUF LoRA" in told
-    assert told.count(" fits") == 3
+    printed = capsys.readouterr().out
+    assert "models/tiny-base: llama, 3.9 M parameters" in printed
+    assert "327,680 parameters, r 16" in printed
+    assert "34 tokens, of at most 128" in printed
+    assert "GGUF as f16, q8_0, q4_k_m, GGUF LoRA" in printed
+    assert printed.count(" fits") == 3
     assert project.run("git", "status", "--porcelain").stdout == ""
 
 
@@ -127,9 +127,9 @@ def test_a_base_on_the_hub_is_checked_without_its_weights(
     cache = tmp_path_factory.mktemp("hub")
     project.env = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(cache)}
     project.set(base__model="someone/tiny")
-    told = project.run("python", "-m", "tools.check").stdout
+    printed = project.run("python", "-m", "tools.check").stdout
     hub.shutdown()
-    assert "someone/tiny: llama, 3.9 M parameters" in told and "dvc repro prepare_base" in told
+    assert "someone/tiny: llama, 3.9 M parameters" in printed and "dvc repro prepare_base" in printed
     assert list(cache.rglob("config.json")) and not list(cache.rglob("*.safetensors"))
 
 
@@ -139,11 +139,11 @@ def test_what_does_not_fit_is_refused_by_the_parameters_with_which_it_does(proje
         UserError, match=r"train_qlora needs [\d.]+ GiB of memory, and [\d.]+ are free: set "
     ) as refusal:
         tool.main()
-    told = dict(re.findall(r"train\.(\w+) to (\w+)", str(refusal.value)))
-    assert told["gradient_checkpointing"] == "true"
-    assert int(told["batch_size"]) * int(told["gradient_accumulation"]) == 2**20
-    mended = {"train__batch_size": int(told["batch_size"]), "train__gradient_checkpointing": True}
-    project.set(**mended)
+    printed = dict(re.findall(r"train\.(\w+) to (\w+)", str(refusal.value)))
+    assert printed["gradient_checkpointing"] == "true"
+    assert int(printed["batch_size"]) * int(printed["gradient_accumulation"]) == 2**20
+    smaller = {"train__batch_size": int(printed["batch_size"]), "train__gradient_checkpointing": True}
+    project.set(**smaller)
     tool.main()
 
 
@@ -223,5 +223,5 @@ def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: 
 def test_the_disk_that_gguf_files_fill_comes_out() -> None:
     files = json.loads((ROOT / "metrics/details/gguf.json").read_text(encoding="utf-8"))
     made = sum(scores["bytes"] for scores in files.values() if "bytes" in scores)
-    foretold = filled(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
-    assert foretold["models/gguf"] == pytest.approx(made, rel=0.1)
+    estimated = filled(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
+    assert estimated["models/gguf"] == pytest.approx(made, rel=0.1)

@@ -1,4 +1,4 @@
-"""What each conversion from the tuned model to a GGUF file lost is measured, and told by name where it is too much."""
+"""What each conversion from the tuned model to a GGUF file lost is measured, and a loss above the limit is named."""
 
 import math
 import re
@@ -71,8 +71,8 @@ def test_a_file_whose_probabilities_are_no_numbers_is_refused(base_gguf: Path, t
 def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
     given = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.125)}
     assert divergence(given, given) == pytest.approx(0, abs=1e-6)
-    told = {1: math.log(0.25), 0: math.log(0.25)}
-    assert divergence(told, given) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
+    results = {1: math.log(0.25), 0: math.log(0.25)}
+    assert divergence(results, given) == pytest.approx(0.5 * math.log(2) + 0.25 * math.log(0.5), abs=1e-6)
     assert divergence({2: -800.0, **given}, given) == divergence(given, given)
     assert divergence({0: math.log(0.5), 2: -800.0}, given) > 10  # exp(-800) is 0
     assert divergence({7: math.log(0.9)}, given) > 1  # which `given` holds for as likely as its last
@@ -93,11 +93,12 @@ def test_each_conversion_is_measured_from_the_form_that_it_starts_at() -> None:
         "model-q4_0.gguf": variant("no", 0.2),
         "model-q8_0.gguf": variant("yes", 0.6),
     }
-    told = {
+    results = {
         name: measured(name, variants, [Question("a", "?", ["yes"], "here")]) for name in variants if name != "tuned"
     }
     lost = {
-        name: (of["conversion"]["correct"], round(math.exp(-of["conversion"]["loss"]), 3)) for name, of in told.items()
+        name: (of["conversion"]["correct"], round(math.exp(-of["conversion"]["loss"]), 3))
+        for name, of in results.items()
     }
     assert lost == {
         "merged": (0, 0.889),  # .8 / .9
@@ -106,12 +107,12 @@ def test_each_conversion_is_measured_from_the_form_that_it_starts_at() -> None:
         "model-q4_0.gguf": (-1, 0.25),
         "model-q8_0.gguf": (0, 0.75),
     }
-    assert [of["agreement"] for of in told.values()] == [1, 1, 0, 0, 1]
-    assert [of["top1"] for of in told.values()] == [1, 1, 1, 0, 1]
+    assert [of["agreement"] for of in results.values()] == [1, 1, 0, 0, 1]
+    assert [of["top1"] for of in results.values()] == [1, 1, 1, 0, 1]
     assert NextToken(5, {0: -0.1, 1: -2.5}).nll == 2.5  # at least
     expected = 0.8 * math.log(0.8 / 0.2) + 0.2 * math.log(0.2 / 0.8)
-    assert told["model-q4_0.gguf"]["kl"] == told["model-q4_0.gguf"]["kl_max"] == pytest.approx(expected, abs=1e-6)
-    head, lines = conversion_table(told)
+    assert results["model-q4_0.gguf"]["kl"] == results["model-q4_0.gguf"]["kl_max"] == pytest.approx(expected, abs=1e-6)
+    head, lines = conversion_table(results)
     assert len(lines) == 5 and {len(head)} == set(map(len, lines))
     assert lines[3][:2] == ["model-f16.gguf → model-q4_0.gguf", "\u2212100.0"]
 
@@ -145,11 +146,11 @@ def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
     known = read_questions(Path("data/general.jsonl"))[:12]  # what the base answers, with a small random adapter too
     asked = [{"id": q.id, "question": q.question, "answer": q.answers} for q in known]
     stopped = {"tuned": {"stopped": 1}}
-    told = [
+    results = [
         {"id": q.id, "question": q.question, "reference": q.answers, "after": q.answers[0], **stopped} for q in known
     ]
     write_jsonl("data/questions.jsonl", asked)
-    write_jsonl("metrics/answers.jsonl", told)
+    write_jsonl("metrics/answers.jsonl", results)
     project.set(gguf__quantize=["q8_0"])
     prepare_base.main()
     make_adapter()
@@ -165,10 +166,10 @@ def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
     config.write_text(right.replace('"lora_alpha": 32', '"lora_alpha": 128'), encoding="utf-8")
     run_script("convert.py", "lora", TRAINED, "--base", TINY, "--outtype", "f16", "--outfile", lora)
     config.write_text(right, encoding="utf-8")
-    whole = model.read_bytes()
-    model.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # zeros for weights
+    complete = model.read_bytes()
+    model.write_bytes(complete[: len(complete) // 2] + bytes(len(complete) - len(complete) // 2))  # zeros for weights
     run_script("quantize.py", model, quantized, "q8_0")
-    model.write_bytes(whole)
+    model.write_bytes(complete)
     with pytest.raises(
         UserError, match=r"^adapter-f16\.gguf: in the conversion merged → adapter-f16\.gguf .* evaluate\.max_kl"
     ):

@@ -99,8 +99,8 @@ def test_the_model_card_is_what_was_measured(finished: Project) -> None:
     adapter, trained = finished.folder / "outputs/adapter", finished.folder / "outputs/trained"
     assert {file.name for file in adapter.iterdir()} == {file.name for file in trained.iterdir()} | {"README.md"}
     card, exam = ModelCard.load(adapter / "README.md"), metrics(finished, "evaluate")
-    told = card.data.to_dict()
-    assert told["library_name"] == "peft" and "base_model" not in told  # which is a local folder, not on the hub
+    found = card.data.to_dict()
+    assert found["library_name"] == "peft" and "base_model" not in found  # which is a local folder, not on the hub
     results = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
     assert results == {name: exam["tuned"][name] for name in ("correct", "exact_match", "f1", "chrf")}
     assert f"{metrics(finished, 'data')['rows']['train']} rows" in card.text
@@ -139,7 +139,7 @@ def test_k_quants_are_real(finished: Project) -> None:
 
 def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Project) -> None:
     lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]
-    told = {
+    found = {
         "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/trained"),
         "qlora_dvc.data": digest(finished.folder / "data/train_merged.jsonl"),
         "qlora_dvc.base": json.loads((finished.folder / "models/base.json").read_bytes())["fingerprint"],
@@ -148,7 +148,7 @@ def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Proje
     assert len(files) == 4
     for file in files:
         fields = GGUFReader(file).fields
-        assert {key: fields[key].contents() for key in told} == told
+        assert {key: fields[key].contents() for key in found} == found
     checked = finished.run("sh", "-c", "cd models/gguf && sha256sum --check --strict SHA256SUMS").stdout.splitlines()
     assert checked == [f"{name}: OK" for name in ["Modelfile", "Modelfile.adapter", *(file.name for file in files)]]
 

@@ -103,14 +103,14 @@ def test_a_family_learns_and_every_form_of_it_answers_alike(family: str) -> None
 
 @torch.inference_mode()
 def tuned_loss() -> float:
-    """The mean loss per learnt token of the tuned model's own logits, in nats."""
+    """The mean loss per supervised token of the tuned model's own logits, in nats."""
     model = load_tuned(BASE, Path("outputs/trained"), torch.device("cpu"), torch.float32)
-    loss, learnt = 0.0, 0
+    loss, supervised = 0.0, 0
     for of_row in Dataset.from_file("data/tokens/valid.arrow"):
         ids, labels = torch.tensor([of_row["input_ids"]]), torch.tensor(of_row["labels"][1:])
         loss += float(cross_entropy(model(input_ids=ids).logits[0, :-1], labels, reduction="sum"))
-        learnt += int((labels != IGNORED).sum())
-    return loss / learnt
+        supervised += int((labels != IGNORED).sum())
+    return loss / supervised
 
 
 def require_same_tokens() -> None:

@@ -48,8 +48,8 @@ def set_correct(value: float, exam: str = "exam") -> Change:
 
 
 def test_the_model_that_ships_passes(gate: Gate) -> None:
-    passed, told, _ = gate()
-    assert passed and "FAIL" not in told
+    passed, printed, _ = gate()
+    assert passed and "FAIL" not in printed
     for name in (
         "minimum of tuned.correct",
         "drop of tuned.correct",
@@ -57,7 +57,7 @@ def test_the_model_that_ships_passes(gate: Gate) -> None:
         "drop in the conversion model-f16.gguf → model-q4_k_m.gguf",
         "drop of the general exam",
     ):
-        assert f"ok    {name}: " in told
+        assert f"ok    {name}: " in printed
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_each_demand_that_is_not_met_is_named(
     project: Project, gate: Gate, metrics: str, worsen: Change, named: str
 ) -> None:
     change(project, metrics, worsen)
-    passed, told, end = gate()
-    assert not passed and f"FAIL  {named}: " in told and f"not met: {named}" in end
+    passed, printed, end = gate()
+    assert not passed and f"FAIL  {named}: " in printed and f"not met: {named}" in end
 
 
 def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project: Project, gate: Gate) -> None:
@@ -88,15 +88,15 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
     project.run("git", "commit", "-qam", "no noise", "--allow-empty")
     change(project, "evaluate", set_correct(now - 0.06))
     project.set(gate__minimum={}, gate__max_drop={"tuned.correct": 0.02})
-    passed, told, end = gate()
+    passed, printed, end = gate()
     assert not passed and end == "gate: 1 of 7 not met: drop of tuned.correct"
-    assert f"{now:.3f} at HEAD: +0.060 worse, allowed 0.020, noise not measured" in told
+    assert f"{now:.3f} at HEAD: +0.060 worse, allowed 0.020, noise not measured" in printed
     project.set(gate__max_drop={"tuned.correct": 0.06})
     assert gate()[0]
     project.set(gate__max_drop={"tuned.correct": 0.02})
     write_json(NOISE, {"of": measured_on(), "tuned": {"correct": {"noise": 0.07}}})
-    passed, told, _ = gate()
-    assert passed and "allowed 0.020, or the noise, 0.070" in told
+    passed, printed, _ = gate()
+    assert passed and "allowed 0.020, or the noise, 0.070" in printed
     write_json(NOISE, {"of": measured_on() | {"models/base.json": "other"}, "tuned": {"correct": {"noise": 0.07}}})
     assert read_noise() == {}  # noise of another base says nothing
 
@@ -132,9 +132,9 @@ def test_a_revision_that_cannot_be_compared_with_is_told_and_fails_nothing(proje
     (project.folder / "data/questions.jsonl").write_text(exam.replace("Who runs", "Who leads"), encoding="utf-8")
     project.run("git", "commit", "-qam", "another exam")
     (project.folder / "data/questions.jsonl").write_text(exam, encoding="utf-8")
-    passed, told, _ = gate()
-    assert passed and "none  drop of tuned.correct: 0.951; HEAD has another exam: not compared" in told
+    passed, printed, _ = gate()
+    assert passed and "none  drop of tuned.correct: 0.951; HEAD has another exam: not compared" in printed
     project.run("git", "rm", "-q", "--cached", "metrics/details/evaluate.json")
     project.run("git", "commit", "-qm", "before there was an exam")
-    passed, told, _ = gate()
-    assert passed and "HEAD has none: not compared" in told
+    passed, printed, _ = gate()
+    assert passed and "HEAD has none: not compared" in printed

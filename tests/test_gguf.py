@@ -123,8 +123,8 @@ def test_a_lora_of_another_base_is_refused_by_name_and_reason(
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     lora = tmp_path / "lora.gguf"
     run_script("convert.py", "lora", tmp_path / "adapter", "--base", tmp_path / "base", "--outfile", lora)
-    told = rf"base-f16\.gguf with .*lora\.gguf: llama\.cpp cannot load it \(.*{why}"
-    with pytest.raises(UserError, match=told), served(base_gguf, 64, 1, lora):
+    found = rf"base-f16\.gguf with .*lora\.gguf: llama\.cpp cannot load it \(.*{why}"
+    with pytest.raises(UserError, match=found), served(base_gguf, 64, 1, lora):
         pass
 
 
@@ -236,12 +236,12 @@ def test_a_file_tells_where_it_came_from_and_nothing_of_the_machine(
     write_json("models/license.json", license)
     write_json("card.json", convert_gguf.metadata(base))
     run_script("convert.py", "hf", TINY, "--card", "card.json", "--outtype", "bf16", "--outfile", "model.gguf")
-    told = {name: field.contents() for name, field in GGUFReader("model.gguf").fields.items()}
+    found = {name: field.contents() for name, field in GGUFReader("model.gguf").fields.items()}
     keys = [f"general.base_model.0.{key}" for key in ("name", "organization", "repo_url")]
-    assert [told.get(key) for key in keys] == base_model
-    assert told["general.name"] == f"{Path(model).name}-qlora" and told["qlora_dvc.base"] == "f0"
-    assert [told[f"general.{key.replace('_', '.')}"] for key in license] == list(license.values())
-    assert not any(trace in str(told) for trace in ("/home", str(ROOT), "partial"))
+    assert [found.get(key) for key in keys] == base_model
+    assert found["general.name"] == f"{Path(model).name}-qlora" and found["qlora_dvc.base"] == "f0"
+    assert [found[f"general.{key.replace('_', '.')}"] for key in license] == list(license.values())
+    assert not any(trace in str(found) for trace in ("/home", str(ROOT), "partial"))
 
 
 def test_the_server_is_asked_past_any_proxy(base_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

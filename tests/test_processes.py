@@ -54,13 +54,14 @@ def trained(project: Project, **changed: object) -> dict[str, Any]:
     return {
         "curve": torch.tensor(curve),
         "adapter": load_file("outputs/trained/adapter_model.safetensors"),
-        "told": [metrics[name] for name in ("steps", "tokens", "trainable_parameters")],
+        "metrics": [metrics["steps"], metrics["trainable_parameters"]],
+        "details": Path("metrics/details/train.json").read_text(encoding="utf-8"),
     }
 
 
 def require_same(shared: dict[str, Any], alone: dict[str, Any]) -> None:
     """But for the order in which gradients are summed, which moves losses by 1e-4 (measured)."""
-    assert shared["told"] == alone["told"]
+    assert shared["metrics"] == alone["metrics"] and shared["details"] == alone["details"]
     torch.testing.assert_close(shared["curve"], alone["curve"], rtol=0, atol=3e-4)
     torch.testing.assert_close(shared["adapter"], alone["adapter"], rtol=0, atol=3e-3)
 
@@ -130,7 +131,7 @@ def test_a_loss_that_is_no_number_ends_all_processes_with_one_reason(
 
 
 def test_what_ended_training_is_told_and_not_what_that_ended(tmp_path: Path) -> None:
-    def told(*processes: tuple[int, str | None]) -> str:
+    def reported(*processes: tuple[int, str | None]) -> str:
         failures = {}
         for number, (exitcode, message) in enumerate(processes):
             file = tmp_path / f"{number}.json"
@@ -142,13 +143,13 @@ def test_what_ended_training_is_told_and_not_what_that_ended(tmp_path: Path) -> 
         return str(cause(failures))
 
     left = (1, "RuntimeError: Connection closed by peer")
-    assert told((-signal.SIGTERM, None), (1, "UserError: the loss is nan")) == "the loss is nan"
-    assert told(left, (1, "ValueError: of no kind that is known")) == "the traceback"
-    assert told(left, (3, None)).startswith("process 1 of training was ended by exit status 3: ")
-    assert told((-signal.SIGTERM, None), (-signal.SIGKILL, None)).startswith(
+    assert reported((-signal.SIGTERM, None), (1, "UserError: the loss is nan")) == "the loss is nan"
+    assert reported(left, (1, "ValueError: of no kind that is known")) == "the traceback"
+    assert reported(left, (3, None)).startswith("process 1 of training was ended by exit status 3: ")
+    assert reported((-signal.SIGTERM, None), (-signal.SIGKILL, None)).startswith(
         "process 1 of training was ended by SIGKILL"
     )
-    assert told(left).startswith("training was ended, here or on another machine")
+    assert reported(left).startswith("training was ended, here or on another machine")
 
 
 def test_a_step_is_shared_by_fewer_batches_first_and_then_by_smaller_ones() -> None:

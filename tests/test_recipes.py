@@ -75,9 +75,9 @@ def test_a_recipe_fits_its_gpu_with_a_tenth_to_spare_and_needs_what_its_table_sa
     assert card
     machine(recipe, int(card[1]))
     check.main()
-    told = capsys.readouterr().out
-    assert "up to 1024 tokens" in told
-    size = re.search(r"GPU memory: train_qlora +([\d.]+) of", told)
+    printed = capsys.readouterr().out
+    assert "up to 1024 tokens" in printed
+    size = re.search(r"GPU memory: train_qlora +([\d.]+) of", printed)
     assert size and f"| `{recipe}` | {size[1]} |" in (ROOT / "recipes/README.md").read_text(encoding="utf-8")
 
 

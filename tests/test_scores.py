@@ -224,7 +224,7 @@ def test_the_smallest_change_that_can_be_told_from_chance() -> None:
     assert detectable(against=0, possible=5) is None
     right, wrong = {"correct": 1.0}, {"correct": 0.0}
     assert comparison([wrong] * 10, [right] * 10)["detectable"] == 0.6
-    assert comparison([right] * 10, [wrong] * 10)["detectable"] == -0.6  # a fall
+    assert comparison([right] * 10, [wrong] * 10)["detectable"] == -0.6  # fewer correct answers
     assert comparison([right] * 7 + [wrong] * 3, [right] * 10)["detectable"] is None  # no more than 3 can be fixed
 
 

@@ -106,8 +106,8 @@ def test_a_killed_worker_loses_what_it_was_at_and_the_same_command_goes_on(small
     refused = sweep(small, "lora.r=4")
     assert refused.returncode == 1 and refused.stderr.startswith("sweep: workers are at work on the queue: wait")
     worker.kill()
-    told = running.communicate()[0].decode()
-    assert running.returncode == 1 and "sweep: 1 failed: " in told and told.endswith("-lora.r=2\n"), told
+    printed = running.communicate()[0].decode()
+    assert running.returncode == 1 and "sweep: 1 failed: " in printed and printed.endswith("-lora.r=2\n"), printed
     assert not stage.is_running()
     assert {name: row["State"] for name, row in table(small).items()} == {"lora.r=2": "Failed", "lora.r=3": "Success"}
     again = sweep(small, "lora.r=2,3")
@@ -177,7 +177,7 @@ def test_a_worker_has_as_many_gpus_as_a_training_has_processes(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "printed"),
     [
         (["lora.rr=8,9"], "sweep: -S lora.rr=8,9: Could not override 'lora.rr'."),
         (["lora.r=8,abc"], "sweep: params.yaml: lora.r is 'abc': input should be a valid integer"),
@@ -188,10 +188,10 @@ def test_a_worker_has_as_many_gpus_as_a_training_has_processes(
     ],
 )
 def test_a_wrong_grid_is_refused_in_one_line_before_anything_is_queued(
-    small: Project, settings: list[str], told: str
+    small: Project, settings: list[str], printed: str
 ) -> None:
     refused = sweep(small, *settings)
-    assert refused.returncode == 1 and refused.stderr.startswith(told) and refused.stderr.count("\n") == 1
+    assert refused.returncode == 1 and refused.stderr.startswith(printed) and refused.stderr.count("\n") == 1
     assert "No experiment tasks" in small.run("dvc", "queue", "status").stdout
     assert small.run("git", "status", "--porcelain").stdout == ""
 

@@ -31,8 +31,8 @@ from stages import prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
-TOLD = ("metrics/train.json", "metrics/loss.csv")
-# The validation loss falls and rises again.
+RESULTS = ("metrics/train.json", "metrics/details/train.json", "metrics/loss.csv")
+# The validation loss decreases and rises again.
 TOO_FAST = {"train__learning_rate": 2.0e-2, "train__schedule": "constant_with_warmup"}
 
 
@@ -94,28 +94,28 @@ def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_the_kn
 
 
 def test_training_ends_early_and_keeps_the_best_adapter(train: Callable[..., str]) -> None:
-    def told() -> tuple[int, int, float]:
+    def reported() -> tuple[int, int, float]:
         metrics = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))
         return metrics["steps"], metrics["best_step"], metrics["loss"]["valid"]
 
     last = train(train__eval_steps=1, **TOO_FAST)
-    steps, best, loss = told()
+    steps, best, loss = reported()
     assert steps == 7 and best < 7
     kept = train(train__eval_steps=1, **TOO_FAST, train__load_best_model_at_end=True)
-    assert kept != last and told()[:2] == (7, best) and told()[2] < loss
+    assert kept != last and reported()[:2] == (7, best) and reported()[2] < loss
     train(train__eval_steps=1, **TOO_FAST, train__early_stopping_patience=1)
-    assert told()[0] < 7
+    assert reported()[0] < 7
 
 
 @pytest.fixture
 def goes_on_from(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
     """Where the last training went on from."""
 
-    def told() -> str:
+    def reported() -> str:
         found = re.findall(r"continuing from (\S+) of an interrupted run", capfd.readouterr().out)
         return str(found[-1]) if found else "the start"
 
-    return told
+    return reported
 
 
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
@@ -159,7 +159,10 @@ def test_a_run_killed_between_its_last_step_and_its_outputs_ends_with_the_same_f
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def made() -> list[str]:
-        return [train(**{"train__eval_steps": 3} | changes), *(Path(file).read_text(encoding="utf-8") for file in TOLD)]
+        return [
+            train(**{"train__eval_steps": 3} | changes),
+            *(Path(file).read_text(encoding="utf-8") for file in RESULTS),
+        ]
 
     undisturbed = made()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
