@@ -108,7 +108,7 @@ def test_an_unknown_recipe_is_refused_with_the_list(
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("train:\n  batch: 2\n", r"mine\.yaml: train\.batch is not a parameter; accepted here: max_length, "),
+        ("train:\n  batch: 2\n", r"mine\.yaml: train\.batch is not a parameter; accepted here: learning_rate, "),
         ("loro: {r: 5}\n", r"mine\.yaml: loro is not a parameter; accepted here: "),
         ("lora: 5\n", r"mine\.yaml is no sections with their keys: "),
         ("- lora\n", r"mine\.yaml is no sections with their keys: "),
