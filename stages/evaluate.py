@@ -9,7 +9,7 @@ metrics/answers_general.jsonl (the general exam), metrics/details/evaluate.json 
 
 from typing import Any
 
-from pipeline.common.outputs import rounded, write_json, write_jsonl
+from pipeline.common.outputs import rounded, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
     ANSWERS,
@@ -57,7 +57,7 @@ def main() -> None:
     details = {"exam": compared(rows), "general": compared(general_rows)}
     write_json(EXAM_METRICS, headline(details["exam"]))
     write_json(GENERAL_METRICS, {"general": headline(details["general"])})
-    write_json(EXAM_DETAILS, details)
+    write_details(EXAM_DETAILS, details)
 
 
 def side_by_side(questions: list[Question], before: list[Line], answers: list[Answer]) -> list[Line]:

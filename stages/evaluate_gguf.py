@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.common.markdown import table
-from pipeline.common.outputs import scratch, write_json, write_jsonl
+from pipeline.common.outputs import scratch, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
@@ -77,7 +77,7 @@ def main() -> None:
     details = {name: measured(name, variants, questions) | size(name) for name in made}
     write_jsonl(GGUF_ANSWERS, rows)
     write_json(GGUF_METRICS, {name: {"correct": details[name]["correct"]} for name in made})
-    write_json(GGUF_DETAILS, details)
+    write_details(GGUF_DETAILS, details)
     write_json("metrics/gguf_cost.json", cost)
     print("\n".join(table(*conversion_table(details))))
     require_converted(details, parameters.evaluate.max_kl, parameters.merge_adapter.base)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output, read_json, write_json, write_jsonl
+from pipeline.common.outputs import atomic_output, read_json, write_details, write_json, write_jsonl
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
@@ -72,7 +72,7 @@ def main() -> None:
     sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
     write_jsonl(CONFLICTS, sources)
     write_json(DATA_METRICS, {key: details[key] for key in ("rows", "conflicts")})
-    write_json(DATA_DETAILS, details)
+    write_details(DATA_DETAILS, details)
     with atomic_output(DATA_PAGE) as text:
         text.write_text(
             data_page(read_json(GENERATE_METRICS), details, quarantine.examples, examples), encoding="utf-8"

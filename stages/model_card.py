@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined, Template
 
 from pipeline.common.markdown import table
-from pipeline.common.outputs import atomic_output, read_json
+from pipeline.common.outputs import atomic_output, read_details, read_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
     ADAPTER,
@@ -38,9 +38,9 @@ from stages import run
 
 def main() -> None:
     parameters = load("model_card")
-    base, data = read_json(BASE), read_json(DATA_DETAILS)
-    train, training = read_json(TRAIN_METRICS), read_json(TRAIN_DETAILS)
-    exam, general = read_json(EXAM_DETAILS).values()
+    base, data = read_json(BASE), read_details(DATA_DETAILS)
+    train, training = read_json(TRAIN_METRICS), read_details(TRAIN_DETAILS)
+    exam, general = read_details(EXAM_DETAILS).values()
     answers = read_jsonl(ANSWERS)
     name = f"{Path(public_name(base)).name}-qlora"
     trained_with = {

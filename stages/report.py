@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.common.dvc_lock import locked_hashes
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output, read_json
+from pipeline.common.outputs import atomic_output, read_details, read_json
 from pipeline.common.paths import (
     ADAPTER,
     ANSWERS,
@@ -51,10 +51,10 @@ IDENTITY = list(map(str, [EXAM, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS, ADAPTER, G
 
 def main() -> None:
     of_files = read_jsonl(existing(GGUF_ANSWERS))
-    details = read_json(EXAM_DETAILS)
+    details = read_details(EXAM_DETAILS)
     exam = exam_result("exam", EXAM, ANSWERS, of_files, details["exam"])
     general = exam_result("general", GENERAL_EXAM, GENERAL_ANSWERS, [], details["general"])
-    variants = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read_json(GGUF_DETAILS)}
+    variants = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read_details(GGUF_DETAILS)}
     train = read_json(TRAIN_METRICS)
     with open(existing(LOSS_TABLE), encoding="utf-8") as file:
         curve = [{name: float(number) for name, number in point.items()} for point in csv.DictReader(file)]
@@ -63,10 +63,10 @@ def main() -> None:
         exams=[exam, general],
         variants=variants,
         train=train,
-        tokens=read_json(TRAIN_DETAILS)["tokens"],
+        tokens=read_details(TRAIN_DETAILS)["tokens"],
         loss=loss_chart(curve, train["loss"]["before"]),
-        data=read_json(DATA_DETAILS),
-        lengths=read_json(LENGTHS_DETAILS),
+        data=read_details(DATA_DETAILS),
+        lengths=read_details(LENGTHS_DETAILS),
         base=base,
         base_name=public_name(base),
         hashes=locked_hashes(IDENTITY, reader="report"),

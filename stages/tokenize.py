@@ -21,7 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output, write_json, write_jsonl
+from pipeline.common.outputs import atomic_output, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
     LENGTHS_DETAILS,
@@ -75,7 +75,7 @@ def main() -> None:
         write_jsonl(aside / "overflow.jsonl", lengths.overflow)
     details = counted(lengths, max_length)
     write_json(LENGTHS_METRICS, {key: details[key] for key in ("tokens", "rows")})
-    write_json(LENGTHS_DETAILS, details)
+    write_details(LENGTHS_DETAILS, details)
     write_histogram(lengths.rows)
     with atomic_output(MASK_PAGE) as aside:
         aside.write_text(mask_page(shown, tokenizer), encoding="utf-8")

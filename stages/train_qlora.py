@@ -24,7 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output, write_json
+from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import LOSS_TABLE, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
@@ -81,7 +81,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
             save_adapter(trainer.model, folder, base)
             write_curve(curve)
             write_json(TRAIN_METRICS, metrics(trainer, curve))
-            write_json(TRAIN_DETAILS, details(trainer))
+            write_details(TRAIN_DETAILS, details(trainer))
             write_json("metrics/train_cost.json", cost)
 
 

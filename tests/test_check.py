@@ -1,6 +1,5 @@
 """What is refused before anything runs, and how well memory and disk are estimated."""
 
-import json
 import re
 import shutil
 import threading
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 
 from bench.memory import llama, measure
 from pipeline.common.errors import UserError
+from pipeline.common.outputs import read_details
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.train import Train
 from pipeline.export.disk import filled
@@ -221,7 +221,7 @@ def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: 
 
 
 def test_the_disk_that_gguf_files_fill_comes_out() -> None:
-    files = json.loads((ROOT / "metrics/details/gguf.json").read_text(encoding="utf-8"))
+    files = read_details(ROOT / "metrics/details/gguf.json")
     made = sum(scores["bytes"] for scores in files.values() if "bytes" in scores)
     estimated = filled(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
     assert estimated["models/gguf"] == pytest.approx(made, rel=0.1)

@@ -83,6 +83,11 @@ def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declar
     assert set[str]().union(*(parameters_read(ROOT / file) for file in files)) == declared
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_what_git_keeps_is_a_metric_without_which_dvc_does_not_remember_runs(name: str) -> None:
+    assert all(isinstance(out, str) or out == {"data/replies.jsonl": {"persist": True}} for out in STAGES[name]["outs"])
+
+
 def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_run(project: Project) -> None:
     def ignored() -> set[str]:
         return {path for path in every if project.run("git", "check-ignore", "-q", path, check=False).returncode == 0}

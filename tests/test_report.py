@@ -60,7 +60,7 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
         put(f"data/{name}.jsonl", *[question for question, _, _ in rows])
         put(f"metrics/{answers}.jsonl", *compared)
         details[kind] = comparison.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
-    put("metrics/details/evaluate.json", details)
+    put("metrics/details/evaluate.json", [details])
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
     scores = {"correct": 0.6, "exact_match": 0.5, "f1": 0.55, "agreement": 0.9}
@@ -68,17 +68,20 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
     size = {"kl": 0.001, "bytes": 2_500_000}
     put(
         "metrics/details/gguf.json",
-        {name: scores | {"conversion": conversion} | (size if name.endswith("gguf") else {}) for name in files},
+        [{name: scores | {"conversion": conversion} | (size if name.endswith("gguf") else {}) for name in files}],
     )
     put("metrics/loss.csv", "step,train,valid\n10,1.5,1.2\n20,0.5,0.4\n")
     losses = {"loss": {"before": 2.5, "train": 0.5, "valid": 0.4}, "steps": 20, "best_step": 20}
     put("metrics/train.json", losses | {"trainable_parameters": 4096})
-    put("metrics/details/train.json", {"tokens": {"trained": 1234}})
+    put("metrics/details/train.json", [{"tokens": {"trained": 1234}}])
     outcomes = {"read": 12, "invalid": 1, "duplicate": 0, "near_duplicate": 1, "leaked": 0, "train": 9, "valid": 1}
-    put("metrics/details/data.json", {"rows": outcomes, "sources": {"data/raw/facts.csv": outcomes}})
+    put("metrics/details/data.json", [{"rows": outcomes, "sources": {"data/raw/facts.csv": outcomes}}])
     lengths = {"p50": 20, "p95": 25, "max": 30}
     sources = {"data/raw/facts.csv": lengths}
-    put("metrics/details/lengths.json", {"tokens": lengths, "rows": {"dropped": 1, "truncated": 0}, "sources": sources})
+    put(
+        "metrics/details/lengths.json",
+        [{"tokens": lengths, "rows": {"dropped": 1, "truncated": 0}, "sources": sources}],
+    )
     put("models/base.json", {"model": "models/tiny-base", "revision": None, "fingerprint": "f" * 64})
     lock("a" * 32 + ".dir")
 

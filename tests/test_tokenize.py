@@ -14,6 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
+from pipeline.common.outputs import read_details
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
 from pipeline.model.supervision import IGNORED, supervised, truncated
@@ -218,7 +219,7 @@ def read(side: str) -> list[dict[str, list[int]]]:
 
 
 def lengths() -> Any:
-    return json.loads(Path("metrics/details/lengths.json").read_text(encoding="utf-8"))
+    return read_details(Path("metrics/details/lengths.json"))
 
 
 def test_rows_become_arrow_files_and_their_lengths_metrics_that_add_up(rows: list[dict[str, Any]]) -> None:

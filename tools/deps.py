@@ -57,7 +57,8 @@ def written(text: str) -> dict[Path, str]:
         libraries = imported_libraries(files, distributions) & pinned.keys()
         used |= libraries
         put(stage, "deps", lambda dep: dep.startswith(CODE), sorted(with_assets(files)))
-        put(stage, "params", lambda entry: not isinstance(entry, str), [{LIBRARIES.name: on_one_line(libraries)}])
+        of_libraries = [{LIBRARIES.name: on_one_line(libraries)}] if libraries else []  # none: DVC would take all
+        put(stage, "params", lambda entry: not isinstance(entry, str), of_libraries)
     dvc_yaml = StringIO()
     yaml.dump(pipeline, dvc_yaml)
     lines = [f'{name}: "{pinned[name]}"\n' for name in sorted(used)]
@@ -67,7 +68,11 @@ def written(text: str) -> dict[Path, str]:
 
 def put(stage: dict[str, Any], key: str, is_generated: Any, generated: list[Any]) -> None:
     """Replace what is generated of a list. The other entries stay first, with their comments."""
-    entries = stage.setdefault(key, CommentedSeq())
+    if not generated and key not in stage:
+        return
+    if not stage.get(key):
+        stage[key] = CommentedSeq()
+    entries = stage[key]
     for at in reversed(range(len(entries))):
         if is_generated(entries[at]):
             del entries[at]
@@ -82,7 +87,7 @@ def on_one_line(names: set[str]) -> CommentedSeq:
 
 def files_of(name: str, stage: dict[str, Any]) -> set[str]:
     """The modules that the stage imports, directly or not, and the scripts of llama.cpp/ that it runs."""
-    sections = {entry.partition(".")[0] for entry in stage.get("params", []) if isinstance(entry, str)}
+    sections = {entry.partition(".")[0] for entry in (stage.get("params") or []) if isinstance(entry, str)}
     declared = {f"pipeline/common/parameters/{section}.py" for section in sections}
     scripts = re.findall(r'run_script\("(\w+\.py)"', (ROOT / f"stages/{name}.py").read_text(encoding="utf-8"))
     new = {"stages/__init__.py", f"stages/{name}.py", *(file for file in declared if (ROOT / file).is_file())}

@@ -22,6 +22,7 @@ from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 
 from pipeline.common.errors import UserError
+from pipeline.common.outputs import read_details
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import EXAM, EXAM_DETAILS, GGUF_DETAILS
 from pipeline.evaluation.comparison import LOWER_IS_BETTER
@@ -74,7 +75,7 @@ def require_up_to_date() -> None:
 
 
 def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
-    metrics = read(EXAM_DETAILS)["exam"]
+    metrics = read_details(EXAM_DETAILS)["exam"]
     for name, minimum in wanted.items():
         value = metric(metrics, name, "gate.minimum")
         limit = "at most" if lower_is_better(name) else "at least"
@@ -82,9 +83,12 @@ def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
 
 
 def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
-    metrics, noise = read(EXAM_DETAILS)["exam"], {f"tuned.{score}": value for score, value in read_noise().items()}
+    metrics, noise = (
+        read_details(EXAM_DETAILS)["exam"],
+        {f"tuned.{score}": value for score, value in read_noise().items()},
+    )
     same_exam = at(revision, EXAM) == EXAM.read_text(encoding="utf-8")
-    earlier = flat(json.loads(at(revision, EXAM_DETAILS) or "{}").get("exam", {}))
+    earlier = flat(json.loads(at(revision, EXAM_DETAILS) or "[{}]")[0].get("exam", {}))
     for name, allowed in allowances.items():
         value = metric(metrics, name, "gate.max_drop")
         if name not in earlier or not same_exam:
@@ -102,7 +106,7 @@ def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
 
 def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
     """One demand for each conversion from the tuned model to a file that ships."""
-    for variant, of in read(GGUF_DETAILS).items():
+    for variant, of in read_details(GGUF_DETAILS).items():
         if of_same_weights(variant, merged_onto):
             drop = max(0.0, -of["conversion"]["correct"])
             found = f"{of['correct']:.3f} correct, {drop:.3f} less, allowed {allowed:.3f}"
@@ -110,7 +114,7 @@ def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
 
 
 def general_drop(allowed: float) -> Demand:
-    metrics = read(EXAM_DETAILS)["general"]
+    metrics = read_details(EXAM_DETAILS)["general"]
     base, tuned = metrics["base"]["correct"], metrics["tuned"]["correct"]
     drop = round(base - tuned, 6)
     found = f"{tuned:.3f} correct, the base {base:.3f}: {drop:.3f} less, allowed {allowed:.3f}"
@@ -142,13 +146,6 @@ def flat(metrics: dict[str, Any]) -> dict[str, float]:
         elif value is not None:
             values[key] = value
     return values
-
-
-def read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"gate: {path} is missing: dvc repro makes the file, git restore brings it back") from None
 
 
 def at(revision: str, path: Path) -> str | None:

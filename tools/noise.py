@@ -41,7 +41,7 @@ def main() -> None:
             run = ["dvc", "exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}", "evaluate"]
             if subprocess.run([sys.executable, "-m", *run]).returncode:
                 raise UserError(f"noise: the experiment {name} failed, see above; earlier experiments are kept")
-    runs = [json.loads(dvc.api.read(str(EXAM_DETAILS), rev=name))["exam"]["tuned"] for name in experiments]
+    runs = [json.loads(dvc.api.read(str(EXAM_DETAILS), rev=name))[0]["exam"]["tuned"] for name in experiments]
     scores = {score: spread([run[score] for run in runs]) for score in runs[0]}
     write_json(NOISE, {"of": measured_on(), "revision": revision, "seeds": seeds, "tuned": scores})
     correct = scores["correct"]

@@ -108,7 +108,7 @@ def remove_outputs() -> None:
     for stage in read_yaml(Path("dvc.yaml"))["stages"].values():
         for out in stage.get("outs", []):
             path, settings = (out, {}) if isinstance(out, str) else next(iter(out.items()))
-            if path in locked - changed and not settings:  # `persist` is added to, `cache: false` is in git
+            if path in locked - changed and not settings.get("persist"):
                 remove(Path(path))
 
 

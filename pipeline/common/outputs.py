@@ -51,6 +51,20 @@ def write_json(path: str | Path, content: Any) -> None:
         aside.write_text(json.dumps(rounded(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_details(path: Path, content: Any) -> None:
+    """Write what DVC must not list among the metrics, though dvc.yaml declares the file as one.
+
+    DVC lists no number inside a JSON list, and keeps a run in the run cache only if every output that is in git is a
+    metric or a plot: https://github.com/iterative/dvc/blob/3.67.1/dvc/stage/__init__.py (`no_cache_outs`).
+    """
+    write_json(path, [content])
+
+
+def read_details(path: Path) -> Any:
+    [content] = read_json(path)
+    return content
+
+
 def read_json(path: Path) -> Any:
     """Raises UserError if the stage that writes the file has not run here."""
     if not path.exists():
