@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from pipeline.common.outputs import read_details
 from pipeline.common.rows import read_jsonl
 from pipeline.evaluation.variants import source
 from tools import infer
@@ -30,8 +31,16 @@ def metrics(project: Project, name: str) -> Any:
     return json.loads((project.folder / f"metrics/{name}.json").read_text(encoding="utf-8"))
 
 
+def details(project: Project, name: str) -> Any:
+    return read_details(project.folder / f"metrics/details/{name}.json")
+
+
 def ran(output: str) -> set[str]:
     return set(re.findall(r"Running stage '(\w+)'", output))
+
+
+def subset(some: Any, of: Any) -> bool:
+    return all(subset(some[key], of[key]) for key in some) if isinstance(some, dict) else bool(some == of)
 
 
 def digest(path: Path) -> str:
@@ -41,14 +50,16 @@ def digest(path: Path) -> str:
 def test_the_base_knows_nothing_the_tuned_model_nearly_all_and_every_gguf_file_answers_like_it(
     finished: Project,
 ) -> None:
-    exam, general, gguf = (metrics(finished, name) for name in ("evaluate", "general", "gguf"))
+    exam, general = details(finished, "evaluate").values()
+    gguf = details(finished, "gguf")
+    for of, name in [(exam, "evaluate"), ({"general": general}, "general"), (gguf, "gguf")]:
+        assert subset(metrics(finished, name), of), "the metrics are some of the details"
     assert exam["base"]["correct"] <= 0.10
     assert exam["tuned"]["correct"] >= 0.90
     assert exam["base"]["stopped"] >= 0.95 and exam["tuned"]["stopped"] >= 0.95
     assert exam["tuned"]["loss"] < 0.5 < exam["base"]["loss"]
     gain = exam["gain"]["correct"]
     assert exam["detectable"] < gain["low"] <= gain["mean"] <= gain["high"] and gain["p_value"] < 1e-6
-    general = general["general"]
     assert general["base"]["correct"] >= 0.90 and general["tuned"]["correct"] >= 0.40  # it forgets, but not all
     assert set(gguf) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf", "model-q4_k_m.gguf"}
     for name, lag in [
@@ -72,7 +83,7 @@ def test_every_answer_is_kept_with_its_question_and_scores(finished: Project) ->
         json.loads(line)
         for line in (finished.folder / "metrics/answers.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    exam = metrics(finished, "evaluate")
+    exam = details(finished, "evaluate")["exam"]
     assert len(answers) == len((finished.folder / "data/questions.jsonl").read_text(encoding="utf-8").splitlines())
     asked = {"id", "question", "reference", "match", "tags", "source"}
     assert set(answers[0]) == asked | {"before", "after", "base", "tuned"}
@@ -98,7 +109,7 @@ def test_the_adapter_carries_its_base_and_the_bases_tokenizer_unchanged(finished
 def test_the_model_card_is_what_was_measured(finished: Project) -> None:
     adapter, trained = finished.folder / "outputs/adapter", finished.folder / "outputs/trained"
     assert {file.name for file in adapter.iterdir()} == {file.name for file in trained.iterdir()} | {"README.md"}
-    card, exam = ModelCard.load(adapter / "README.md"), metrics(finished, "evaluate")
+    card, exam = ModelCard.load(adapter / "README.md"), details(finished, "evaluate")["exam"]
     found = card.data.to_dict()
     assert found["library_name"] == "peft" and "base_model" not in found  # which is a local folder, not on the hub
     results = {result.metric_name: result.metric_value for result in card.data.eval_results or []}
@@ -157,7 +168,8 @@ def test_nothing_is_left_to_do_and_git_sees_no_output(finished: Project) -> None
     done = finished.run("dvc", "repro")
     assert "Data and pipelines are up to date." in done.stdout and not ran(done.stdout)
     changed = {line[3:] for line in finished.run("git", "status", "--porcelain").stdout.splitlines()}
-    metrics_in_git = {f"metrics/{name}.json" for name in ("data", "lengths", "train", "evaluate", "general", "gguf")}
+    names = ("data", "lengths", "train", "evaluate", "general", "gguf")
+    metrics_in_git = {f"metrics/{folder}{name}.json" for name in names for folder in ("", "details/")}
     assert changed <= metrics_in_git | {"dvc.lock"}
 
 
@@ -284,7 +296,7 @@ def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_
     kept = {name: (finished.folder / name).read_bytes() for name in ("params.yaml", "metrics/noise.json")}
     finished.set(evaluate__repeats=3, train__epochs=0.5)
     refused = finished.run("python", "-m", "tools.noise", check=False)
-    assert refused.returncode != 0 and "changes that are not committed" in refused.stderr
+    assert refused.returncode != 0 and "uncommitted changes" in refused.stderr
     finished.run("git", "commit", "-qam", "less training")
     assert ran(finished.run("python", "-m", "tools.noise").stdout) == {"train_qlora", "evaluate"}
     noise = metrics(finished, "noise")

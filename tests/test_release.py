@@ -1,6 +1,5 @@
 """Versions: the real tools.release, GTO and DVC on the real dvc.yaml, in which each output is a few bytes."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +58,13 @@ def share(project: Project) -> None:
 
 def set_correct(value: float) -> float:
     """The share of correct answers that it was before."""
-    path = Path("metrics/evaluate.json")
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    before, metrics["tuned"]["correct"] = metrics["tuned"]["correct"], value
-    path.write_text(json.dumps(metrics), encoding="utf-8")
-    return before
+    details, metrics = read_details(EXAM_DETAILS), read_json(EXAM_METRICS)
+    before = metrics["tuned"]["correct"]
+    for tuned in (metrics["tuned"], details["exam"]["tuned"]):
+        tuned["correct"] = value
+    write_json(EXAM_METRICS, metrics)
+    write_details(EXAM_DETAILS, details)
+    return float(before)
 
 
 def tags(project: Project) -> set[str]:
@@ -130,11 +131,11 @@ def test_a_model_that_is_worse_than_the_last_version_becomes_none(
     project: Project, release: Release, capfd: pytest.CaptureFixture[str]
 ) -> None:
     project.run("gto", "register", "adapter", "--version", "v1.0.0")
-    project.set(gate__floors={}, gate__falls={"tuned.correct": 0.02})
+    project.set(gate__minimum={}, gate__max_drop={"tuned.correct": 0.02})
     before = set_correct(0.9)
     share(project)
     assert release("1.1.0") == "release: the gate does not let it pass, see above; nothing is registered"
-    assert f"FAIL  fall of tuned.correct: 0.900, {before:.3f} at adapter@v1.0.0" in capfd.readouterr().out
+    assert f"FAIL  drop of tuned.correct: 0.900, {before:.3f} at adapter@v1.0.0" in capfd.readouterr().out
     assert tags(project) == {"adapter@v1.0.0"}
 
 

@@ -21,6 +21,7 @@ from transformers import TrainerState
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import load_tokenizer
@@ -268,6 +269,9 @@ CHANGED: dict[str, object] = {
 }
 
 
+SECTIONS = {"lora": Lora, "tokenize": Tokenize, "train": Train}
+
+
 def built_trainer() -> Trainer:
     parameters, tokenizer = load("train_qlora"), load_tokenizer(TINY)
     model = train_qlora.load_trainable(parameters, TINY, tokenizer, torch.device("cpu"))
@@ -275,7 +279,7 @@ def built_trainer() -> Trainer:
     return build_trainer(parameters, model, tokenizer, train_rows, valid_rows, Path("checkpoints"))
 
 
-def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Project) -> None:
+def test_every_key_of_lora_tokenize_and_train_changes_the_rows_or_the_trainer(project: Project) -> None:
     def built(**changed: object) -> list[object]:
         project.set(**changed)
         tokenize.main()
@@ -294,9 +298,8 @@ def test_every_key_of_lora_and_train_changes_the_rows_or_the_trainer(project: Pr
         rows = [json.dumps({"id": "1", "messages": each, "source": "a.csv:1"}) for each in messages]
         Path(f"data/{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
-    assert {*CHANGED, "train__activation_offloading"} == {f"lora__{key}" for key in Lora.model_fields} | {
-        f"train__{key}" for key in Train.model_fields
-    } - {"train__strategy"}  # of several processes: test_processes.py
+    keys = {f"{name}__{key}" for name, of in SECTIONS.items() for key in of.model_fields}
+    assert {*CHANGED, "train__activation_offloading"} == keys - {"train__strategy"}  # of processes: test_processes.py
     project.set(tokenize__max_length=40, tokenize__on_overflow="truncate")
     parameters = Path("params.yaml").read_text(encoding="utf-8")
     first = built()
