@@ -98,7 +98,7 @@ def test_an_answer_comes_in_pieces_and_ends_where_the_room_ends(base_gguf: Path)
     [
         ("{", "not a JSON object"),
         ('["Who?"]', 'a line has a "question", or "messages"'),
-        ('{"question": 7}', "the user's message 1 is no text but int"),
+        ('{"question": 7}', "the user's message 1 is not text but int"),
         ('{"question": " "}', "the user's message 1 is empty"),
         ('{"question": "\\ud800"}', "not UTF-8"),
         ('{"question": "Who?", "messages": []}', "leave one of them out"),

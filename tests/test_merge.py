@@ -378,7 +378,7 @@ def test_nothing_but_bad_rows_or_leaks_is_refused(curated: Project) -> None:
     with pytest.raises(UserError, match="leaves 0 of them to train on and 0 to validate"):
         merge.main()
     jsonl(ROWS, {"question": "Who?"})
-    with pytest.raises(UserError, match="no rows that can be used, of 1"):
+    with pytest.raises(UserError, match="no valid rows among 1 rows"):
         merge.main()
 
 
@@ -735,7 +735,7 @@ def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
     ):
         merge.main()
     jsonl(Path("data/train.jsonl"))
-    with pytest.raises(UserError, match="no rows that can be used, of 0: add some to data/curated"):
+    with pytest.raises(UserError, match="no valid rows among 0 rows: add rows to data/curated"):
         merge.main()
 
 
