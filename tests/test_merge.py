@@ -367,7 +367,7 @@ def test_a_file_that_would_be_left_out_in_silence_is_refused_by_name(curated: Pr
             merge.main()
         Path("data/curated", name).unlink()
     Path(os.fsdecode(b"data/curated/\xff.jsonl")).write_bytes(b"")
-    with pytest.raises(UserError, match=r"no name that can be shown"):
+    with pytest.raises(UserError, match=r"characters that cannot be printed"):
         merge.main()
 
 

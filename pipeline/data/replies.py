@@ -71,6 +71,6 @@ def require_pulled() -> None:
     outs = read_yaml(lock).get("stages", {}).get("generate", {}).get("outs", [])
     if any(out["path"] == str(REPLIES) and out["size"] > 1 for out in outs):
         raise UserError(
-            f"{REPLIES} is missing, and dvc.lock has one that was paid for: run dvc pull {REPLIES}, or create an empty file "
-            "there to pay again"
+            f"{REPLIES} is missing, and dvc.lock has one that was paid for: run dvc pull {REPLIES}, or create an "
+            "empty file there to pay again"
         )
