@@ -145,7 +145,7 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     (adapter / "adapter_model.safetensors").touch()
     of_other_files = '{"model": "tiny-base", "revision": null, "fingerprint": "0"}'
     (adapter / "base.json").write_text(of_other_files, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^outputs/adapter: models/tiny-base is not as it was trained on"):
+    with pytest.raises(UserError, match=r"^outputs/adapter: the files of models/tiny-base changed after training"):
         run(monkeypatch, "Who?")
     prepare_base.main()
     (adapter / "base.json").write_text('{"model": "another", "fingerprint": "0"}', encoding="utf-8")

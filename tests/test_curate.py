@@ -29,8 +29,8 @@ TEAMS = ["Ay", "Boe", "Cire", "Dovan", "Eloris", "Fenkano", "Gilanack", "Hardewe
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two phrasings. No
-    source is held back."""
+    """The working directory: the files of a clone that the tool needs, with two facts per team and two phrasings per fact.
+    No source is held back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curate, "HELD_BACK", 2**64)
     for name in ("dvc.yaml", "params.yaml", "data/general.jsonl", "data/curated/handbook.jsonl"):

@@ -613,8 +613,8 @@ def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, sc
     for spent in (3, 6):
         with pytest.raises(
             UserError,
-            match=rf"token_budget: 300 tokens of {budget} are spent, {spent} of 8 passages are done and stored, and the "
-            r"next request may cost \d+: raise the limit, or run again",
+            match=rf"token_budget: 300 tokens of {budget} are spent, {spent} of 8 passages are done and stored, and "
+            r"the next request may cost \d+: raise the limit, or run again",
         ):
             generate.main()
         assert len(scripted.requests) == len(read_jsonl(Path("data/replies.jsonl"))) == spent

@@ -80,7 +80,7 @@ def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
     if not torch.cuda.is_available():
         assert pick_device("auto") == cpu
-        with pytest.raises(UserError, match=r"base\.device is cuda, but torch sees no GPU"):
+        with pytest.raises(UserError, match=r"base\.device is cuda, but torch finds no GPU"):
             pick_device("cuda")
 
 
