@@ -143,7 +143,7 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "phrasings.
         ({"facts.csv": TABLE + 'A,leader,"b\n'}, r"facts\.csv:2: cannot be read as CSV"),
         ({"facts.csv": TABLE + "A,leader, \n"}, r"facts\.csv:2: .*value must not be empty"),
         ({"facts.csv": TABLE + ",leader,b\n"}, r"facts\.csv:2: 'subject' is empty"),
-        ({"facts.csv": TABLE}, r"facts\.csv: has no lines"),
+        ({"facts.csv": TABLE}, r"facts\.csv has no lines"),
         ({"facts.csv": "a,a\n1,2\n"}, r"facts\.csv:1: the columns are"),
         ({"facts.csv": (TABLE + "\ud300,a,b\n").encode("cp949")}, r"facts\.csv is not UTF-8"),
         ({"facts.csv": "subject,size\nA,1\n"}, r"facts\.csv:2: no question phrasings for any of subject, size"),
@@ -173,7 +173,7 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "phrasings.
         ({"phrasings.yaml": "leader: []"}, r"phrasings\.yaml: leader must have a list"),
         ({"phrasings.yaml": "[]"}, r"phrasings\.yaml must have a list"),
         ({"phrasings.yaml": "# none yet"}, r"facts\.csv:2: no question phrasings for the relation 'leader'"),
-        ({"variants.csv": "relation,text\nleader,x\n"}, r"phrasings\.csv:2: the columns of a file of phrasings"),
+        ({"phrasings.csv": "relation,text\nleader,x\n"}, r"phrasings\.csv:2: the columns of a file of phrasings"),
         ({"facts.xlsx": b"PK"}, r"facts\.xlsx: facts and phrasings are read from \.csv \.json"),
         (
             {"old.doc": b""},

@@ -51,9 +51,9 @@ def jsonl(path: Path, *rows: Any) -> None:
 
 
 def merged() -> dict[str, Any]:
-    """metrics/data.json after the stage has run, its sum checked."""
+    """metrics/details/data.json after the stage has run, with its sums checked."""
     merge.main()
-    metrics: dict[str, Any] = json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))
+    metrics: dict[str, Any] = json.loads(Path("metrics/details/data.json").read_text(encoding="utf-8"))
     rows = metrics["rows"]
     assert rows["read"] == sum(n for name, n in rows.items() if name != "read")
     assert rows["invalid"] == sum(metrics["invalid"].values())
@@ -747,7 +747,7 @@ def test_an_exam_question_that_cannot_be_used_is_refused_by_line(tmp_path: Path)
         ({"id": "b", "question": "Q?", "answer": [1]}, "must be text, and not empty"),
         ({"id": "b", "question": "Q?", "answer": ["x", " "]}, "must be text, and not empty"),
         ({"id": "b", "question": "Q?", "answer": []}, "must be text, and not empty"),
-        (good, "the id is that of"),
+        (good, "the id repeats that of"),
         ("{", "JSON"),
     ]:
         exam.write_text(json.dumps(good) + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)), encoding="utf-8")

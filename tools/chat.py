@@ -2,8 +2,8 @@
 
     python -m tools.chat [--base] [--system TEXT] [GGUF]
 
-Without a GGUF file, outputs/adapter/ on its base answers greedily, as in the exam (the evaluation set). llama.cpp runs a
-GGUF file, with gguf.temperature. The maximum length of a conversation is gguf.num_ctx tokens.
+Without a GGUF file, outputs/adapter/ on its base answers greedily, as in the exam (the evaluation set). llama.cpp runs
+a GGUF file, with gguf.temperature. The maximum length of a conversation is gguf.num_ctx tokens.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python -m tools.release VERSION
 
 VERSION is a semantic version, higher than the last one. Everything must be committed, up to date and in DVC's remote,
-and the gate must pass against the last version. Makes one GTO tag per artifact, with `dvc metrics diff` against the last
-version as message; or, after an error, no tag at all. Pushes nothing.
+and the gate must pass against the last version. Makes one GTO tag per artifact, with `dvc metrics diff` against the
+last version as message; or, after an error, no tag at all. Pushes nothing.
 """
 
 import json

@@ -3,8 +3,8 @@
     python -m tools.serve [--port PORT] [GGUF]
 
 Without GGUF, the file in the Modelfile is served. Each of SLOTS parallel conversations has gguf.num_ctx tokens.
-gguf.temperature is the default of requests. Ctrl-C ends the server. Unlike the other tools, a control token in a message
-is a control token to the model, so a client can forge turns: llama.cpp's API has no protection yet
+gguf.temperature is the default of requests. Ctrl-C ends the server. Unlike the other tools, a control token in a
+message is a control token to the model, so a client can forge turns: llama.cpp's API has no protection yet
 (https://github.com/ggml-org/llama.cpp/issues/28249).
 """
 

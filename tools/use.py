@@ -21,9 +21,7 @@ PARAMETERS = Path("params.yaml")
 def main() -> None:
     path = recipe(" ".join(sys.argv[1:]))
     use(path)
-    print(
-        f"{PARAMETERS} has the values of {path}: git diff shows them, make check estimates whether this machine is sufficient"
-    )
+    print(f"{PARAMETERS} has the values of {path}: git diff shows them, make check estimates memory and time")
 
 
 def recipes() -> dict[str, Path]:
