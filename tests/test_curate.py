@@ -147,7 +147,9 @@ def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_not
     curate.main()
     assert proposed() == [("Who is in charge of the Boe team?", "Ann Boe", "data/raw/facts.csv:4", [found["id"]])]
     told = capsys.readouterr().out
-    unanswered = told.partition("data/raw and data/curated have no answer to these questions")[2].partition(str(GENERAL_EXAM))[0]
+    unanswered = told.partition("data/raw and data/curated have no answer to these questions")[2].partition(
+        str(GENERAL_EXAM)
+    )[0]
     assert [key for key in ("q0", "q1", "q2", "q3") if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
     assert "data/curated/handbook.jsonl:3: candidates: 0" in told
 
@@ -251,7 +253,9 @@ def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> Non
     curate.main()
     edited = CANDIDATES.read_text(encoding="utf-8").replace("in charge of", "the boss of")
     CANDIDATES.write_text(edited, encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^{CANDIDATES} has other rows, perhaps edited: move the file to data/curated"):
+    with pytest.raises(
+        UserError, match=rf"^{CANDIDATES} has other rows, perhaps edited: move the file to data/curated"
+    ):
         curate.main()
     assert CANDIDATES.read_text(encoding="utf-8") == edited
 
