@@ -179,7 +179,7 @@ def test_a_second_start_says_so_and_changes_nothing(started: Project, monkeypatc
         (["--recipe", "tiny-base", "--name", "a\nb"], None, r"^NAME is 'a\\nb': set it to a name on one line$"),
         (["--recipe", "tiny-base", "--name", "N"], "params.yaml", r"^params\.yaml has an uncommitted change"),
         (["--recipe", "tiny-base", "--name", "N"], "detached", r"^git is not on a branch, so the commit could be lost"),
-        (["--recipe", "tiny-base", "--name", "N"], "linked", r"^data/raw is a link, and the demo's files must be moved: replace"),
+        (["--recipe", "tiny-base", "--name", "N"], "linked", r"^data/raw is a link, and the demo's files must be"),
         (["--recipe", "tiny-base", "--name", "N"], "tools/use.py", r"^tools/use\.py has an uncommitted change"),
     ],
 )

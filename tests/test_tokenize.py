@@ -305,7 +305,7 @@ def test_the_page_shows_a_row_of_each_file_and_one_with_several_answers_with_the
     tokenize.main()
     _, first, second, several = Path("metrics/mask.md").read_text(encoding="utf-8").split("\n## ")
     assert first == (
-        "a.csv:1\n\nRow `0`: 16 tokens, 3 of them learnt.\n\n```diff\n"
+        "a.csv:1\n\nRow `0`: 16 tokens, 3 of them supervised.\n\n```diff\n"
         " <|im_start|>user⏎\n Who leads it?<|im_end|>⏎\n <|im_start|>assistant⏎\n+Ada Adler<|im_end|>\n ⏎\n```\n"
     )
     assert second.startswith("b.jsonl:1\n") and several.startswith("b.jsonl:9\n")
