@@ -41,7 +41,7 @@ def mask_page(shown: Shown, tokenizer: Any) -> str:
             "# Supervised tokens",
             "",
             f"The first row of each file (at most {FILES} files) and the first row with several answers, as the chat",
-            "template of the base renders them. Lines with `+` are trained on, others are only read; `⏎` is a line break.",
+            "template of the base renders them. Lines with `+` are trained on, others only read; `⏎` is a line break.",
             "",
             *(line for row in shown.rows for line in section(*row, tokenizer)),
         ]
