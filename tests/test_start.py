@@ -115,7 +115,7 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
     with pytest.raises(UserError, match=r"^data/curated: see TO DO"):
         check.main()
-    assert "TO DO: data/curated/chats.json:1: a message has" in capsys.readouterr().out
+    assert "TO DO: data/curated/chats.json:1: a message needs" in capsys.readouterr().out
 
 
 def test_check_names_what_of_the_facts_no_question_is_about_and_wants_two_rows(
