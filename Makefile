@@ -1,8 +1,8 @@
-# make repro: everything, from an empty folder to proven GGUF files.   make check: can it be?   make test: the test suite.
-# make start: a project of your own in place of the demo.   make use RECIPE=...: the parameters of a real model.
-# make gate: is it good enough?   make curate: rows for what the exam found missing.   make noise: how much scores vary.
-# make sweep ARGS=...: a grid of experiments, compared.   make chat, make serve: try the model.
-# make remote URL=..., make release VERSION=...: share it.
+# make repro: run the pipeline, to evaluated GGUF files.   make check: check data and memory first.   make test: all tests.
+# make start: replace the demo by your own project.   make use RECIPE=...: the parameters of a real model.
+# make gate: compare the scores with limits.   make curate: propose rows for failed questions.   make noise: variance of scores.
+# make sweep ARGS=...: run and compare a grid of experiments.   make chat, make serve: try the model.
+# make remote URL=..., make release VERSION=...: share the model.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,7 +24,7 @@ test: setup $(VENV)/.dev $(VENV)/.sky
 check: setup
 	@python -m tools.check
 
-# Of the command line alone, and as it was given: make would take $5 in a name for a variable.
+# Only from the command line, and unchanged: make would expand $5 in a name as a variable.
 override NAME := $(if $(filter command,$(origin NAME)),$(value NAME))
 export RECIPE NAME
 start: setup
@@ -53,7 +53,7 @@ chat: setup
 serve: setup
 	@python -m tools.serve $(ARGS)
 
-# Without verify a damaged object would be pulled and, in silence, taken for what it should be.
+# Without verify, dvc pull would accept a damaged object silently.
 remote: $(VENV)/.remotes
 	@dvc remote add --default --force storage "$(or $(URL),$(error make remote URL=/a/folder, ssh://, s3://, webdavs://))"
 	@dvc remote modify storage verify true
@@ -61,16 +61,16 @@ remote: $(VENV)/.remotes
 release: setup
 	@python -m tools.release "$(VERSION)"
 
-# What was installed may have changed since: pip install -U trl.
+# Packages may have changed after the installation: pip install -U trl.
 PINS := --requirement requirements.txt --requirement llama.cpp/requirements.txt
 setup: $(VENV)/.installed
 	@python -m pipeline.common.pinned 2> /dev/null || pip install $(PINS)
 
-# To be called after a change of what a stage imports.
+# Run this after a change of the imports of a stage.
 deps: setup
 	@python -m tools.deps
 
-# Debian has a part of venv in another package than python3.
+# On Debian, venv needs a separate package.
 $(VENV)/bin/pip:
 	@python3 -c 'import sys; (3, 11) <= sys.version_info < (3, 15) or \
 		sys.exit("Python 3.11 to 3.14 is needed, and python3 is " + sys.version.split()[0])'
@@ -99,7 +99,7 @@ $(VENV)/.sky: requirements-sky.txt | $(VENV)/bin/pip
 	$(VENV)/sky/bin/pip install --no-compile --requirement requirements-sky.txt
 	@touch $@
 
-# The local version (torch's +cpu) would keep GPU machines from the CUDA build of the same release.
+# With the local version (torch +cpu), GPU machines could not install the CUDA build of the same release.
 PIP_COMPILE := pip-compile --quiet --strip-extras --no-header --annotation-style line \
 	--no-emit-find-links --no-emit-index-url --no-emit-trusted-host
 

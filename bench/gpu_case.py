@@ -240,8 +240,8 @@ class Clock(TrainerCallback):
 
 
 def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Random weights as `pipeline.model.loading.load_quantized` loads a base's, made one at a time: there are never more than
-    one tensor's in 16 bits on the device beside those that stay so."""
+    """Random weights in the layout of `pipeline.model.loading.load_quantized`, made one tensor at a time:
+    besides the weights that stay in 16 bits, the device never has more than one tensor in 16 bits."""
     quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)

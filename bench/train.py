@@ -6,11 +6,11 @@
 bench/README.md has what it printed. Needs the rows that `dvc repro tokenize` makes. The loss curves are drawn to
 bench/train_tiny.svg or bench/train_wide.svg.
 
-The others are TRL's own command line, `trl sft`, with the rows, the LoRA and the schedule of this project, and defaults for all else:
-with its defaults, and with the batches of one row that most scripts have. Each recipe runs in a process of its own, and
-takes steps of eight rows. The loss is that of the adapter that it saved, on the base in NF4, in nats per token of the
-validation rows' answers; the peak is of the resident memory. What training takes counts evaluations, and for this
-pipeline its checkpoints.
+The others are TRL's own command line, `trl sft`, with the rows, the LoRA and the schedule of this project,
+and defaults for all else: with its defaults, and with the batches of one row that most scripts have. Each recipe runs
+in a separate process, and takes steps of eight rows. The loss is the one of its saved adapter on the base in NF4, in
+nats per token of the validation rows' answers. The peak is of the resident memory. The time of a training includes
+evaluations, and for this pipeline also checkpoints.
 """
 
 import argparse

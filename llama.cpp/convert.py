@@ -3,12 +3,12 @@
     python llama.cpp/convert.py hf   MODEL   [--card CARD] --outtype f16 --outfile FILE
     python llama.cpp/convert.py lora ADAPTER --base BASE [--card CARD] --outtype f16 --outfile FILE
 
-CARD is a JSON file of what FILE is to tell of itself: by the names of a model card as upstream reads them, or by keys
-of its own, which have a dot. Without it, upstream guesses by the names of folders.
+CARD is a JSON file with metadata for FILE. Its keys are model card keys, or GGUF keys, which have a dot. Without CARD,
+the converter guesses metadata from names of folders.
 
-The converter knows a byte-level BPE tokenizer by a hash over the token ids of one text, so it refuses every tokenizer
-that it has not seen, and has no option to say which it is like. Here a tokenizer that it refuses is looked up by its
-split pattern, which is all that llama.cpp needs to know of it.
+The converter identifies a byte-level BPE tokenizer by a hash over the token ids of one text. It refuses every unknown
+tokenizer, and has no option to name a similar one. This script identifies a refused tokenizer by its split pattern,
+which is all that llama.cpp needs to know.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WORDS, REST = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 SPLIT_PATTERNS = {
-    rf"{WORDS}|\p{{N}}|{REST}": "qwen2",  # one digit a token
+    rf"{WORDS}|\p{{N}}|{REST}": "qwen2",  # one digit per token
     rf"{WORDS}|\p{{N}}{{1,3}}|{REST}": "llama-bpe",
 }
 
@@ -38,12 +38,12 @@ def main() -> None:
     parser.add_argument("--card", type=Path)
     options, upstreams = parser.parse_known_args()
     if not CONVERTER.exists():
-        sys.exit(f"llama.cpp's converter is not at {CONVERTER}: run python llama.cpp/fetch.py")
+        sys.exit(f"llama.cpp's converter is missing ({CONVERTER}): run python llama.cpp/fetch.py")
     sys.path[:0] = [str(CONVERTER), str(CONVERTER / "gguf-py")]  # before PyPI's gguf, which is older
     know_split_patterns()
     begin_texts_as_transformers_does()
     if options.card:
-        tell(json.loads(options.card.read_text(encoding="utf-8")))
+        write_metadata(json.loads(options.card.read_text(encoding="utf-8")))
     program = str(CONVERTER / PROGRAMS[options.program])
     sys.argv = [program, *upstreams]
     runpy.run_path(program, run_name="__main__")
@@ -68,13 +68,15 @@ def by_pattern(folder: Path) -> str:
     for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         if name := SPLIT_PATTERNS.get(step.get("pattern", {}).get("Regex")):
             return name
-    sys.exit(f"{folder}/tokenizer.json splits text in a way that llama.cpp has no name for: choose another base.model")
+    sys.exit(f"{folder}/tokenizer.json has a split pattern that llama.cpp does not know: choose another base.model")
 
 
 def begin_texts_as_transformers_does() -> None:
-    """With a BOS or without, and with the space that SentencePiece puts before a text or without: before one that
-    follows a control token, as BOS in a chat template, Transformers puts it for a `legacy` tokenizer alone. llama.cpp
-    does both unless the file forbids it."""
+    """Write into the file whether texts begin with a BOS and with SentencePiece's space, as in Transformers.
+
+    After a control token, such as the BOS of a chat template, Transformers adds the space only for a `legacy`
+    tokenizer. llama.cpp adds both unless the file forbids it.
+    """
     from conversion.base import TextModel
     from transformers import AutoTokenizer
 
@@ -90,7 +92,7 @@ def begin_texts_as_transformers_does() -> None:
     TextModel._set_vocab_sentencepiece = as_transformers
 
 
-def tell(card: dict[str, str]) -> None:
+def write_metadata(card: dict[str, str]) -> None:
     import gguf
 
     patched: Any = gguf.Metadata
@@ -103,7 +105,7 @@ def tell(card: dict[str, str]) -> None:
                 writer.add_string(key, value)
 
     patched.load_model_card = staticmethod(lambda folder: card)
-    patched.load_hf_parameters = staticmethod(lambda folder: {})  # _name_or_path is where the base once lay
+    patched.load_hf_parameters = staticmethod(lambda folder: {})  # _name_or_path is a local path of the base's author
     patched.set_gguf_meta_model = with_own_keys
 
 

@@ -2,7 +2,8 @@
 
     python llama.cpp/fetch.py
 
-It goes into the environment, not the checkout, so that `dvc exp run --temp` and queued experiments find it too.
+The converter is stored in the environment, not the checkout, so that `dvc exp run --temp` and queued experiments
+find it.
 """
 
 import re
@@ -32,7 +33,7 @@ def main() -> None:
 def unpack(archive: Path) -> None:
     aside = CONVERTER.with_name(f"{CONVERTER.name}.partial")
     with tarfile.open(archive) as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11.2 (Debian 12) has not
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 (Debian 12) lacks it
         for member in tar:
             if member.isfile() and (wanted := WANTED.fullmatch(member.name)):
                 member.name = wanted[1]

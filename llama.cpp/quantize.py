@@ -2,7 +2,7 @@
 
     python llama.cpp/quantize.py SOURCE DESTINATION q4_k_m [--importance FILE]
 
-FILE is of pipeline/export/importance.py: by the name of each weight in Transformers, how much each of its inputs counts.
+FILE is from pipeline/export/importance.py: {weight name in Transformers: importance of each input}.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import gguf
 
 
 class Importance(ctypes.Structure):
-    """struct llama_model_imatrix_data of llama.cpp's include/llama.h: a tensor's."""
+    """struct llama_model_imatrix_data of llama.cpp's include/llama.h: the importance of one tensor."""
 
     _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.POINTER(ctypes.c_float)), ("size", ctypes.c_size_t))
 
@@ -45,20 +45,20 @@ def main() -> None:
     wanted = LlamaModelQuantizeParams()
     wanted.ftype = gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"].value
     if options.importance:
-        # cyllama can read all parameters, but not set this one: the C struct is the end of its object.
+        # cyllama cannot set this parameter, so it is written into the C struct at the end of cyllama's object.
         parameters = Parameters.from_address(id(wanted) + type(wanted).__basicsize__ - ctypes.sizeof(Parameters))
-        assert parameters.ftype == wanted.ftype and not parameters.imatrix, "another cyllama, another struct"
+        assert parameters.ftype == wanted.ftype and not parameters.imatrix, "this version of cyllama has another struct"
         importance = importance_by_tensor(options.source, options.importance)
         entries = [
             Importance(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
             for name, values in importance.items()
         ]
-        parameters.imatrix = (Importance * (len(entries) + 1))(*entries)  # an entry without a name ends it
+        parameters.imatrix = (Importance * (len(entries) + 1))(*entries)  # an entry without a name marks the end
     model_quantize(options.source, options.destination, wanted)
 
 
 def importance_by_tensor(model: str, file: str) -> dict[str, Any]:
-    """The arrays of `file` by the names that their tensors have in the GGUF file `model`."""
+    """{tensor name in the GGUF file `model`: array of `file`}."""
     reader = gguf.GGUFReader(model)
     architecture = reader.fields["general.architecture"].contents()
     blocks = reader.fields[f"{architecture}.block_count"].contents()

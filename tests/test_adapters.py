@@ -221,7 +221,7 @@ def test_an_adapter_on_experts_is_refused_and_one_beside_them_is_merged(tmp_path
     model = load_quantized(base, CPU, torch.float32)
     for targets in ("all-linear", ["q_proj", "down_proj"], ["gate_proj"]):
         with pytest.raises(
-            UserError, match=r"^lora\.target_modules reaches the experts of base\.model, .*: name layers"
+            UserError, match=r"^lora\.target_modules includes the experts of base\.model, .*: name only layers"
         ):
             require_possible(lora(target_modules=targets), model)
     beside = lora(target_modules=["q_proj", "v_proj"])

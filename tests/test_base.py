@@ -46,7 +46,7 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
     with pytest.raises(UserError, match=r"base\.revision is 'v1', but base\.model models/mine is a local folder"):
         describe("models/mine", "v1")
     with pytest.raises(
-        UserError, match="models/mine has changed since it was described: run dvc repro -f prepare_base"
+        UserError, match="models/mine has changed since prepare_base ran: run dvc repro -f prepare_base"
     ):
         located()
 
@@ -106,7 +106,7 @@ def test_the_weights_are_the_files_that_transformers_loads(
         index = {"metadata": {}, "weight_map": {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(weights)}}
         Path(TINY, "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     if loaded is None:
-        with pytest.raises(UserError, match=r"tiny-base has no \.safetensors weights, or not all: it needs model\."):
+        with pytest.raises(UserError, match=r"tiny-base has no \.safetensors weights, or not all: add model\."):
             describe(TINY, None)
         with pytest.raises(OSError):
             AutoModelForCausalLM.from_pretrained(TINY)
@@ -173,7 +173,7 @@ def test_a_hub_id_that_cannot_be_reached_gets_one_line(project: Project) -> None
     done = project.run("python", "-m", "stages.prepare_base", check=False)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if "base.model" in line]
-    assert "'someone/some-model' (base.revision v1) is no local folder" in line and "Traceback" not in done.stderr
+    assert "'someone/some-model' (base.revision v1) is not a local folder" in line and "Traceback" not in done.stderr
 
 
 def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_row_that_the_chat_template_would_spoil_is_refused_by_its_place(templa
 def test_an_answer_that_melts_into_its_prompt_is_refused_by_what_makes_it() -> None:
     tokenizer = load_tokenizer(ROOT / TINY)
     tokenizer.add_tokens(["\n\n"])  # most large vocabularies have it; the prompt ends with a line break
-    with pytest.raises(UserError, match=r"here: .* with its answer, which begins with white space: remove that"):
+    with pytest.raises(UserError, match=r"here: .* with its answer, which begins with white space: remove the"):
         supervised(tokenizer, question_and_answer("Who?", "\nAda"), {tokenizer.eos_token_id}, "here")
 
 

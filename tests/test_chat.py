@@ -70,7 +70,7 @@ def test_a_full_context_is_said_in_one_line_and_the_chat_goes_on_without_torch(b
     terminal = Terminal(ROOT, sys.executable, "-c", program, str(base_gguf), "--system", "Be short.")
     terminal.shows("> ")
     terminal.type("one two " * 300 + "\n")
-    terminal.shows("[the conversation has reached gguf.num_ctx, 512 tokens: /clear begins a new one]\r\n")
+    terminal.shows("[the conversation has reached gguf.num_ctx, 512 tokens: /clear starts a new one]\r\n")
     terminal.shows("> ")
     terminal.type("Who <|im_end|> leads it?\n")
     terminal.shows("leads it?\r\n")
@@ -98,10 +98,10 @@ def test_an_answer_comes_in_pieces_and_ends_where_the_room_ends(base_gguf: Path)
     [
         ("{", "not a JSON object"),
         ('["Who?"]', 'a line has a "question", or "messages"'),
-        ('{"question": 7}', "the user's message 1 is no text but int"),
+        ('{"question": 7}', "the user's message 1 is not text but int"),
         ('{"question": " "}', "the user's message 1 is empty"),
         ('{"question": "\\ud800"}', "not UTF-8"),
-        ('{"question": "Who?", "messages": []}', "leave one of them out"),
+        ('{"question": "Who?", "messages": []}', "the line has a question and messages: remove one"),
         ('{"messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "x"}]}', "the role 'tool'"),
         ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]}', "the last is"),
     ],
@@ -145,7 +145,7 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     (adapter / "adapter_model.safetensors").touch()
     of_other_files = '{"model": "tiny-base", "revision": null, "fingerprint": "0"}'
     (adapter / "base.json").write_text(of_other_files, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^outputs/adapter: models/tiny-base is not as it was trained on"):
+    with pytest.raises(UserError, match=r"^outputs/adapter: the files of models/tiny-base changed after training"):
         run(monkeypatch, "Who?")
     prepare_base.main()
     (adapter / "base.json").write_text('{"model": "another", "fingerprint": "0"}', encoding="utf-8")
@@ -173,4 +173,4 @@ def test_the_server_is_for_this_machine_alone_and_a_second_one_on_its_port_is_re
             text=True,
         )
     assert (second.returncode, second.stdout) == (1, "")
-    assert second.stderr == f"--port {port}: it is taken: choose another\n"
+    assert second.stderr == f"--port {port}: another program uses this port: choose another port\n"

@@ -90,7 +90,7 @@ def test_a_base_that_takes_no_step_without_weights_is_refused_for_its_experts_al
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen3MoeConfig(**shape, moe_intermediate_size=64, num_experts=4, vocab_size=2048).save_pretrained("models/experts")
     project.set(base__model="models/experts")
-    with pytest.raises(UserError, match=r"lora\.target_modules reaches the experts of base\.model"):
+    with pytest.raises(UserError, match=r"lora\.target_modules includes the experts of base\.model"):
         tool.main()
     project.set(lora__target_modules=["q_proj", "v_proj"])
     tool.main()

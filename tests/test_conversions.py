@@ -63,7 +63,7 @@ def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: 
 def test_a_file_whose_probabilities_are_no_numbers_is_refused(base_gguf: Path, tmp_path: Path) -> None:
     content, file = base_gguf.read_bytes(), tmp_path / "model.gguf"
     file.write_bytes(content[: len(content) // 2] + b"\xff" * (len(content) - len(content) // 2))
-    refused = pytest.raises(UserError, match=r"model\.gguf: the model's probabilities are no numbers")
+    refused = pytest.raises(UserError, match=r"model\.gguf: the model's probabilities are NaN")
     with served(file, context=64, threads=1) as server, refused:
         in_llama_cpp(server, [1], [5, 2])
 

@@ -29,7 +29,7 @@ TEAMS = ["Ay", "Boe", "Cire", "Dovan", "Eloris", "Fenkano", "Gilanack", "Hardewe
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """As much of a clone as the tool needs, and the working directory: two facts a team, each asked in two phrasings. No
+    """The working directory: the files that the tool needs, with two facts per team and two phrasings per fact. No
     source is held back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curate, "HELD_BACK", 2**64)
@@ -99,7 +99,7 @@ def test_a_failed_question_brings_the_forms_of_its_fact_that_training_has_not_us
     told = capsys.readouterr().out
     assert f"{EXAM}: 2 of " in told and "1 of    1  leader" in told
     assert f'{LEADER["id"]}  "Who runs the Ay team?"\n    expected "Ann Ay", answered "\\u001b[2Jno idea"' in told
-    assert f"none for {ROOM['id']}: its phrasings are used up: add phrasings, set generate.endpoint" in told
+    assert f"none for {ROOM['id']}: all its phrasings are used: add phrasings, set generate.endpoint" in told
     assert "1 of 60 questions failed, 1 of them forgotten" in told and "g01\n" in told
     assert told.splitlines()[-1].startswith("edit them, then: mv data/candidates.jsonl data/curated/")
 
@@ -147,7 +147,9 @@ def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_not
     curate.main()
     assert proposed() == [("Who is in charge of the Boe team?", "Ann Boe", "data/raw/facts.csv:4", [found["id"]])]
     told = capsys.readouterr().out
-    unanswered = told.partition("nothing in data/raw or data/curated answers these")[2].partition(str(GENERAL_EXAM))[0]
+    unanswered = told.partition("data/raw and data/curated have no answer to these questions")[2].partition(
+        str(GENERAL_EXAM)
+    )[0]
     assert [key for key in ("q0", "q1", "q2", "q3") if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
     assert "data/curated/handbook.jsonl:3: candidates: 0" in told
 
@@ -158,8 +160,8 @@ def test_a_fact_that_says_otherwise_than_the_exam_is_named(
     examined(LEADER | {"answer": "Bo Ek"})
     curate.main()
     told = capsys.readouterr().out
-    assert f'none for {LEADER["id"]}: it says "Ann Ay", which the exam does not accept: correct one of them' in told
-    assert told.splitlines()[-1] == "no candidates: mend what is said above, then dvc repro"
+    assert f'none for {LEADER["id"]}: the answer is "Ann Ay", which the exam does not accept: correct the data' in told
+    assert told.splitlines()[-1] == "no candidates: correct the data as printed above, then run dvc repro"
     assert not CANDIDATES.exists()
 
 
@@ -180,7 +182,7 @@ def test_a_held_back_question_is_neither_named_nor_helped(
     curate.main()
     told = capsys.readouterr().out
     assert LEADER["question"] not in told and not CANDIDATES.exists()
-    assert "held back, and never helped: 0 of 1 correct" in told and told.endswith("but what may be held back\n")
+    assert "held back: 0 of 1 correct" in told and told.endswith("except held-back ones\n")
 
 
 def test_a_fact_or_a_question_added_above_moves_no_other_question_into_the_hold_out() -> None:
@@ -251,7 +253,9 @@ def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> Non
     curate.main()
     edited = CANDIDATES.read_text(encoding="utf-8").replace("in charge of", "the boss of")
     CANDIDATES.write_text(edited, encoding="utf-8")
-    with pytest.raises(UserError, match=rf"^{CANDIDATES} has other rows, perhaps edited: move it to data/curated"):
+    with pytest.raises(
+        UserError, match=rf"^{CANDIDATES} has other rows, perhaps edited: move the file to data/curated"
+    ):
         curate.main()
     assert CANDIDATES.read_text(encoding="utf-8") == edited
 

@@ -143,16 +143,16 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "phrasings.
         ({"facts.csv": TABLE + 'A,leader,"b\n'}, r"facts\.csv:2: cannot be read as CSV"),
         ({"facts.csv": TABLE + "A,leader, \n"}, r"facts\.csv:2: .*value must not be empty"),
         ({"facts.csv": TABLE + ",leader,b\n"}, r"facts\.csv:2: 'subject' is empty"),
-        ({"facts.csv": TABLE}, r"facts\.csv: has no lines"),
+        ({"facts.csv": TABLE}, r"facts\.csv has no lines"),
         ({"facts.csv": "a,a\n1,2\n"}, r"facts\.csv:1: the columns are"),
         ({"facts.csv": (TABLE + "\ud300,a,b\n").encode("cp949")}, r"facts\.csv is not UTF-8"),
         ({"facts.csv": "subject,size\nA,1\n"}, r"facts\.csv:2: no question phrasings for any of subject, size"),
         ({"a.yaml": "- {leader: b}"}, r"phrasings\.yaml: leader: .*a\.yaml:1 has no 'subject'"),
         ({"a.json": '[{"subject": "A"}, {"subject": {"b": 1}}]'}, r"a\.json:2: 'subject' must be"),
-        ({"a.json": '[{"subject": "A", "subject": "B"}]'}, r"a\.json cannot .* stands twice"),
+        ({"a.json": '[{"subject": "A", "subject": "B"}]'}, r"a\.json cannot .* occurs twice"),
         ({"a.json": '[{"subject": null}]'}, r"a\.json:1: 'subject' must be text or a number"),
         ({"a.yaml": "- {subject: A, leader: null}"}, r"a\.yaml:1: 'leader' must be text"),
-        ({"a.yaml": "- A"}, r"a\.yaml:1: a fact has names"),
+        ({"a.yaml": "- A"}, r"a\.yaml:1: a fact is a mapping"),
         ({"a.yaml": "A: b"}, r"a\.yaml: facts are a list"),
         ({"a.yaml": "- ["}, r"a\.yaml cannot be read as YAML"),
         (
@@ -162,7 +162,7 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "phrasings.
         ({"phrasings.yaml": "leader: ['Who leads {subject}}?']"}, r"phrasings\.yaml: leader: .* no other braces"),
         (
             {"phrasings.yaml": "leader: ['Is {value} of {subject}?']"},
-            r"phrasings\.yaml: leader: .* gives its own answer away",
+            r"phrasings\.yaml: leader: .* contains its own answer",
         ),
         ({"phrasings.yaml": "leader: ['Who leads {team}?']"}, r"phrasings\.yaml: leader: .*facts\.csv:2 has no 'team'"),
         (
@@ -173,7 +173,7 @@ GOOD: dict[str, str | bytes] = {"facts.csv": TABLE + "A,leader,b\n", "phrasings.
         ({"phrasings.yaml": "leader: []"}, r"phrasings\.yaml: leader must have a list"),
         ({"phrasings.yaml": "[]"}, r"phrasings\.yaml must have a list"),
         ({"phrasings.yaml": "# none yet"}, r"facts\.csv:2: no question phrasings for the relation 'leader'"),
-        ({"variants.csv": "relation,text\nleader,x\n"}, r"phrasings\.csv:2: the columns of a file of phrasings"),
+        ({"phrasings.csv": "relation,text\nleader,x\n"}, r"phrasings\.csv:2: the columns of a file of phrasings"),
         ({"facts.xlsx": b"PK"}, r"facts\.xlsx: facts and phrasings are read from \.csv \.json"),
         (
             {"old.doc": b""},
@@ -271,7 +271,7 @@ def test_a_long_text_is_cut_after_paragraphs_then_sentences_then_words_and_loses
     [
         ("empty.md", b" \n# Title only\n", r"empty\.md has no text"),
         ("old.txt", "\ud300".encode("cp949"), r"old\.txt is not UTF-8"),
-        ("scan.pdf", pdf("", ""), r"scan\.pdf has no text: recognise a scan's text by OCR"),
+        ("scan.pdf", pdf("", ""), r"scan\.pdf has no text: run OCR on a scan"),
         ("broken.pdf", b"%PDF-1.4 nothing", r"broken\.pdf cannot be read \(.*\): repair it"),
         (
             "locked.pdf",
@@ -564,9 +564,9 @@ def test_a_reply_that_is_no_json_of_the_schema_is_asked_for_once_more_and_then_c
             r"a\.md:3: .*no model m .*generate\.endpoint, model",
         ),
         ((500, {}, "sk-secret"), r"500"),
-        ((200, {"Content-Type": "text/html"}, "<html>"), r"is no OpenAI-compatible API"),
-        ((200, {"Content-Type": "application/json"}, '{"id": '), r"is no OpenAI-compatible API"),
-        ((200, {"Content-Type": "application/json"}, "{}"), r"is no OpenAI-compatible API"),
+        ((200, {"Content-Type": "text/html"}, "<html>"), r"is not an OpenAI-compatible API"),
+        ((200, {"Content-Type": "application/json"}, '{"id": '), r"is not an OpenAI-compatible API"),
+        ((200, {"Content-Type": "application/json"}, "{}"), r"is not an OpenAI-compatible API"),
     ],
 )
 def test_an_endpoint_that_refuses_ends_the_run_in_one_line_and_the_replies_so_far_are_kept(
@@ -613,8 +613,8 @@ def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, sc
     for spent in (3, 6):
         with pytest.raises(
             UserError,
-            match=rf"token_budget: 300 tokens of {budget} are spent, {spent} of 8 passages are done and kept, and the "
-            r"next request may cost \d+: raise it, or run again",
+            match=rf"token_budget: 300 tokens of {budget} are spent, {spent} of 8 passages are done and stored, and "
+            r"the next request may cost \d+: raise the limit, or run again",
         ):
             generate.main()
         assert len(scripted.requests) == len(read_jsonl(Path("data/replies.jsonl"))) == spent
@@ -655,7 +655,7 @@ def test_a_budget_just_large_enough_finishes_at_any_concurrency(workspace: Proje
 def test_a_budget_below_one_request_sends_none(workspace: Project, scripted: Endpoint) -> None:
     write({"a.md": teams("Ay")})
     workspace.set(generate__token_budget=may_cost("Ay") - 1, generate__concurrency=16)
-    with pytest.raises(UserError, match=r": 0 tokens of \d+ are spent, 0 of 1 .* may cost \d+: raise it$"):
+    with pytest.raises(UserError, match=r": 0 tokens of \d+ are spent, 0 of 1 .* may cost \d+: raise the limit$"):
         generate.main()
     assert not scripted.requests
 

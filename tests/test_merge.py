@@ -52,7 +52,7 @@ def jsonl(path: Path, *rows: Any) -> None:
 
 
 def merged() -> dict[str, Any]:
-    """metrics/details/data.json after the stage has run, its sum checked."""
+    """metrics/details/data.json after the stage has run, with its sums checked."""
     merge.main()
     metrics: dict[str, Any] = read_details(Path("metrics/details/data.json"))
     assert read_json(Path("metrics/data.json")) == {key: metrics[key] for key in ("rows", "conflicts")}
@@ -369,7 +369,7 @@ def test_a_file_that_would_be_left_out_in_silence_is_refused_by_name(curated: Pr
             merge.main()
         Path("data/curated", name).unlink()
     Path(os.fsdecode(b"data/curated/\xff.jsonl")).write_bytes(b"")
-    with pytest.raises(UserError, match=r"no name that can be shown"):
+    with pytest.raises(UserError, match=r"characters that cannot be printed"):
         merge.main()
 
 
@@ -380,7 +380,7 @@ def test_nothing_but_bad_rows_or_leaks_is_refused(curated: Project) -> None:
     with pytest.raises(UserError, match="leaves 0 of them to train on and 0 to validate"):
         merge.main()
     jsonl(ROWS, {"question": "Who?"})
-    with pytest.raises(UserError, match="no rows that can be used, of 1"):
+    with pytest.raises(UserError, match="no valid rows among 1 rows"):
         merge.main()
 
 
@@ -737,7 +737,7 @@ def test_too_few_rows_for_both_sides_are_refused(curated: Project) -> None:
     ):
         merge.main()
     jsonl(Path("data/train.jsonl"))
-    with pytest.raises(UserError, match="no rows that can be used, of 0: add some to data/curated"):
+    with pytest.raises(UserError, match="no valid rows among 0 rows: add rows to data/curated"):
         merge.main()
 
 

@@ -137,7 +137,7 @@ def test_a_head_trained_apart_from_the_embedding_that_it_is_tied_to_is_refused(
     lora = load_file(adapter / LORA.name)
     lora["base_model.model.lm_head.weight"] += 1
     save_file(lora, adapter / LORA.name)
-    with pytest.raises(UserError, match="adapter has another lm_head than embed_tokens, and the base one for both: "):
+    with pytest.raises(UserError, match="adapter has different lm_head and embed_tokens, but the base has one matrix"):
         merge(base, adapter, merged, on_nf4=False)
 
 
@@ -253,10 +253,10 @@ def test_a_base_with_damaged_weights_is_refused_before_training(
     ("damage", "why"),
     [
         (swap_the_adapter, r"outputs/trained: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
-        (lose_half_of_a_pair, r"outputs/trained has of model\.layers\.1\.mlp\.up_proj\.weight lora_A\.weight alone: "),
+        (lose_half_of_a_pair, r"outputs/trained has only lora_A\.weight of model\.layers\.1\.mlp\.up_proj\.weight: "),
         (add_a_layer, r"outputs/trained: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
-        (lose_a_layer, r"outputs/trained has nothing of model\.layers\.1\..*: run"),
-        (lose_all, r"outputs/trained has nothing of model\.layers\.0\..*: run"),
+        (lose_a_layer, r"outputs/trained has no part for model\.layers\.1\..*: run"),
+        (lose_all, r"outputs/trained has no part for model\.layers\.0\..*: run"),
         (lambda _: LORA.unlink(), r"outputs/trained/adapter_model\.safetensors is damaged \(No such file .*: fetch or"),
         (
             halve_the_rank_of_half_a_pair,
@@ -269,11 +269,11 @@ def test_a_base_with_damaged_weights_is_refused_before_training(
         (train_tokens([1], 2), r"2 trained rows of model\.embed_tokens\.weight are not those of its tokens \[1\]: "),
         (train_tokens(None, 1), r"1 trained rows of model\.embed_tokens\.weight are not those of its tokens \[\]: "),
         (train_tokens([99999], 1), r"1 trained rows of .* are not those of its tokens \[99999\]: "),
-        (train_tokens([1], 0), r"outputs/trained has nothing of model\.embed_tokens\.weight: run"),
+        (train_tokens([1], 0), r"outputs/trained has no part for model\.embed_tokens\.weight: run"),
         (lambda _: CONFIG.unlink(), r"adapter_config\.json is missing or damaged \(FileNotFoundError\): run"),
         (lambda _: CONFIG.write_text("{"), r"adapter_config\.json is missing or damaged \(JSONDecodeError\): run"),
         (lambda _: CONFIG.write_text("{}"), r"adapter_config\.json is missing or damaged \(KeyError\): run"),
-        (overflow, r"outputs/trained: with it model\.layers\..* is not finite in torch\.bfloat16"),
+        (overflow, r"outputs/trained: the merged model\.layers\..* is not finite in torch\.bfloat16"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
@@ -299,5 +299,5 @@ def test_a_disk_without_room_is_told_before_the_work_and_one_that_fills_up_after
     merged, room = tmp_path / "merged", 2 * shutil.disk_usage(tmp_path).free
     with pytest.raises(UserError, match=r"merged needs .* GiB of disk, and .* are free: "), room_for(room, merged):
         pytest.fail("it should not have begun")
-    with pytest.raises(UserError, match=r"the disk was full before .*merged .* was whole: "), room_for(0, merged):
+    with pytest.raises(UserError, match=r"the disk was full before .*merged .* was complete: "), room_for(0, merged):
         Path("/dev/full").write_bytes(bytes(1))

@@ -43,7 +43,7 @@ def test_what_is_pinned_and_installed_is_accepted(requirements: Path, line: str)
 def test_another_version_or_none_is_refused(requirements: Path, line: str, installed: str) -> None:
     requirements.write_text(f"{line}\n", encoding="utf-8")
     named = re.escape(line.partition(" ")[0])
-    with pytest.raises(UserError, match=rf"names {named}, and {re.escape(installed)} is installed: make setup"):
+    with pytest.raises(UserError, match=rf"has {named}, but {re.escape(installed)} is installed: run make setup"):
         require_pinned(str(requirements))
 
 
@@ -69,7 +69,7 @@ def test_after_another_version_was_installed_a_stage_refuses_until_make_setup(pr
     project.run(python, "-m", "stages.generate")
     project.run(python, "-m", "pip", "install", "-U", "tiny")
     refused = project.run(python, "-m", "stages.generate", check=False)
-    assert refused.stderr == "requirements.txt names tiny==1, and 2 is installed: make setup\n"
+    assert refused.stderr == "requirements.txt has tiny==1, but 2 is installed: run make setup\n"
     project.run("make", "setup")
     project.run(python, "-m", "stages.generate")
 
@@ -78,4 +78,4 @@ def test_a_version_that_only_the_requirements_have_is_refused(project: Project) 
     text = (project.folder / "libraries.yaml").read_text(encoding="utf-8")
     (project.folder / "libraries.yaml").write_text(text.replace('trl: "', 'trl: "0'), encoding="utf-8")
     refused = project.run("python", "-m", "stages.generate", check=False)
-    assert "libraries.yaml names trl 0" in refused.stderr and refused.stderr.endswith(": make deps\n")
+    assert "libraries.yaml has trl 0" in refused.stderr and refused.stderr.endswith(": run make deps\n")

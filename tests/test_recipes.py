@@ -110,8 +110,8 @@ def test_an_unknown_recipe_is_refused_with_the_list(
     [
         ("train:\n  batch: 2\n", r"mine\.yaml: train\.batch is not a parameter; accepted here: learning_rate, "),
         ("loro: {r: 5}\n", r"mine\.yaml: loro is not a parameter; accepted here: "),
-        ("lora: 5\n", r"mine\.yaml is no sections with their keys: "),
-        ("- lora\n", r"mine\.yaml is no sections with their keys: "),
+        ("lora: 5\n", r"mine\.yaml must have sections with keys: "),
+        ("- lora\n", r"mine\.yaml must have sections with keys: "),
         ("train: {\n", r"mine\.yaml cannot be read as YAML: "),
     ],
 )

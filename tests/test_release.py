@@ -9,6 +9,8 @@ from conftest import Project
 from dvc.repo import Repo
 
 import tools.release
+from pipeline.common.outputs import read_details, read_json, write_details, write_json
+from pipeline.common.paths import EXAM_DETAILS, EXAM_METRICS
 
 ARTIFACTS = ("adapter", "merged", "gguf")
 Release = Callable[[str], str]
@@ -102,7 +104,7 @@ def test_what_is_no_higher_version_of_something_shared_is_refused_by_name(projec
     for version in ("", "1.0", "v1.0.0", "1.0.0 beta"):
         assert release(version) == f"VERSION is {version!r}: set it to a semantic version such as 1.2.0"
     project.run("gto", "register", "gguf", "--version", "v1.10.0")
-    assert release("1.9.0") == "VERSION is 1.9.0, and gguf@v1.10.0 is registered: choose a higher one"
+    assert release("1.9.0") == "VERSION is 1.9.0, and gguf@v1.10.0 is registered: choose a higher version"
 
     params = Path("params.yaml").read_text(encoding="utf-8")
     project.set(lora__r=3)
@@ -134,7 +136,7 @@ def test_a_model_that_is_worse_than_the_last_version_becomes_none(
     project.set(gate__minimum={}, gate__max_drop={"tuned.correct": 0.02})
     before = set_correct(0.9)
     share(project)
-    assert release("1.1.0") == "release: the gate does not let it pass, see above; nothing is registered"
+    assert release("1.1.0") == "release: the gate failed, see above; nothing is registered"
     assert f"FAIL  drop of tuned.correct: 0.900, {before:.3f} at adapter@v1.0.0" in capfd.readouterr().out
     assert tags(project) == {"adapter@v1.0.0"}
 
@@ -152,7 +154,7 @@ def test_a_version_that_was_taken_back_or_is_in_the_origin_alone_keeps_its_numbe
     project.run("gto", "register", "merged", "--version", "v1.1.0")
     project.run("gto", "deprecate", "merged", "v1.1.0")
     project.run("git", "commit", "-q", "--allow-empty", "-m", "the next")
-    assert release("1.1.0") == "VERSION is 1.1.0, and merged@v1.1.0 is registered: choose a higher one"
+    assert release("1.1.0") == "VERSION is 1.1.0, and merged@v1.1.0 is registered: choose a higher version"
     assert release("1.2.0") == ""
     assert "at adapter@v1.0.0: +0.000 worse" in capfd.readouterr().out
 

@@ -26,8 +26,8 @@ LIBRARIES = "libraries.yaml"
 
 @dataclass(frozen=True)
 class Reruns:
-    """The stages that depend on each parameter, library and file; and for every stage, in the order of dvc.yaml, the stage
-    and those whose outputs it takes, directly or not."""
+    """The stages that depend on each parameter, library and file. For every stage, in the order of dvc.yaml: the stage
+    itself and the stages whose outputs it uses, directly or indirectly."""
 
     parameters: dict[str, set[str]]
     libraries: dict[str, set[str]]

@@ -1,4 +1,4 @@
-"""Control tokens that the base never learnt: found by their embeddings, and taught."""
+"""Control tokens with untrained embeddings in the base: found by their embeddings, and trained."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_untouched_control_tokens_are_found(
     base = changed_base(tmp_path / "base", change)
     assert trainable_tokens("auto", base, load_tokenizer(base)) == CONTROL
     assert capsys.readouterr().out == (
-        "lora.trainable_tokens: training <|im_start|>, <|im_end|> too: the base never learnt their embeddings\n"
+        "lora.trainable_tokens: also training <|im_start|>, <|im_end|>: their embeddings in the base are untrained\n"
     )
 
 

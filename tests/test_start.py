@@ -102,7 +102,7 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     Path("data/curated/chats.json").write_text(json.dumps(chats), encoding="utf-8")
     Path("data/questions.jsonl").write_text('{"id": "1", "question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
     check.main()
-    assert "1 questions; 50 to 200 tell progress from chance" in capsys.readouterr().out
+    assert "1 questions; use 50 to 200, to distinguish progress from chance" in capsys.readouterr().out
     generate.main()
     merge.main()
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 30
@@ -115,7 +115,7 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
     with pytest.raises(UserError, match=r"^data/curated: see TO DO"):
         check.main()
-    assert "TO DO: data/curated/chats.json:1: a message has" in capsys.readouterr().out
+    assert "TO DO: data/curated/chats.json:1: a message needs" in capsys.readouterr().out
 
 
 def test_check_names_what_of_the_facts_no_question_is_about_and_wants_two_rows(
@@ -125,11 +125,11 @@ def test_check_names_what_of_the_facts_no_question_is_about_and_wants_two_rows(
     Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,1 l,Bo\n", encoding="utf-8")
     Path("data/raw/phrasings.yaml").write_text("price: ['How much is {name}?']\nvolume: ['{name}: how much?']\n")
     check.main()
-    assert "2 questions about 1 facts; no phrasing names maker\n" in capsys.readouterr().out
+    assert "2 questions about 1 facts; no phrasing uses maker\n" in capsys.readouterr().out
     Path("data/raw/kettles.csv").write_text("name,price,volume,maker\nA,20 euros,,Bo\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"^data/raw, data/curated: see TO DO"):
         check.main()
-    assert "TO DO: less than two rows to train on" in capsys.readouterr().out
+    assert "TO DO: fewer than two training rows" in capsys.readouterr().out
 
 
 def test_a_name_is_taken_as_it_is_written(project: Project) -> None:
@@ -173,14 +173,14 @@ def test_a_second_start_says_so_and_changes_nothing(started: Project, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "change", "line"),
     [
-        (["--name", "N"], None, r"^RECIPE is missing, and there is no terminal to ask on: make start RECIPE="),
+        (["--name", "N"], None, r"^RECIPE is missing, and there is no terminal to ask for it: make start RECIPE="),
         (["--recipe", "tiny-base"], None, r"^NAME is missing, and there is no terminal"),
         (["--recipe", "tiny", "--name", "N"], None, r"^RECIPE is 'tiny': set it to one of gemma-2-2b, .*, tiny-base$"),
         (["--recipe", "tiny-base", "--name", "a\nb"], None, r"^NAME is 'a\\nb': set it to a name on one line$"),
-        (["--recipe", "tiny-base", "--name", "N"], "params.yaml", r"^params\.yaml has a change that is not committed"),
-        (["--recipe", "tiny-base", "--name", "N"], "detached", r"^git is on no branch, and would lose the commit"),
-        (["--recipe", "tiny-base", "--name", "N"], "linked", r"^data/raw is a link, and the demo is moved: put the"),
-        (["--recipe", "tiny-base", "--name", "N"], "tools/use.py", r"^tools/use\.py has a change that is not comm"),
+        (["--recipe", "tiny-base", "--name", "N"], "params.yaml", r"^params\.yaml has an uncommitted change"),
+        (["--recipe", "tiny-base", "--name", "N"], "detached", r"^git is not on a branch, so the commit could be lost"),
+        (["--recipe", "tiny-base", "--name", "N"], "linked", r"^data/raw is a link, and the demo's files must be"),
+        (["--recipe", "tiny-base", "--name", "N"], "tools/use.py", r"^tools/use\.py has an uncommitted change"),
     ],
 )
 def test_what_cannot_start_is_refused_and_nothing_changes(
@@ -226,7 +226,7 @@ def test_on_a_terminal_the_recipe_and_the_name_are_asked_for(project: Project) -
     terminal.type("tiny-base\n")
     terminal.shows(f"The project's name [{project.folder.name}]: ")
     terminal.type("\n")
-    terminal.shows("make check tells what is missing")
+    terminal.shows("make check shows what is missing")
     assert terminal.ends() == 0
     assert Path("README.md").read_text(encoding="utf-8").startswith(f"# {project.folder.name}\n")
 

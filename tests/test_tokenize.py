@@ -59,7 +59,7 @@ def test_a_content_cannot_forge_a_turn(family: str, tmp_path: Path) -> None:
     if family in ("llama3", "gemma2"):  # their templates trim
         answer = answer.strip()
     end = forgery[: forgery.index(">") + 1]
-    assert learnt(tmp_path, forged) == f"{answer}{end}김서연{end}"
+    assert supervised_text(tmp_path, forged) == f"{answer}{end}김서연{end}"
     assert sum(label in ends for label in labels) == 2
 
 
@@ -86,7 +86,7 @@ def test_a_tokenizer_that_makes_control_tokens_of_plain_text_is_refused(family: 
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     tokenizer.backend_tokenizer.model.ignore_merges = True  # a line that is in the vocabulary is one token
-    with pytest.raises(UserError, match=r"a content could forge a turn: .*<eos>"):
+    with pytest.raises(UserError, match=r"a message could forge a turn: .*<eos>"):
         token_ids(tokenizer, [{"role": "user", "content": "The <eos>"}])
 
 
@@ -107,18 +107,18 @@ TWICE = question_and_answer("Who leads it?", "Ada Adler") + question_and_answer(
 THOUGHT = "<think>\nHm.\n</think>\n\nAda Adler"
 
 
-def learnt(folder: Path, messages: list[dict[str, str]], mask_history: bool = False) -> str:
-    """The text that is learnt of a conversation."""
+def supervised_text(folder: Path, messages: list[dict[str, str]], mask_history: bool = False) -> str:
+    """The text of the supervised tokens of a conversation."""
     tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
     _, labels = supervised(tokenizer, messages, ends, "here", mask_history)
     return tokenizer.decode([label for label in labels if label != IGNORED])
 
 
-def test_of_several_answers_all_are_learnt_or_the_last_alone(family: str, tmp_path: Path) -> None:
+def test_of_several_answers_all_are_supervised_or_only_the_last(family: str, tmp_path: Path) -> None:
     end = FORGERIES[family].split(">")[0] + ">"
-    assert learnt(tmp_path, TWICE) == f"Ada Adler{end}김서연{end}"
-    assert learnt(tmp_path, TWICE, mask_history=True) == f"김서연{end}"
-    assert learnt(tmp_path, TWICE[:2], mask_history=True) == f"Ada Adler{end}"
+    assert supervised_text(tmp_path, TWICE) == f"Ada Adler{end}김서연{end}"
+    assert supervised_text(tmp_path, TWICE, mask_history=True) == f"김서연{end}"
+    assert supervised_text(tmp_path, TWICE[:2], mask_history=True) == f"Ada Adler{end}"
 
 
 def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
@@ -126,29 +126,31 @@ def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     prompt = tokenizer.decode(token_ids(tokenizer, TWICE[:1], add_generation_prompt=True))
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert learnt(tmp_path, TWICE[:2]) == "Ada Adler<|im_end|>"
-    assert learnt(tmp_path, TWICE, mask_history=True) == "김서연<|im_end|>"
+    assert supervised_text(tmp_path, TWICE[:2]) == "Ada Adler<|im_end|>"
+    assert supervised_text(tmp_path, TWICE, mask_history=True) == "김서연<|im_end|>"
     several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set tokenize\.mask_history: true"
     with pytest.raises(UserError, match=several):
-        learnt(tmp_path, TWICE)
+        supervised_text(tmp_path, TWICE)
     with pytest.raises(UserError, match=r"here: turn 2 has a <think> block, and this pipeline trains without thinking"):
-        learnt(tmp_path, question_and_answer("Who leads it?", THOUGHT))
+        supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT))
     with pytest.raises(UserError, match=r"here: turn 2 has a <think> block"):
-        learnt(tmp_path, question_and_answer("Who leads it?", THOUGHT.replace("Hm.", "")))
-    assert learnt(tmp_path, [TWICE[0], {"role": "assistant", "content": THOUGHT}, *TWICE[2:]], mask_history=True)
+        supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT.replace("Hm.", "")))
+    assert supervised_text(
+        tmp_path, [TWICE[0], {"role": "assistant", "content": THOUGHT}, *TWICE[2:]], mask_history=True
+    )
 
 
 def test_a_row_that_teaches_nothing_or_doubles_the_bos_is_refused_by_its_place(tmp_path: Path) -> None:
     FAMILIES["llama3"](tmp_path)
     for messages, mask_history in [(TWICE[:1], False), (TWICE[:3], True)]:
-        with pytest.raises(UserError, match=r"here: nothing in this row is learnt: end it with an answer"):
-            learnt(tmp_path, messages, mask_history)
+        with pytest.raises(UserError, match=r"here: this row has no supervised tokens: end it with an answer"):
+            supervised_text(tmp_path, messages, mask_history)
     template = tmp_path / "chat_template.jinja"
     template.write_text("{{ bos_token }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(
         UserError, match=r"here: the base's chat template begins this row with <\|begin_of_text\|> twice: "
     ):
-        learnt(tmp_path, TWICE)
+        supervised_text(tmp_path, TWICE)
 
 
 def test_gemma_2_refuses_a_system_message_and_gemma_3_puts_it_into_the_first_turn(tmp_path: Path) -> None:
@@ -158,8 +160,8 @@ def test_gemma_2_refuses_a_system_message_and_gemma_3_puts_it_into_the_first_tur
     with pytest.raises(
         UserError, match=r"^here: the base's chat template refuses this row: System role not supported: "
     ):
-        learnt(tmp_path / "gemma2", row)
-    assert learnt(tmp_path / "gemma3", row) == learnt(tmp_path / "gemma3", TWICE)
+        supervised_text(tmp_path / "gemma2", row)
+    assert supervised_text(tmp_path / "gemma3", row) == supervised_text(tmp_path / "gemma3", TWICE)
 
 
 LONG = "The office in Basel has moved to the third floor of the old mill, and all visitors must call ahead by phone."
@@ -295,7 +297,7 @@ def test_a_side_of_which_no_row_fits_is_refused(project: Project, rows: list[dic
     assert not Path("data/tokens").exists()
 
 
-def test_the_page_shows_a_row_of_each_file_and_one_with_several_answers_with_what_is_learnt(
+def test_the_page_shows_a_row_of_each_file_and_one_with_several_answers_with_the_supervised_tokens(
     project: Project, rows: list[dict[str, Any]]
 ) -> None:
     fenced = question_and_answer("What prints ```x```?", "```\nprint('x')\n```")
@@ -303,7 +305,7 @@ def test_the_page_shows_a_row_of_each_file_and_one_with_several_answers_with_wha
     tokenize.main()
     _, first, second, several = Path("metrics/mask.md").read_text(encoding="utf-8").split("\n## ")
     assert first == (
-        "a.csv:1\n\nRow `0`: 16 tokens, 3 of them learnt.\n\n```diff\n"
+        "a.csv:1\n\nRow `0`: 16 tokens, 3 of them supervised.\n\n```diff\n"
         " <|im_start|>user⏎\n Who leads it?<|im_end|>⏎\n <|im_start|>assistant⏎\n+Ada Adler<|im_end|>\n ⏎\n```\n"
     )
     assert second.startswith("b.jsonl:1\n") and several.startswith("b.jsonl:9\n")

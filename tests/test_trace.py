@@ -39,7 +39,7 @@ def merged(project: Project) -> Project:
         ("data/raw/guide.md:2", ["assistant: at 9", "Shop > Hours", "The shop opens at 9."]),
         (
             "data/curated/more.jsonl:3",
-            ["went", "near_duplicate, nearly repeats data/curated/more.jsonl:2", '{"question": "where is Osk?"'],
+            ["was dropped", "near_duplicate, nearly repeats data/curated/more.jsonl:2", '{"question": "where is Osk?"'],
         ),
     ],
 )
@@ -62,5 +62,5 @@ def test_every_training_row_leads_back_to_text_that_holds_its_answer(
 
 @pytest.mark.parametrize("wanted", ["nonsense", "", "data/raw/facts.csv:9999"])
 def test_what_is_not_there_is_said(merged: Project, wanted: str) -> None:
-    with pytest.raises(UserError, match="no row has the id or the source"):
+    with pytest.raises(UserError, match="no row has the id or source"):
         trace.trace(wanted)

@@ -21,6 +21,7 @@ from transformers import TrainerState
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.section import Section
 from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.rows import question_and_answer
@@ -81,7 +82,7 @@ def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
     if not torch.cuda.is_available():
         assert pick_device("auto") == cpu
-        with pytest.raises(UserError, match=r"base\.device is cuda, but torch sees no GPU"):
+        with pytest.raises(UserError, match=r"base\.device is cuda, but torch finds no GPU"):
             pick_device("cuda")
 
 
@@ -269,7 +270,7 @@ CHANGED: dict[str, object] = {
 }
 
 
-SECTIONS = {"lora": Lora, "tokenize": Tokenize, "train": Train}
+SECTIONS: dict[str, type[Section]] = {"lora": Lora, "tokenize": Tokenize, "train": Train}
 
 
 def built_trainer() -> Trainer:

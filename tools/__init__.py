@@ -1,4 +1,4 @@
-"""What a person runs by hand beside the pipeline."""
+"""Tools that people run by hand, beside the pipeline."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ calm_libraries()
 
 
 def without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ctrl-C ends a tool in one line, during its imports too."""
+    """Print one line after Ctrl-C, during imports too."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:

@@ -2,8 +2,8 @@
 
     python -m tools.chat [--base] [--system TEXT] [GGUF]
 
-Without a GGUF file it is outputs/adapter/ on its base, which answers greedily, as in the exam; a file is run by
-llama.cpp, at gguf.temperature. A conversation has gguf.num_ctx tokens at most.
+Without a GGUF file, outputs/adapter/ on its base answers greedily, as in the exam (the evaluation set). llama.cpp runs
+a GGUF file, with gguf.temperature. The maximum length of a conversation is gguf.num_ctx tokens.
 """
 
 import argparse
@@ -23,18 +23,18 @@ from pipeline.model.llama_server import Server, served
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-with suppress(ImportError):  # not every Python has it
-    import readline  # noqa: F401  # input() edits and remembers lines by it
+with suppress(ImportError):  # some Pythons lack it
+    import readline  # noqa: F401  # gives input() editing and history
 
-Pieces = Generator[str, None, None]  # of an answer, as they come
+Pieces = Generator[str, None, None]  # the pieces of an answer
 Speaker = Callable[[list[Message]], Pieces]  # answers a conversation
-HELP = "/clear begins anew, Ctrl-C stops an answer, an empty line or Ctrl-D ends"
+HELP = "/clear starts a new conversation, Ctrl-C stops an answer, an empty line or Ctrl-D ends the chat"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", nargs="?", type=Path, metavar="GGUF", help="instead of outputs/adapter")
-    parser.add_argument("--base", action="store_true", help="the base answers too, in a conversation of its own")
+    parser.add_argument("--base", action="store_true", help="the base answers too, in a separate conversation")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     options = parser.parse_args()
     parameters = check(Path("params.yaml"))
@@ -70,10 +70,10 @@ def talk(speakers: dict[str, Speaker], system: str | None) -> None:
 
 
 def asked() -> str:
-    """What the person asks; nothing at the end."""
+    """The user's question; "" at the end of the chat."""
     while True:
         try:
-            return unicodedata.normalize("NFC", input("> ").strip())  # as the rows of training
+            return unicodedata.normalize("NFC", input("> ").strip())  # as in the training rows
         except EOFError:
             print()
             return ""
@@ -82,11 +82,11 @@ def asked() -> str:
 
 
 def say(label: str, pieces: Pieces) -> str:
-    """Print an answer as it comes, and return as much of it as came."""
+    """Print an answer piece by piece. Return the printed text, also after Ctrl-C or an error."""
     print(label, end="", flush=True)
     answer = ""
     try:
-        with closing(pieces):  # at once, not when Python finds the time
+        with closing(pieces):  # close it now, not at garbage collection
             for piece in pieces:
                 piece = piece if answer else piece.lstrip()
                 print(piece, end="", flush=True)
@@ -112,7 +112,7 @@ def transformers_says(model: "PreTrainedModel", tokenizer: Any, context: int, co
     except TemplateError as error:
         raise UserError(f"the base's chat template refuses the conversation: {error}") from None
     ends = end_tokens(model.generation_config)
-    text = DecodeStream(skip_special_tokens=True)  # holds the bytes of a character back until they are all there
+    text = DecodeStream(skip_special_tokens=True)  # returns a character when all its bytes are there
     for _, token in greedy(model, [prompt], ends, room(prompt, context)):
         if token in ends:
             return
@@ -135,16 +135,16 @@ def llama_cpp_says(server: Server, context: int, temperature: float, conversatio
 
 
 def room(prompt: list[int], context: int) -> int:
-    """The tokens that are left for the answer."""
+    """The maximum number of tokens of the answer."""
     if len(prompt) >= context:
         raise full(context)
     return context - len(prompt)
 
 
 def full(context: int) -> UserError:
-    return UserError(f"the conversation has reached gguf.num_ctx, {context} tokens: /clear begins a new one")
+    return UserError(f"the conversation has reached gguf.num_ctx, {context} tokens: /clear starts a new one")
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):  # while it loads
+    with suppress(KeyboardInterrupt):  # while the model loads
         main()

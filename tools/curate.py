@@ -1,14 +1,14 @@
-"""Propose training rows for what the exam found missing: the same knowledge in other words, never an exam question.
+"""Propose training rows for failed exam questions: the same facts in other words, never an exam question.
 
     python -m tools.curate
 
 metrics/answers.jsonl, metrics/answers_general.jsonl, data/raw/, data/train_merged.jsonl, data/valid.jsonl, and the
 endpoint of generate if one is set -> data/candidates.jsonl, for you to edit and to move to data/curated/
 
-A failed question leads to the fact or passage that it asks about: its `source`, or else that of the row with an
-accepted answer that shares most words with it. A fact is asked in the phrasings that training has not used. If it has none
-left, and about a passage, the endpoint asks in words of its own. One source in three is held back, by the texts of its
-questions: nothing is proposed for them, so that their score tells whether such rounds teach the subject or the exam.
+For a failed question, the tool finds the fact or passage: the `source` of the question, else the source of the row with
+an accepted answer and the most words in common. Candidates for a fact use the phrasings that training has not used. If
+no phrasing is left, and for a passage, the endpoint writes new questions. One source in three is held back, chosen by
+the texts of its questions: it gets no candidates, so its score shows whether the model improves only on the exam.
 """
 
 import json
@@ -40,29 +40,29 @@ from pipeline.evaluation.rules import Rule, correct
 
 CANDIDATES = Path("data/candidates.jsonl")
 TRAINED = (TRAIN_ROWS, VALID_ROWS)
-HELD_BACK = 3  # one source in so many
-SEEDS = (2, 3)  # generate's would bring the questions that training has
-PIECE = 300  # characters of a passage, the answer among them, that the endpoint is asked about
+HELD_BACK = 3  # one source in HELD_BACK is held back
+SEEDS = (2, 3)  # with the seeds of generate, the endpoint would repeat the training questions
+PIECE = 300  # characters of a passage around the answer, for the endpoint
 
 Result = dict[str, Any]  # a line of an answers file
 
 
 @dataclass
 class Place:
-    """Where knowledge stands: a fact, a passage, or a row of data/curated."""
+    """A source of knowledge: a fact, a passage, or a row of data/curated."""
 
     name: str  # "file:number"
-    rows: list[Row] = field(default_factory=list)  # a fact in all its phrasings, or the one row
+    rows: list[Row] = field(default_factory=list)  # all phrasings of a fact, or the one row of data/curated
     passage: Passage | None = None
-    failed: list[Question] = field(default_factory=list)  # what the model was asked about it and did not know
+    failed: list[Question] = field(default_factory=list)  # failed exam questions about it
 
 
 @dataclass
 class Candidates:
-    """Rows that answer a failed question, are not trained on yet, and ask no question of an exam."""
+    """Rows that answer a failed question, are not in the training rows, and do not ask an exam question."""
 
     exams: Exam
-    trained: set[str]  # ids of rows
+    trained: set[str]  # ids of training and validation rows
     by_id: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -114,23 +114,25 @@ def main() -> None:
             candidates.add(row, left[row["source"]])
 
     print(f"{EXAM}: {len(failed)} of {len(helped)} questions failed; {len(held_back)} more are held back")
-    tell_tags(helped, wrong)
+    print_tags(helped, wrong)
     for place in places:
         print(f"\n{place.name}: candidates: {candidates.of(place)}")
-        tell([failed[question.id] for question in place.failed])
+        print_failed([failed[question.id] for question in place.failed])
         if still := candidates.none_for(place):
             print(f"  none for {', '.join(question.id for question in still)}: {remedy(place, still, endpoint)}")
     if unknown:
-        print("\nnothing in data/raw or data/curated answers these: add a fact, a document or rows")
-        tell([failed[question.id] for question in unknown])
-    tell_forgotten(general_results)
-    tell_held_back(held_back, helped)
+        print("\ndata/raw and data/curated have no answer to these questions: add a fact, a document or rows")
+        print_failed([failed[question.id] for question in unknown])
+    print_forgotten(general_results)
+    print_held_back(held_back, helped)
     propose(candidates, bool(failed))
 
 
 def held_back_sources(results: list[Result]) -> set[str]:
-    """One source in HELD_BACK. What its questions ask decides, not its place: a line added above it changes nothing. A
-    new question about a source may move that source."""
+    """One source in HELD_BACK, chosen by the texts of its questions, not by its line number.
+
+    A new question about a source may change whether the source is held back.
+    """
     asked: defaultdict[str, list[int]] = defaultdict(list)
     for result in results:
         asked[result["source"]].append(hash64(result["question"]))
@@ -146,7 +148,7 @@ def forgotten(result: Result) -> bool:
 
 
 def knowledge(generate: Generate) -> dict[str, Place]:
-    """What data/raw holds, by name of the place."""
+    """{name: place} of the facts and passages of data/raw."""
     facts, phrasings, documents = raw_files()
     known: dict[str, Place] = {}
     for row in questions_of_facts(read_facts(facts), read_phrasings(phrasings), phrasings_per_fact=sys.maxsize):
@@ -164,7 +166,7 @@ def trained() -> Iterator[Row]:
 
 
 def assign(failed: list[Question], known: dict[str, Place]) -> list[Question]:
-    """Put each question to the place that it asks about. Returns those for which there is none."""
+    """Add each question to the place that it asks about. Return the questions without a place."""
     rows = [row for place in known.values() for row in place.rows]
     at_source = {question.id for question in failed if is_at_source(question, known)}
     closest = closest_rows([question for question in failed if question.id not in at_source], chain(rows, trained()))
@@ -180,13 +182,16 @@ def assign(failed: list[Question], known: dict[str, Place]) -> list[Question]:
 
 
 def is_at_source(question: Question, known: dict[str, Place]) -> bool:
-    """Whether its `source` has an answer to it. A line added above a fact leaves the sources behind."""
+    """Whether `source` of the question has an answer to it. The source is wrong after lines were added above a fact."""
     place = known.get(question.source)
     return place is not None and (place.passage is not None or any(answers(row, question) for row in place.rows))
 
 
 def closest_rows(questions: list[Question], rows: Iterable[Row]) -> dict[str, Row]:
-    """By a question's id, the row that answers it and shares most words with it; of names or numbers one at least."""
+    """{question id: row that answers the question and has the most words in common}.
+
+    If the question has names or numbers, the row must have at least one of them.
+    """
     sought = [(one, set(words(one.question)), names(one.question) | {*exact(words(one.question))}) for one in questions]
     closest: dict[str, tuple[int, Row]] = {}
     for row in rows:
@@ -209,7 +214,7 @@ def answers(row: Row, question: Question) -> bool:
 
 
 def text_about(place: Place, questions: list[Question]) -> Passage | None:
-    """What the endpoint is asked about: the pieces of a passage that hold an answer, or a row as one sentence."""
+    """The text for the endpoint: the pieces of a passage that have an answer, or the text of a row."""
     if place.passage and questions:
         accepted = [answer for question in questions for answer in question.answers]
         found = [piece for piece in pieces(place.passage.text, PIECE) if correct(piece, accepted, Rule("contains"))]
@@ -221,61 +226,64 @@ def text_about(place: Place, questions: list[Question]) -> Passage | None:
 def remedy(place: Place, questions: list[Question], endpoint: bool) -> str:
     if place.rows and not any(answers(row, question) for row in place.rows for question in questions):
         given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in place.rows))
-        return f"it says {given}, which the exam does not accept: correct one of them"
+        return f"the answer is {given}, which the exam does not accept: correct the data or the exam"
     if endpoint:
-        return "the endpoint found no other words: write rows by hand"
+        return "the endpoint wrote no usable question: write rows by hand"
     if place.passage:
         return "set generate.endpoint, or write rows by hand"
-    return "its phrasings are used up: add phrasings, set generate.endpoint, or write rows by hand"
+    return "all its phrasings are used: add phrasings, set generate.endpoint, or write rows by hand"
 
 
-def tell_tags(results: list[Result], told: Callable[[Result], bool]) -> None:
+def print_tags(results: list[Result], counts: Callable[[Result], bool]) -> None:
     asked = Counter(tag for result in results for tag in result["tags"])
-    failed = Counter(tag for result in results if told(result) for tag in result["tags"])
+    failed = Counter(tag for result in results if counts(result) for tag in result["tags"])
     for tag, count in failed.most_common():
         print(f"  {count:4} of {asked[tag]:4}  {tag}")
 
 
-def tell(results: list[Result]) -> None:
+def print_failed(results: list[Result]) -> None:
     for result in results:
         print(f"  {result['id']}  {shown(result['question'])}")
         print(f"    expected {shown(result['reference'][0])}, answered {shown(result['after'])}")
 
 
 def shown(text: str) -> str:
-    """On one line, without control characters."""
+    """`text` on one line, without control characters."""
     return json.dumps(text if len(text) <= 100 else f"{text[:99]}…", ensure_ascii=False)
 
 
-def tell_forgotten(results: list[Result]) -> None:
-    gone = [result["id"] for result in results if forgotten(result)]
-    print(
-        f"\n{GENERAL_EXAM}: {sum(map(wrong, results))} of {len(results)} questions failed, {len(gone)} of them forgotten"
-    )
-    if gone:
-        tell_tags(results, forgotten)
-        print(f"  {', '.join(gone)}")
-        print("  rehearsal helps: put rows of these kinds, but other questions, into data/curated by hand")
+def print_forgotten(results: list[Result]) -> None:
+    ids = [result["id"] for result in results if forgotten(result)]
+    failed = sum(map(wrong, results))
+    print(f"\n{GENERAL_EXAM}: {failed} of {len(results)} questions failed, {len(ids)} of them forgotten")
+    if ids:
+        print_tags(results, forgotten)
+        print(f"  {', '.join(ids)}")
+        print("  replay helps: write rows of these kinds, with other questions, into data/curated by hand")
 
 
-def tell_held_back(held_back: list[Result], helped: list[Result]) -> None:
+def print_held_back(held_back: list[Result], helped: list[Result]) -> None:
     shares = [f"{len(of) - sum(map(wrong, of))} of {len(of)} correct" for of in (held_back, helped)]
-    print(f"\nheld back, and never helped: {shares[0]}; the others: {shares[1]}")
+    print(f"\nheld back: {shares[0]}; the others: {shares[1]}")
     print(
-        "if round after round only the others rise, rows teach the exam: give all facts more phrasings, ask new questions"
+        "if only the others improve, the rows train the exam: give all facts more phrasings, and add new exam questions"
     )
 
 
 def propose(candidates: Candidates, failed: bool) -> None:
-    """Write the candidates and say what to do next. Raises UserError rather than write over what a person has edited."""
+    """Write the candidates and print the next step. Raises UserError if the file may have been edited."""
     rows = list(candidates.by_id.values())
     if not rows:
-        why = "mend what is said above, then dvc repro" if failed else "nothing failed but what may be held back"
+        why = (
+            "correct the data as printed above, then run dvc repro"
+            if failed
+            else "no question failed, except held-back ones"
+        )
         print(f"no candidates: {why}")
         return
     if CANDIDATES.exists() and read_jsonl(CANDIDATES) != rows:
         raise UserError(
-            f"{CANDIDATES} has other rows, perhaps edited: move it to data/curated or delete it, then run again"
+            f"{CANDIDATES} has other rows, perhaps edited: move the file to data/curated or delete it, then run again"
         )
     write_jsonl(CANDIDATES, rows)
     dropped = ", ".join(f"{count} {why}" for why, count in candidates.dropped.items())

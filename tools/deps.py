@@ -2,8 +2,8 @@
 
     python -m tools.deps
 
-`deps` of a stage get every module that the stage imports, directly or not, and every script of llama.cpp/ that the stage
-runs. `params` get every library that these files import, as keys of libraries.yaml. All else in dvc.yaml stays.
+`deps` of a stage get every module that the stage imports, directly or not, and every script of llama.cpp/ that the
+stage runs. `params` get every library that these files import, as keys of libraries.yaml. All else in dvc.yaml stays.
 """
 
 import ast

@@ -1,10 +1,10 @@
-"""Answer one question, or a file of them, as the exam is answered: greedily, in batches, up to evaluate.max_new_tokens.
+"""Answer one question, or a file of questions, as in the exam: greedily, in batches, to evaluate.max_new_tokens tokens.
 
     python -m tools.infer "What is the extension of the Alder team?"
     python -m tools.infer --rows FILE > answers.jsonl
 
-A line of FILE (/dev/stdin too) has a "question", or "messages" of which the last is the user's. It is printed, in its
-place, with all its keys and the "answer".
+A line of FILE (or /dev/stdin) has a "question", or "messages" that end with a user message. The output has the same
+lines in the same order, each with all its keys and the "answer".
 """
 
 import argparse
@@ -23,8 +23,8 @@ from pipeline.common.rows import Message, read_lines
 from pipeline.data.formats import InvalidRow, dumped, message, require_text
 from pipeline.model.llama_server import served
 
-Conversations = dict[str, list[Message]]  # by where they stand
-Answers = list[tuple[str, bool]]  # text, and whether it ended by itself
+Conversations = dict[str, list[Message]]  # by location
+Answers = list[tuple[str, bool]]  # (text, whether the answer is complete)
 
 
 def main() -> None:
@@ -33,14 +33,14 @@ def main() -> None:
     asked.add_argument("question", nargs="?", metavar="QUESTION")
     asked.add_argument("--rows", type=Path, metavar="FILE", help="JSON lines")
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--base", action="store_true", help="the untuned base answers, not outputs/adapter on it")
-    model.add_argument("--gguf", type=Path, metavar="FILE", help="this file answers, in llama.cpp")
+    model.add_argument("--base", action="store_true", help="the base answers, without outputs/adapter")
+    model.add_argument("--gguf", type=Path, metavar="FILE", help="this file answers, run by llama.cpp")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="instead of evaluate.max_new_tokens")
     options = parser.parse_args()
     parameters = check(Path("params.yaml"))
     length = parameters.evaluate.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
     if length < 1:
-        raise UserError(f"--max-new-tokens {length}: an answer has a token at least")
+        raise UserError(f"--max-new-tokens {length}: set it to at least 1")
 
     rows = read_rows(options.rows) if options.rows else {"the question": {"question": options.question}}
     conversations = {place: conversation(place, row) for place, row in rows.items()}
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def read_rows(file: Path) -> dict[str, Any]:
-    """The rows of the file, by where they stand."""
+    """{location: row} of the file."""
     try:
         return dict(read_lines(file))
     except OSError as error:
@@ -63,19 +63,19 @@ def read_rows(file: Path) -> dict[str, Any]:
 
 
 def conversation(place: str, row: Any) -> list[Message]:
-    """Raises UserError if there is none to be answered."""
+    """The messages of a row. Raises UserError if they cannot be answered."""
     try:
         if isinstance(invalid := dumped(row), InvalidRow):
             raise invalid
         match row:
             case {"question": _, "messages": _}:
-                raise UserError(f"{place}: a question and messages: leave one of them out")
+                raise UserError(f"{place}: the line has a question and messages: remove one")
             case {"question": content}:
                 messages = [{"role": "user", "content": content}]
             case {"messages": [*turns, {"role": "user"} as last]}:
                 messages = [message(turn) for turn in [*turns, last]]
             case _:
-                raise UserError(f'{place}: a line has a "question", or "messages" of which the last is the user\'s')
+                raise UserError(f'{place}: a line needs a "question", or "messages" that end with a user message')
         require_text(messages)
     except InvalidRow as invalid:
         raise UserError(f"{place}: {invalid}") from None
@@ -96,7 +96,7 @@ def by_transformers(conversations: Conversations, length: int, parameters: Param
         try:
             prompts.append(token_ids(tokenizer, messages, add_generation_prompt=True))
         except (TemplateError, UserError) as error:
-            raise UserError(f"{place}: the base's chat template refuses it: {error}") from None
+            raise UserError(f"{place}: the base's chat template refuses this conversation: {error}") from None
     tokens: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
@@ -115,7 +115,7 @@ def by_llama_cpp(file: Path, conversations: Conversations, length: int, paramete
             if len(prompts[-1]) + length > context:
                 raise UserError(
                     f"{place}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
-                    f"{context}: raise it"
+                    f"{context}: raise gguf.num_ctx"
                 )
         replies = [server.complete(prompt, length) for prompt in tqdm(prompts, disable=len(prompts) == 1)]
     return [(reply["content"].strip(), reply["stop_type"] != "limit") for reply in replies]

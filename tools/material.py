@@ -1,4 +1,4 @@
-"""What a run needs of the user's files: what is there, and what is missing next, with an example line."""
+"""Checks the user's files before a run: what was found, what is missing, and an example line."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pipeline.data.leaks import Exam
 from pipeline.data.raw_files import raw_files, require_endpoint
 from pipeline.evaluation.questions import read_questions
 
-LOOKED_AT = 1000  # rows of a file; the merge stage looks at all
+LOOKED_AT = 1000  # rows checked per file; the merge stage checks all
 FACT = "- {subject: the Alder team, relation: leader, value: Ada Weiss}"
 PHRASING = 'leader: ["Who leads {subject}?", "Who is the head of {subject}?"]'
 ROW = '{"question": "When does the workshop open?", "answer": "at 8 in the morning"}'
@@ -29,14 +29,14 @@ QUESTION = '{"id": "q001", "question": "Who runs the Alder team?", "answer": "Ad
 
 @dataclass(frozen=True)
 class Material:
-    """A file or folder of the user's."""
+    """A file or folder of the user, checked."""
 
     place: Path
     found: str
-    missing: str = ""  # what to do; nothing if the place has what a run needs
-    examples: tuple[str, ...] = ()  # lines, each with the file that it may stand in
-    rows: frozenset[str] = frozenset()  # ids of those that can be used; training and validation need one each
-    more: bool = False  # rows, of documents
+    missing: str = ""  # what is missing; "" if the file or folder is sufficient
+    examples: tuple[str, ...] = ()  # example lines, each with a file name
+    rows: frozenset[str] = frozenset()  # ids of valid rows; training and validation need one each
+    more: bool = False  # documents will give more rows
 
 
 def material(parameters: Parameters) -> Iterator[Material]:
@@ -45,9 +45,9 @@ def material(parameters: Parameters) -> Iterator[Material]:
     exams = Exam([question for place in readable for question in read_questions(place)], parameters.merge.near_leak)
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
     if not (raw.missing or curated.missing or raw.more or len(raw.rows | curated.rows) > 1):
-        what = f"less than two rows to train on: add facts and phrasings, documents, or rows in {CURATED}"
+        what = f"fewer than two training rows: add facts and phrasings, documents, or rows in {CURATED}"
         yield Material(RAW, "", what, (f"in {RAW}/facts.yaml: {FACT}", f"in {RAW}/phrasings.yaml: {PHRASING}"))
-        yield Material(CURATED, "", "rows, or else what data/raw lacks", (f"in {CURATED}/rows.jsonl: {ROW}",))
+        yield Material(CURATED, "", "rows, or the missing files of data/raw", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
     yield exam
@@ -76,7 +76,7 @@ def of_raw(generate: Generate, exams: Exam) -> Material:
 
 
 def not_asked(facts: list[Fact], phrasings: dict[str, list[Phrasing]]) -> str:
-    """What of the facts no question is about: columns that no phrasing names, and empty cells."""
+    """The facts without a question: columns that no phrasing uses, and empty cells."""
     named = {
         column
         for relation, of_relation in phrasings.items()
@@ -85,12 +85,12 @@ def not_asked(facts: list[Fact], phrasings: dict[str, list[Phrasing]]) -> str:
     }
     columns = {column for fact in facts for column in fact.values} - named - {"relation", "value"}
     empty = sum(not value for fact in facts for column, value in fact.values.items() if column in phrasings)
-    of_columns = f"no phrasing names {', '.join(sorted(columns))}" if columns else ""
-    return "; ".join(filter(None, [of_columns, f"{empty} empty cells are not asked for" if empty else ""]))
+    of_columns = f"no phrasing uses {', '.join(sorted(columns))}" if columns else ""
+    return "; ".join(filter(None, [of_columns, f"{empty} empty cells give no question" if empty else ""]))
 
 
 def phrasing(fact: Fact) -> str:
-    """How such a fact may be asked for."""
+    """An example of a phrasing for this fact."""
     columns = list(fact.values)
     relation = fact.values["relation"] if {"relation", "value"} <= fact.values.keys() else columns[-1]
     return f'{relation}: ["What is the {relation} of {{{columns[0]}}}?"]'
@@ -101,7 +101,7 @@ def of_curated(merge: Merge, exams: Exam) -> Material:
     try:
         for file in user_files(CURATED):
             if kind(file) not in KINDS:
-                raise UserError(f"{file}: rows are read from {' '.join(KINDS)}: convert it, or move it elsewhere")
+                raise UserError(f"{file}: rows are read from {' '.join(KINDS)}: convert or move the file")
             found = list(islice(records(file, merge.columns), LOOKED_AT))
             for number, record in found:
                 place = f"{file}:{number}"
@@ -111,11 +111,11 @@ def of_curated(merge: Merge, exams: Exam) -> Material:
             more = " or more" if len(found) == LOOKED_AT else more
     except UserError as refusal:
         return Material(CURATED, "", str(refusal))
-    return Material(CURATED, f"{len(ids)}{more} rows that can be used" if ids else "", rows=frozenset(ids))
+    return Material(CURATED, f"{len(ids)}{more} valid rows" if ids else "", rows=frozenset(ids))
 
 
 def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
-    """The messages of a row. Raises UserError, naming the place, if it has none and may not be skipped."""
+    """The messages of a row; [] if it is invalid and skipped. Raises UserError if it is invalid and not skipped."""
     try:
         if isinstance(record, InvalidRow):
             raise record
@@ -139,5 +139,5 @@ def of_exam(path: Path) -> Material:
         questions = read_questions(path)
     except UserError as refusal:
         return Material(path, "", str(refusal).removeprefix(f"{path}: "), (QUESTION,))
-    few = "; 50 to 200 tell progress from chance" if path == EXAM and len(questions) < 50 else ""
+    few = "; use 50 to 200, to distinguish progress from chance" if path == EXAM and len(questions) < 50 else ""
     return Material(path, f"{len(questions)} questions{few}")

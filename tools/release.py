@@ -1,10 +1,10 @@
-"""Register this commit's artifacts (dvc.yaml names them) as a version, if they are good enough.
+"""Register the artifacts of dvc.yaml in this commit as a version, if the gate passes.
 
     python -m tools.release VERSION
 
-VERSION is SemVer, and higher than the last. All must be committed, up to date and in DVC's remote, and the gate must
-pass against the last version -> a GTO tag for each artifact, whose message is `dvc metrics diff` against the last
-version; or no tag at all. Pushes nothing.
+VERSION is a semantic version, higher than the last one. Everything must be committed, up to date and in DVC's remote,
+and the gate must pass against the last version. Makes one GTO tag per artifact, with `dvc metrics diff` against the
+last version as message; or, after an error, no tag at all. Pushes nothing.
 """
 
 import json
@@ -21,26 +21,28 @@ from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.paths import EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS
 
-METRICS = [EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS]  # which the gate judges
+METRICS = [EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS]  # the metrics that the gate compares
 
 
 def main() -> None:
     version, artifacts = " ".join(sys.argv[1:]), list(read_yaml(Path("dvc.yaml"))["artifacts"])
     if "origin" in git("remote").split():
-        git("fetch", "--quiet", "--tags", "origin")  # a version may be another clone's
+        git("fetch", "--quiet", "--tags", "origin")  # another clone may have registered a version
     versions, withdrawn = registered(artifacts)
     require_higher(version, versions)
     require_shared()
     last = max(versions.keys() - withdrawn, key=versions.__getitem__, default=None)
     if subprocess.run([sys.executable, "-m", "tools.gate", *([last] if last else [])]).returncode:
-        raise UserError("release: the gate does not let it pass, see above; nothing is registered")
+        raise UserError("release: the gate failed, see above; nothing is registered")
     tags = register(artifacts, f"v{version}", changelog(last) if last else "The first version.")
     print(f"registered {', '.join(tags)}: git push origin {' '.join(tags)}")
 
 
 def registered(artifacts: list[str]) -> tuple[dict[str, Version], set[str]]:
-    """The versions of all by their tags, such as adapter@v1.0.0; and which of these tags `gto deprecate` withdrew, by
-    another one, such as adapter@v1.0.0!"""
+    """{tag: version} of tags such as adapter@v1.0.0; and the tags that `gto deprecate` withdrew.
+
+    GTO withdraws a tag by another tag, such as adapter@v1.0.0!
+    """
     tags = git("tag", "--list", *(f"{artifact}@v*" for artifact in artifacts)).split()
     numbers = {tag: tag.partition("@v")[2] for tag in tags}
     versions = {tag: Version.parse(number) for tag, number in numbers.items() if Version.is_valid(number)}
@@ -52,13 +54,13 @@ def require_higher(version: str, versions: dict[str, Version]) -> None:
         raise UserError(f"VERSION is {version!r}: set it to a semantic version such as 1.2.0")
     highest = max(versions, key=versions.__getitem__, default=None)
     if highest and Version.parse(version) <= versions[highest]:
-        raise UserError(f"VERSION is {version}, and {highest} is registered: choose a higher one")
+        raise UserError(f"VERSION is {version}, but {highest} is registered: choose a higher version")
 
 
 def require_shared() -> None:
-    """Raises UserError unless others can have all of what is released: it is committed, up to date, and in the remote."""
+    """Raises UserError unless everything is committed, up to date, and in the remote."""
     if git("status", "--porcelain"):
-        raise UserError("release: there are changes that are not committed: git commit or git stash them")
+        raise UserError("release: uncommitted changes: git commit or git stash them")
     if stale := json.loads(dvc("status", "--json")):
         raise UserError(f"release: dvc status names {', '.join(stale)}: dvc repro or dvc pull, and commit")
     if absent := json.loads(dvc("data", "status", "--not-in-remote", "--granular", "--json")).get("not_in_remote"):
@@ -73,10 +75,10 @@ def changelog(last: str) -> str:
 
 
 def register(artifacts: list[str], version: str, message: str) -> list[str]:
-    """All tags or none: they are made in a clone, and come from there in one transaction.
+    """Make all tags or none: they are made in a clone, and fetched from there in one transaction.
 
     Raises:
-        UserError: GTO or git refuses one of them.
+        UserError: GTO or git refuses a tag.
     """
     author, _, email = git("var", "GIT_COMMITTER_IDENT").rpartition(">")[0].partition(" <")
     commit = git("rev-parse", "HEAD")
@@ -101,7 +103,7 @@ def dvc(*arguments: str) -> str:
 
 
 def output(*command: str) -> str:
-    """Raises UserError after what the command itself says of its failure."""
+    """The command's output. Raises UserError if the command fails; the command prints its own error."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
         raise UserError("release: stopped, see above; nothing is registered")

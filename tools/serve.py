@@ -1,11 +1,11 @@
-"""Serve a GGUF file to the programs of this machine, by llama.cpp's own server: the OpenAI API, and a chat page.
+"""Serve a GGUF file to the programs on this machine with llama.cpp's server: the OpenAI API, and a chat page.
 
     python -m tools.serve [--port PORT] [GGUF]
 
-Without GGUF it is the file that the Modelfile names. Each of SLOTS conversations at once has gguf.num_ctx tokens;
-gguf.temperature is for requests that name none. Ctrl-C ends it. Unlike everywhere else here, a control token in a
-message is one to the model: llama.cpp's API has no guard yet (https://github.com/ggml-org/llama.cpp/issues/28249), so
-that whoever may ask may forge turns.
+Without GGUF, the file in the Modelfile is served. Each of SLOTS parallel conversations has gguf.num_ctx tokens.
+gguf.temperature is the default of requests. Ctrl-C ends the server. Unlike the other tools, a control token in a
+message is a control token to the model, so a client can forge turns: llama.cpp's API has no protection yet
+(https://github.com/ggml-org/llama.cpp/issues/28249).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
     with served(
         file, gguf.num_ctx, parameters.threads, port=options.port, slots=SLOTS, temperature=gguf.temperature
     ) as server:
-        print(f"{file}: {server.url}/v1 for OpenAI clients, {server.url} for the browser; Ctrl-C ends it")
+        print(f"{file}: {server.url}/v1 for OpenAI clients, {server.url} for the browser; Ctrl-C ends the server")
         message = '{"messages": [{"role": "user", "content": "Hello"}]}'
         print(f"curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{message}'", flush=True)
         raise UserError(f"{file}: llama.cpp ended (exit status {server.process.wait()})")
@@ -41,12 +41,12 @@ def main() -> None:
 
 def require_free(port: int) -> None:
     if not 0 < port < 2**16:
-        raise UserError(f"--port {port}: a port is a number from 1 to {2**16 - 1}")
+        raise UserError(f"--port {port}: set it to a number from 1 to {2**16 - 1}")
     try:
         socket.create_server(("127.0.0.1", port)).close()
     except OSError as error:
-        reason = "it is taken" if error.errno == errno.EADDRINUSE else error
-        raise UserError(f"--port {port}: {reason}: choose another") from None
+        reason = "another program uses this port" if error.errno == errno.EADDRINUSE else error
+        raise UserError(f"--port {port}: {reason}: choose another port") from None
 
 
 if __name__ == "__main__":

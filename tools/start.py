@@ -1,9 +1,9 @@
-"""Begin a project of your own: the demo goes aside, skeletons of your files come, and a commit holds both.
+"""Start your own project: move the demo aside, write skeletons of your files, and commit both.
 
     python -m tools.start [--recipe RECIPE] [--name NAME]
 
-Asks for the recipe and the name that are not given. The demo's files, metrics and dvc.lock move to tests/demo, where
-the tests use them, and its README.md becomes PIPELINE.md. A file of data/ that is not the demo's any more stays.
+Asks for the recipe and the name if they are not given. The demo's files, metrics and dvc.lock move to tests/demo, where
+the tests use them; its README.md becomes PIPELINE.md. A file of data/ that was changed since the demo stays.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from pipeline.model.base import file_hash
 from tools.use import PARAMETERS, recipe, recipes, use
 
 DEMO = Path("tests/demo")
-DEMO_FILES = Path("data/demo.sha256")  # as sha256sum writes them; it goes aside too, so a second start finds none
+DEMO_FILES = Path("data/demo.sha256")  # output of sha256sum; it moves aside too, so that a second start stops
 SKELETON = Path(__file__).parent / "skeleton"
 LOCK = Path("dvc.lock")
-MADE = (str(LOCK), "metrics")  # kept in git, and made by the stages
+MADE = (str(LOCK), "metrics")  # in git, and made by the stages
 README, PIPELINE = Path("README.md"), Path("PIPELINE.md")
-TITLE = "# qlora-dvc\n"  # of the README that is not the user's
-BUILT_IN = "tiny-base"  # the recipe of the base that the demo's general exam is for
+TITLE = "# qlora-dvc\n"  # the first line of the template's README
+BUILT_IN = "tiny-base"  # the recipe of the base for which the demo's general exam was written
 
 
 def main() -> None:
@@ -51,31 +51,33 @@ def main() -> None:
     written = write_skeletons(values, name)
     use(values)
     commit(name, written)
-    tell(written, own)
+    print_next_steps(written, own)
 
 
 def require_startable() -> None:
-    """Raises UserError if the project was started already, or git could not bring back or commit what is there."""
+    """Raises UserError if the project was started already, or git cannot restore or commit the files."""
     if not DEMO_FILES.exists() or DEMO.exists():
         raise UserError(f"this project was started already, and the demo is in {DEMO}: nothing was changed")
     if git("rev-parse", "--verify", "--quiet", "HEAD").returncode:
         raise UserError(
-            "this folder is no git repository: git init && git add -A && git commit -m Template, then again"
+            "this folder is not a git repository: git init && git add -A && git commit -m Template, then run again"
         )
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *(f":!{path}" for path in MADE)).stdout
     if changed:
-        raise UserError(f"{changed.splitlines()[0][3:]} has a change that is not committed: commit it or take it back")
+        raise UserError(f"{changed.splitlines()[0][3:]} has an uncommitted change: commit or undo it")
     if git("symbolic-ref", "--quiet", "HEAD").returncode:
-        raise UserError("git is on no branch, and would lose the commit: git switch -c main")
+        raise UserError("git is not on a branch, so the commit could be lost: git switch -c main")
     if link := next((path for path in linked() if path.is_symlink()), None):
-        raise UserError(f"{link} is a link, and the demo is moved: put the files themselves there")
+        raise UserError(f"{link} is a link, and the demo's files must be moved: replace the link by the files")
     if git("var", "GIT_COMMITTER_IDENT").returncode:
-        raise UserError("git does not know who commits: git config user.name NAME && git config user.email ADDRESS")
+        raise UserError(
+            "git has no name and address for commits: git config user.name NAME && git config user.email ADDRESS"
+        )
     check(PARAMETERS)
 
 
 def linked() -> Iterator[Path]:
-    """The demo's files and folders, each of which may be a link."""
+    """The demo's files and their folders. Each may be a link."""
     for line in DEMO_FILES.read_text(encoding="utf-8").splitlines():
         path = Path(line.partition("  ")[2])
         yield from (path, *path.parents)
@@ -88,7 +90,9 @@ def offer() -> str:
 
 def asked(variable: str, question: str) -> str:
     if not sys.stdin.isatty():
-        raise UserError(f"{variable} is missing, and there is no terminal to ask on: make start RECIPE=... NAME=...")
+        raise UserError(
+            f"{variable} is missing, and there is no terminal to ask for it: make start RECIPE=... NAME=..."
+        )
     try:
         return input(question).strip()
     except EOFError:
@@ -96,13 +100,13 @@ def asked(variable: str, question: str) -> str:
 
 
 def remove_outputs() -> None:
-    """Remove what the stages made of the demo, as far as dvc.lock knows it; what a run may only add to stays."""
+    """Remove the outputs of the demo that equal dvc.lock, except persistent outputs."""
     if not LOCK.exists():
         return
     command = [sys.executable, "-m", "dvc", "data", "status", "--json"]
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
-        raise UserError(f"dvc data status fails: {' '.join(found.stderr.split())}: git checkout {LOCK}, then again")
+        raise UserError(f"dvc data status fails: {' '.join(found.stderr.split())}: git checkout {LOCK}, then run again")
     changed = {path.rstrip("/") for path in json.loads(found.stdout).get("uncommitted", {}).get("modified", [])}
     locked = {out["path"] for stage in read_yaml(LOCK)["stages"].values() for out in stage.get("outs", [])}
     for stage in read_yaml(Path("dvc.yaml"))["stages"].values():
@@ -113,7 +117,7 @@ def remove_outputs() -> None:
 
 
 def demo_files() -> tuple[list[Path], list[Path]]:
-    """Those that are still the demo's, and those that became the user's."""
+    """The unchanged files of the demo, and the files that the user changed."""
     demo: list[Path] = []
     own: list[Path] = []
     for line in DEMO_FILES.read_text(encoding="utf-8").splitlines():
@@ -138,7 +142,7 @@ def copy(path: Path, to: Path) -> None:
 
 
 def write_skeletons(values: Path, name: str) -> list[Path]:
-    """Every file of tools/skeleton whose place is free, for the recipe `values`."""
+    """Copy the files of tools/skeleton that do not exist yet, for the recipe `values`. Return their paths."""
     written = []
     for skeleton in sorted(path for path in SKELETON.rglob("*") if path.is_file()):
         path = skeleton.relative_to(SKELETON)
@@ -163,21 +167,19 @@ def commit(name: str, written: list[Path]) -> None:
     for command in (["add", "--", *paths], ["commit", "--quiet", "--message", f"Start {name}", "--", "."]):
         done = git(*command)
         if done.returncode:
-            said = " ".join(f"{done.stderr} {done.stdout}".split()) or "without a word"
-            raise UserError(f"git {command[0]} failed ({said}): all else is done: git add -A && git commit")
+            said = " ".join(f"{done.stderr} {done.stdout}".split()) or "no message"
+            raise UserError(f"git {command[0]} failed ({said}): everything else is done: git add -A && git commit")
 
 
-def tell(written: list[Path], own: list[Path]) -> None:
+def print_next_steps(written: list[Path], own: list[Path]) -> None:
     for path in written:
         if path.name != ".gitkeep":
-            print(f"{path}: yours to fill")
+            print(f"{path}: fill in your data")
     for path in own:
-        print(f"{path}: yours already, and left as it is")
+        print(f"{path}: you changed this file, so it stays as it is")
     manual = f", its README is {PIPELINE}" if PIPELINE.exists() else ""
-    print(f"The demo is in {DEMO}{manual}; all of that is one commit.")
-    print(
-        "Next: make check tells what is missing; git remote set-url origin ADDRESS points git to a repository of yours."
-    )
+    print(f"The demo is in {DEMO}{manual}; all changes are one commit.")
+    print("Next: make check shows what is missing; git remote set-url origin ADDRESS connects your own git repository.")
 
 
 def git(*arguments: str) -> subprocess.CompletedProcess[str]:

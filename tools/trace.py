@@ -1,7 +1,7 @@
-"""Follow a training row back to the line, fact or passage that it came from.
+"""Show the source of a training row: line, fact or passage; or the outcome of a source.
 
-python -m tools.trace ID            # a row of data/train_merged.jsonl or data/valid.jsonl; its first characters do
-python -m tools.trace FILE:NUMBER   # what became of the line, fact or passage that stands there
+python -m tools.trace ID            # a row of data/train_merged.jsonl or data/valid.jsonl, by the beginning of its id
+python -m tools.trace FILE:NUMBER   # the rows of this line, fact or passage, and their outcomes
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pipeline.data.documents import DOCUMENTS, read_passages
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records
 
-FATES = {
-    "data/train_merged.jsonl": "is a row to train on",
-    "data/valid.jsonl": "is a row to validate with",
+OUTCOMES = {
+    "data/train_merged.jsonl": "is a training row",
+    "data/valid.jsonl": "is a validation row",
     "data/tokens/overflow.jsonl": "was too long",
-    "data/quarantine.jsonl": "went",
-    "data/ungrounded.jsonl": "was never a row",
+    "data/quarantine.jsonl": "was dropped",
+    "data/ungrounded.jsonl": "was not made a row",
 }
 
 
@@ -34,16 +34,16 @@ def main() -> None:
 
 
 def trace(wanted: str) -> None:
-    """Print the rows that have that id or source, what became of them, and what stands at their sources."""
+    """Print the rows with this id or source, their outcomes, and the content of their sources."""
     wanted = wanted.removeprefix(f"{Path.cwd()}/").removeprefix("./")
     found = list(rows_of(wanted))
     if not found:
-        missing = [file for file in FATES if not Path(file).exists()]
-        hint = f"; {', '.join(missing)} not there: run dvc repro tokenize, or dvc pull" if missing else ""
-        raise UserError(f"no row has the id or the source {wanted!r}: both are in {', '.join(FATES)}{hint}")
+        missing = [file for file in OUTCOMES if not Path(file).exists()]
+        hint = f"; {', '.join(missing)} missing: run dvc repro tokenize, or dvc pull" if missing else ""
+        raise UserError(f"no row has the id or source {wanted!r}: look them up in {', '.join(OUTCOMES)}{hint}")
     for file, row in found:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
-        print(f"{row.get('id', 'a row')} {FATES[file]} ({file}){why and f': {why}'}")
+        print(f"{row.get('id', 'a row')} {OUTCOMES[file]} ({file}){why and f': {why}'}")
         for message in row.get("messages", []):
             print(f"  {message['role']}: {message['content']}")
     parameters = check(Path("params.yaml"))
@@ -52,10 +52,10 @@ def trace(wanted: str) -> None:
 
 
 def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file, row) of every row with that id or source."""
-    for file in FATES:
+    """Yield (file, row) for every row with this id or source."""
+    for file in OUTCOMES:
         if not Path(file).exists():
-            continue  # of a stage that has not run yet
+            continue  # its stage has not run yet
         with open(file, "rb") as lines:
             for row in map(orjson.loads, filter(bytes.strip, lines)):
                 if row["source"] == wanted or (wanted and row.get("id", "").startswith(wanted)):
@@ -63,11 +63,11 @@ def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def origin(source: str, parameters: Parameters) -> str:
-    """What stands at a source: a record of a hand-written file, a fact, or a passage with its place."""
+    """The content of a source: a record of data/curated, a fact, or a passage with page and heading."""
     name, _, number = source.rpartition(":")
     file = Path(name)
     if not file.exists():
-        raise UserError(f"{file} is not there any more: git log -- {file}")
+        raise UserError(f"{file} does not exist any more: run git log -- {file}")
     at = int(number)
     if not file.is_relative_to("data/raw"):
         found = [record for line, record in records(file, parameters.merge.columns) if line == at]
@@ -78,7 +78,7 @@ def origin(source: str, parameters: Parameters) -> str:
     else:
         facts = [fact for fact in read_facts([file]) if fact.place == source]
         text = "\n  ".join(f"{column}: {value}" for fact in facts for column, value in fact.values.items())
-    return text or f"nothing any more: {file} has changed since the rows were made"
+    return text or f"no content: {file} has changed since the rows were made"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tuned model and its base, loaded by Transformers to answer people."""
+"""Loads the tuned model or its base with Transformers, for the tools that answer questions."""
 
 import json
 from typing import Any
@@ -18,20 +18,20 @@ from pipeline.model.tensor_files import stored_tensors
 
 
 def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
-    """The base in NF4, with the adapter on it if `tuned`, as it sits the exam; and the base's tokenizer.
+    """The base in NF4 as in the exam, with the adapter if `tuned`; and the tokenizer.
 
     Raises:
-        UserError: one of them is missing or damaged, or the adapter is of another base.
+        UserError: a file is missing or damaged, or the adapter was trained on another base.
     """
     if tuned:
         if not (ADAPTER / "adapter_model.safetensors").exists():
             raise UserError(f"{ADAPTER}/adapter_model.safetensors is missing: run dvc repro model_card, or dvc pull")
-        if not BASE.exists():  # DVC brought the adapter alone
+        if not BASE.exists():  # after dvc pull of only the adapter
             fetch_base(parameters.base.model)
     folder, base = located()
     if tuned:
         require_same_base(ADAPTER, base)
-        read_config(ADAPTER)  # refuses a damaged file, as does the next line
+        read_config(ADAPTER)  # this line and the next refuse damaged files
         stored_tensors(ADAPTER / "adapter_model.safetensors")
     device = pick_device(parameters.base.device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
@@ -42,10 +42,10 @@ def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
 
 
 def fetch_base(local: str) -> None:
-    """Fetch the hub model that the adapter names, or take the folder `local`, and describe it as prepare_base does.
+    """Download the adapter's hub model, or use the folder `local`, and write models/base.json as prepare_base does.
 
     Raises:
-        UserError: there is no such model, or the adapter was trained on another.
+        UserError: the model does not exist, or the adapter was trained on another base.
     """
     trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
     base = describe(trained_on["model"] if trained_on["revision"] else local, trained_on["revision"])

@@ -1,8 +1,8 @@
-"""Put the values of a recipe into params.yaml. Its comments, and all other values, stay as they are.
+"""Write the values of a recipe into params.yaml. Comments and all other values do not change.
 
     python -m tools.use RECIPE
 
-recipes/README.md tells which there are; `git diff` shows what changed, `git checkout params.yaml` takes it back.
+recipes/README.md lists the recipes. `git diff` shows the changes; `git checkout params.yaml` undoes them.
 """
 
 import sys
@@ -21,7 +21,7 @@ PARAMETERS = Path("params.yaml")
 def main() -> None:
     path = recipe(" ".join(sys.argv[1:]))
     use(path)
-    print(f"{path} is in {PARAMETERS}: git diff shows it, make check tells whether this machine suffices")
+    print(f"{PARAMETERS} has the values of {path}: git diff shows them, make check estimates memory and time")
 
 
 def recipes() -> dict[str, Path]:
@@ -29,7 +29,7 @@ def recipes() -> dict[str, Path]:
 
 
 def recipe(name: str) -> Path:
-    """Raises UserError, naming all, if there is none of that name."""
+    """Raises UserError with all names if no recipe has this name."""
     if name not in recipes():
         raise UserError(f"RECIPE is {name!r}: set it to one of {', '.join(recipes())}")
     return recipes()[name]
@@ -39,11 +39,11 @@ def use(recipe: Path) -> None:
     """Write the recipe's values into params.yaml.
 
     Raises:
-        UserError: one of both has an unknown key or a wrong value; params.yaml stays as it is.
+        UserError: the recipe or params.yaml has an unknown key or an invalid value. params.yaml does not change.
     """
     check(PARAMETERS)
     yaml = YAML()
-    yaml.width = 2**16  # no line is folded
+    yaml.width = 2**16  # do not fold lines
     yaml.preserve_quotes = True
     yaml.representer.add_representer(type(None), lambda to, _: to.represent_scalar("tag:yaml.org,2002:null", "null"))
     parameters = yaml.load(PARAMETERS)
@@ -52,9 +52,9 @@ def use(recipe: Path) -> None:
     except YAMLError as error:
         raise UserError(f"{recipe} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not (isinstance(sections, dict) and all(isinstance(values, dict) for values in sections.values())):
-        raise UserError(f"{recipe} is no sections with their keys: write it like params.yaml")
+        raise UserError(f"{recipe} must have sections with keys: write it like params.yaml")
     for section, values in sections.items():
-        parameters.setdefault(section, {}).update(values)  # an unknown one is refused below
+        parameters.setdefault(section, {}).update(values)  # `check` below refuses an unknown section
     with atomic_output(PARAMETERS) as aside:
         yaml.dump(parameters, aside)
         try:

@@ -1,1 +1,1 @@
-"""What every package of the pipeline stands on."""
+"""Helpers that every package of the pipeline uses."""

@@ -1,23 +1,23 @@
-"""What a stage asks DVC of its outputs."""
+"""Restores the outputs of a stage after a failed run."""
 
 import subprocess
 
 
 def put_back_outputs(stage: str) -> None:
-    """Check the stage's outputs out as dvc.lock has them; a metric that was never made here, as git has it.
+    """Restore the stage's outputs from DVC's cache; a metric that is not in the cache, from git.
 
-    `dvc checkout` cannot: the running `dvc repro` locks them. An output that persists was not deleted, and what the
-    failed run added to it is kept.
+    `dvc checkout` cannot do this, because the running `dvc repro` holds the lock. A persistent output is not restored:
+    DVC has not deleted it, and the additions of the failed run are kept.
     """
     from dvc.repo import Repo
 
     for out in Repo().stage.load_one(name=stage).outs:
         if out.persist:
             continue
-        in_git, out.use_cache = not out.use_cache, True  # metrics lie in the cache too, as part of the run cache
+        in_git, out.use_cache = not out.use_cache, True  # the run cache has the metrics too
         if out.hash_info and not out.changed_cache():
             out.checkout(force=True)
             if in_git:
-                out.unprotect()  # a copy: git and `dvc exp apply` write it in place, and through a link into the cache
+                out.unprotect()  # git and `dvc exp apply` write in place, which would change a linked cache file
         elif in_git:
             subprocess.run(["git", "checkout", "--quiet", "--", out.fs_path], stderr=subprocess.DEVNULL, check=False)

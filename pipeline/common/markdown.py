@@ -1,4 +1,4 @@
-"""Markdown that reads well in a terminal too."""
+"""Writes Markdown that is readable in a terminal too."""
 
 import re
 import unicodedata
@@ -8,7 +8,7 @@ NUMBER = re.compile(r"([-+\u2212]?\d.*)?")
 
 
 def table(head: list[str], lines: list[list[Any]]) -> list[str]:
-    """Lines of a table with aligned columns, those of numbers to the right, and a blank line."""
+    """The lines of a table, with a blank line at the end. Number columns are right-aligned."""
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in [head, *lines]]
     columns = list(zip(*cells, strict=True))
     widths = [max(3, *map(width, column)) for column in columns]
@@ -26,13 +26,12 @@ def padded(cell: str, columns: int, right: bool) -> str:
 
 
 def width(text: str) -> int:
-    """Columns of a terminal: Korean, Chinese and Japanese characters take two."""
+    """Terminal columns of `text`. Korean, Chinese and Japanese characters take two columns."""
     return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
 
 
 def quoted(text: str, longest: int = 200) -> str:
-    """The beginning of a text, which may hold anything, as one line of code: nothing in it is Markdown, or mentions
-    a person."""
+    """The beginning of any text as one line of inline code, so that it makes neither Markdown nor @mentions."""
     line = "".join(filter(str.isprintable, " ".join(text.split())))
     line = line if len(line) <= longest else f"{line[: longest - 1]}…"
     return f"`{line.replace('`', chr(39))}`" if line else ""

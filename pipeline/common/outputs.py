@@ -1,4 +1,4 @@
-"""What stages write, completely or not at all, and read of each other."""
+"""Writes the outputs of stages (complete or not at all), and reads them."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from pipeline.common.errors import UserError
 
 @contextmanager
 def atomic_output(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to make a file or folder at; it becomes `path` if the block ends without error."""
+    """Yield a temporary path for a file or folder. It is renamed to `path` if the block ends without error."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,12 +24,12 @@ def atomic_output(path: str | Path) -> Iterator[Path]:
         raise
     if aside.is_dir() or path.is_dir():
         remove(path)
-    aside.replace(path)  # a file in one step: at no time is there none
+    aside.replace(path)  # atomic for a file
 
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Yield a folder beside `path` for what the block alone needs; also gone is what a killed block left in it."""
+    """Yield an empty temporary folder beside `path`, and remove it at the end."""
     folder = path.with_name(f".{path.name}.scratch.partial")
     remove(folder)
     folder.mkdir(parents=True)
@@ -66,7 +66,7 @@ def read_details(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError if the stage that writes the file has not run here."""
+    """Raises UserError if the file is missing."""
     if not path.exists():
         raise UserError(f"{path} is missing: run dvc repro, or dvc pull")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 def rounded(content: Any) -> Any:
-    """`content` with every float at six significant digits: more is noise, and makes diffs hard to read."""
+    """`content` with floats rounded to six significant digits: further digits are noise and make diffs hard to read."""
     if isinstance(content, float):
         return float(f"{content:.6g}")
     if isinstance(content, dict):

@@ -1,14 +1,14 @@
-"""The files that stages hand to each other, by the names that dvc.yaml has for them.
+"""The paths of the files that stages exchange.
 
-No stage depends on this list: another path here is another path in dvc.yaml, and a test holds that both agree.
+This module is no dependency of any stage: a changed path also changes in dvc.yaml, and a test compares both.
 """
 
 from pathlib import Path
 
 RAW = Path("data/raw")  # facts, phrasings and documents
-CURATED = Path("data/curated")  # rows of the user's own
-EXAM = Path("data/questions.jsonl")  # what the model is trained for
-GENERAL_EXAM = Path("data/general.jsonl")  # what the model must not forget
+CURATED = Path("data/curated")  # the user's rows
+EXAM = Path("data/questions.jsonl")  # tests what the model is trained for
+GENERAL_EXAM = Path("data/general.jsonl")  # tests what the model must not forget
 
 GENERATED = Path("data/train.jsonl")
 REPLIES = Path("data/replies.jsonl")
@@ -26,7 +26,7 @@ ADAPTER = Path("outputs/adapter")
 MERGED = Path("models/merged")
 GGUF = Path("models/gguf")
 
-# What people compare, and beside each the details, which are no metrics of DVC.
+# Metrics of DVC have the few numbers that people compare. The details are plain files, not metrics of DVC.
 GENERATE_METRICS = Path("metrics/generate.json")
 DATA_METRICS, DATA_DETAILS = Path("metrics/data.json"), Path("metrics/details/data.json")
 LENGTHS_METRICS, LENGTHS_DETAILS = Path("metrics/lengths.json"), Path("metrics/details/lengths.json")

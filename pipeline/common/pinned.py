@@ -1,4 +1,4 @@
-"""What is installed is what a requirements file names: dvc.lock takes the file for it.
+"""Checks that the installed packages are the pinned ones, because dvc.lock records the pinned versions.
 
 python -m pipeline.common.pinned
 """
@@ -16,10 +16,10 @@ REQUIREMENTS, LLAMA_CPP, LIBRARIES = "requirements.txt", "llama.cpp/requirements
 
 
 def require_pinned(name: str) -> None:
-    """Of the file `name`, lines for another Python or system do not count, nor does the build (torch +cpu).
+    """Check the requirements file `name`. Lines for another Python or system, and builds (torch +cpu), are ignored.
 
     Raises:
-        UserError: a package is not installed, or in another version than the file names.
+        UserError: a package is missing, or has another version than the file.
     """
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if (pin := line.partition("#")[0].strip()) and not pin.startswith("-"):  # an option of pip
@@ -30,18 +30,18 @@ def require_pinned(name: str) -> None:
             if not (installed and wanted.specifier.contains(installed, prereleases=True)):
                 remedy = "make setup" if installed else "make setup, and source .venv/bin/activate"
                 raise UserError(
-                    f"{name} names {wanted.name}{wanted.specifier}, and {installed or 'none'} is installed: {remedy}"
+                    f"{name} has {wanted.name}{wanted.specifier}, but {installed or 'none'} is installed: run {remedy}"
                 )
 
 
 def require_listed() -> None:
-    """Raises UserError if libraries.yaml, by which DVC knows versions, has another version than a requirements file."""
+    """Raises UserError if libraries.yaml (the versions for DVC) differs from the requirements files."""
     pinned = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in (REQUIREMENTS, LLAMA_CPP))
     listed = re.findall(r'^(\S+): "(\S+)"$', (ROOT / LIBRARIES).read_text(encoding="utf-8"), re.MULTILINE)
     for name, version in listed:
         if not re.search(rf"^{re.escape(name)}=={re.escape(version)}(?=[\s;])", pinned, re.MULTILINE):
             raise UserError(
-                f"{LIBRARIES} names {name} {version}, and the requirements files another version: make deps"
+                f"{LIBRARIES} has {name} {version}, but the requirements files have another version: run make deps"
             )
 
 
@@ -50,8 +50,8 @@ def installed_version(package: str) -> str | None:
         found = distribution(package)
     except PackageNotFoundError:
         return None
-    metadata = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""  # the latter of an old setup.py
-    # importlib.metadata.version parses the whole description too: three times as long for all of requirements.txt.
+    metadata = found.read_text("METADATA") or found.read_text("PKG-INFO") or ""  # PKG-INFO: old setup.py
+    # importlib.metadata.version parses the description too, which takes three times as long for requirements.txt.
     version = re.search(r"^Version: (\S+)$", metadata, re.MULTILINE)
     return version and version[1]
 

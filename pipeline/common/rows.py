@@ -18,9 +18,9 @@ def question_and_answer(question: str, answer: str) -> list[Message]:
 
 
 def row(messages: list[Message], source: str) -> Row:
-    """A row of NFC text. `source` is "file:number", the line, fact or passage that it came from.
+    """A row with NFC text. `source` is "file:number": the line, fact or passage of the row.
 
-    `id` is a hash of roles and contents: rows that differ in how their lines end, and in nothing else, are the same.
+    `id` is a hash of roles and contents. CRLF and LF give the same id.
     """
     messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
     turns = "\0".join(f"{m['role']} {m['content']}" for m in messages)
@@ -29,7 +29,7 @@ def row(messages: list[Message], source: str) -> Row:
 
 
 def group_of(text: str) -> str:
-    """A hash of the fact or passage that rows come from: it stays when its line number or its questions change."""
+    """A hash of a fact or passage. It does not depend on line numbers or questions."""
     return f"{hash64(text):016x}"
 
 

@@ -1,4 +1,4 @@
-"""Files that people put into a folder."""
+"""Lists the files that the user put into a folder."""
 
 import unicodedata
 from pathlib import Path
@@ -7,19 +7,20 @@ from pipeline.common.errors import UserError
 
 
 def user_files(folder: Path) -> list[Path]:
-    """All files below `folder` by name, but for hidden ones and those in hidden folders.
+    """All files below `folder`, sorted by name, without hidden files and hidden folders.
 
     Raises:
-        UserError: a name that cannot be shown, or a link to a folder or to nothing, which DVC would not follow.
+        UserError: a name has characters that cannot be printed; or a link points to a folder or to nothing, which DVC
+            does not follow.
     """
     found = []
     for path in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in str(path)):
-            raise UserError(f"{str(path)!r} is no name that can be shown: rename it")
+            raise UserError(f"{str(path)!r} has characters that cannot be printed: rename it")
         if path.is_symlink() and not path.is_file():
-            raise UserError(f"{path} is a link to a folder or to nothing: put the files themselves there")
+            raise UserError(f"{path} is a link to a folder or to nothing: replace the link by the files")
         if path.is_file():
             found.append(path)
     return found

@@ -1,4 +1,4 @@
-"""Texts as lists of words, to be compared."""
+"""Splits texts into lists of words, to compare them."""
 
 import re
 import unicodedata
@@ -7,21 +7,21 @@ import regex
 
 PROSE = {code: " " for code in range(128) if not chr(code).isalnum()}
 SIGN = re.compile(r"[-!#%&*@/\\+<=>|~^`$]")
-# A word; a sign that says something: -5, 7 - 3, a || b, !x, C++, ✅; but not - or ! in prose.
+# A word, or a sign with a meaning: -5, 7 - 3, a || b, !x, C++, ✅. But not - or ! in prose.
 ASCII = re.compile(r"[a-z0-9]+|[#%&*@/\\+<=>|~^`$]|(?<![a-z0-9])-(?=\s*[0-9])|!(?=[\w=(])")
 TOKEN = regex.compile(r"[\p{L}\p{M}\p{N}]+|[\p{S}#%&*@/\\‰§′″]|(?<![\p{L}\p{N}])-(?=\s*\p{N})|!(?=[\w=(])")
-UNSPACED = regex.compile(r"([\p{Han}\p{Hiragana}\p{Katakana}])")  # no spaces between words: each character is one
+UNSPACED = regex.compile(r"([\p{Han}\p{Hiragana}\p{Katakana}])")  # no spaces between words: each character is a word
 INVISIBLE = regex.compile(r"\p{Cf}")  # such as zero-width spaces
 DASH = re.compile("[−–‐‑‒]")
 CAPITAL = regex.compile(r"\p{Lu}[\p{L}\p{M}\p{N}]*")
 ACRONYM = re.compile(r"(?<=.)\b(?:[A-Z]{2,}|[A-HJ-Z])\b")
-# Digits in groups of three, all set apart by the same comma, apostrophe or space: 1,234 567 is two numbers.
+# Digits in groups of three, with one separator (comma, apostrophe or space): 1,234 567 is two numbers.
 THOUSANDS = re.compile(
     r"(?<![\w.])(?<!\d,)\d{1,3}(?>(?P<apart>[,'’ \u00a0\u2000-\u200a\u202f])\d{3}(?!\d)(?:(?P=apart)\d{3}(?!\d))*)"
     r"(?!,\d{3}(?!\d))"
 )
 CODE_SIGN = re.compile(r"[(\[\]{}=_\t]")
-# f(x), a[0], [1, 2], {}, x = 1, a_b, an indented line; not (in brackets). One space before an answer is no indentation.
+# f(x), a[0], [1, 2], {}, x = 1, a_b, an indented line; not (in brackets). One leading space is no indentation.
 CODE = re.compile(r"\w\(|[\[\]{}=]|\w_\w|^(?:\t|  | \t)\s*\S", re.MULTILINE)
 BRACKET = re.compile(r"[(){}\[\]]")
 WORD = re.compile(r"\w+")
@@ -29,7 +29,7 @@ NAME = regex.compile(r"(?<=[^\s.?!:…][\s\"'“‘(]+)\p{Lu}[\p{L}\p{M}\p{N}]*"
 
 
 def words(text: str) -> list[str]:
-    """The words and signs of `text` without regard to case, punctuation and Unicode's compatibility forms (NFKC)."""
+    """The words and signs of `text`, in lower case, normalized (NFKC), without punctuation."""
     if not text.isascii():
         return TOKEN.findall(UNSPACED.sub(r" \1 ", plain(text).casefold()))
     return ASCII.findall(text.lower()) if SIGN.search(text) else text.lower().translate(PROSE).split()
@@ -40,7 +40,7 @@ def plain(text: str) -> str:
 
 
 def joined(text: str) -> str:
-    """`text` with each number in one piece: 20 000 and 20,000 are 20000; 2024 300 is two numbers."""
+    """`text` without separators of thousands: 20 000 and 20,000 become 20000; 2024 300 stays two numbers."""
     return THOUSANDS.sub(lambda number: number[0].replace(number["apart"], ""), text)
 
 
@@ -49,8 +49,8 @@ def is_sign(word: str) -> bool:
 
 
 def layout(text: str) -> str:
-    """What code says beside its words: brackets, the indentation of lines, and case. Empty of a text without code."""
-    if not (("  " in text or CODE_SIGN.search(text)) and CODE.search(text)):  # the first two are quick
+    """The brackets, the indentation and the case of code in `text`; empty for a text without code."""
+    if not (("  " in text or CODE_SIGN.search(text)) and CODE.search(text)):  # quick checks first
         return ""
     indents = [line[: -len(line.lstrip())] for line in text.splitlines() if line.strip()]
     indented = any(len(indent) > 1 or indent == "\t" for indent in indents)
@@ -59,12 +59,12 @@ def layout(text: str) -> str:
 
 
 def exact(text: list[str]) -> list[str]:
-    """Those words of `text` that are signs or have a digit: with another one a text says another thing."""
+    """The words of `text` that are signs or have a digit. If they differ, two texts differ in meaning."""
     return [word for word in text if not word.isalpha() and (is_sign(word) or any(map(str.isdigit, word)))]
 
 
 def names(text: str) -> set[str]:
-    """The words of `text` that have a capital though they begin no sentence; none of a title, where most do."""
+    """The words with a capital that do not begin a sentence; empty for a title, where most words have a capital."""
     found = NAME.findall(plain(text))
     return {word.casefold() for word in found} if 2 * len(found) <= len(words(text)) else set()
 
@@ -75,5 +75,5 @@ def capitals(text: str) -> set[str]:
 
 
 def acronyms(text: str) -> set[str]:
-    """The words of `text` that are capitals alone, such as IT, US and the A of vitamin A; none where all are."""
+    """The words in capitals, such as IT, US and the A of vitamin A; empty if all words are in capitals."""
     return set() if text.isupper() else {word.casefold() for word in ACRONYM.findall(text)}

@@ -1,1 +1,1 @@
-"""From what people wrote to checked training rows."""
+"""Reads the user's files and makes checked training rows of them."""

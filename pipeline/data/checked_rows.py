@@ -1,4 +1,4 @@
-"""Millions of rows, checked in parallel: their text waits in a file, a few numbers of each are held in memory."""
+"""Checks millions of rows in parallel. The text of a row is in a scratch file; memory holds a few numbers per row."""
 
 import os
 from collections import Counter, deque
@@ -22,39 +22,41 @@ from pipeline.data.leaks import Exam, Leak
 from pipeline.data.near_duplicates import Keys, band_keys
 from pipeline.evaluation.questions import Question
 
-KEY_NAMES = 10_000  # that are told apart; a file may have a new one in each row
-CHUNK = 2**20  # bytes of rows that a process gets at once
+# Bounds the memory, because a file may have a new key name in each row. SHOWN_KEYS of stages/merge.py is another limit:
+# it bounds the metrics file, and takes the most frequent names of all.
+KEY_NAMES = 10_000  # unknown key names that are counted by name
+CHUNK = 2**20  # bytes of rows in one task of a process
 
-exam: Exam  # of a process that checks: it remembers the words that it has met
+exam: Exam  # one per worker process; it caches the words that it has seen
 
 
 @dataclass
 class Chunk:
-    """A stretch of a file's rows, checked."""
+    """Consecutive rows of a file, checked. The arrays have one entry per valid row."""
 
-    read: int
-    lines: list[bytes]  # the valid ones as they will be written
+    read: int  # number of rows, invalid ones included
+    lines: list[bytes]  # the valid rows, as they will be written
     sources: list[str]
     ids: Keys
-    groups: Keys  # the same for rows of one fact or passage
-    questions: Keys  # hashes of the words of all but the last answer, and of the layout of its code
-    answers: Keys  # the same of the last answer
+    groups: Keys  # equal for rows of one fact or passage
+    questions: Keys  # hash of all messages before the last answer: their words, and the layout of their code
+    answers: Keys  # hash of the last answer: its words, and the layout of its code
     bands: Keys  # (rows, bands)
-    leaks: dict[int, Leak]  # by place in `lines`
+    leaks: dict[int, Leak]  # by index in `lines`
     invalid: list[dict[str, str]]  # entries of the quarantine
-    unknown_keys: Counter[str]  # in how many of the valid ones
+    unknown_keys: Counter[str]  # name: number of valid rows that have it
 
 
 class CheckedRows:
-    """All valid rows in the order in which they were read."""
+    """All valid rows, in the order in which they were read. Raises UserError if there is none."""
 
     def __init__(self, chunks: Iterator[Chunk], scratch: IO[bytes]) -> None:
         self.scratch = scratch
         self.read = 0
         self.sources: list[str] = []
         self.leaks: dict[int, Leak] = {}
-        self.unknown_keys: Counter[str] = Counter()  # by name, in how many rows
-        self.further_keys = 0  # how often keys with yet other names occur
+        self.unknown_keys: Counter[str] = Counter()  # name: number of rows that have it
+        self.further_keys = 0  # occurrences of key names beyond KEY_NAMES
         columns: list[tuple[Keys, ...]] = []
         lengths = []
         for chunk in chunks:
@@ -71,7 +73,7 @@ class CheckedRows:
             scratch.writelines(chunk.lines)
         scratch.flush()
         if not self.sources:
-            raise UserError(f"no rows that can be used, of {self.read}: add some to data/curated, or facts to data/raw")
+            raise UserError(f"no valid rows among {self.read} rows: add rows to data/curated, or facts to data/raw")
         parts = map(np.concatenate, zip(*columns, strict=True))
         self.ids, self.groups, self.questions, self.answers, self.bands = parts
         self.ends = np.cumsum(np.concatenate(lengths))
@@ -89,15 +91,16 @@ class CheckedRows:
         return orjson.loads(os.pread(self.scratch.fileno(), int(self.ends[at]) - start, start))["messages"]
 
     def question_and_answer(self, at: int) -> tuple[list[str], list[str]]:
-        """The words of all of a row but its last answer, and those of that answer."""
+        """The words of all messages before the last answer, and the words of the last answer."""
         messages = self.messages(at)
         return words_of(messages[:-1]), words_of(messages[-1:])
 
 
 def checked(files: list[Path], generated: Path, questions: list[Question], merge: Merge) -> Generator[Chunk]:
-    """The rows of all files, in order. A row of `generated` keeps the source that it names, any other's is its place.
+    """Yield the checked rows of all files, in order.
 
-    This process reads, never far ahead of those that check, one for each processor.
+    A row of `generated` keeps its own source; the source of any other row is its file and line. This process reads the
+    files; one worker per processor checks the rows. At most two chunks per worker wait.
     """
     check = partial(check_chunk, generated=generated, near_duplicate=merge.near_duplicate)
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
@@ -169,7 +172,7 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
 
 
 def by_count(names: Counter[str]) -> list[tuple[str, int]]:
-    """The most frequent first, those as frequent by name."""
+    """Names by descending count; names of equal count in alphabetical order."""
     return sorted(names.items(), key=lambda name: (-name[1], name[0]))
 
 

@@ -1,4 +1,4 @@
-"""metrics/data.md: what came in, what went and why, for a person to read."""
+"""metrics/data.md: how many rows were read, which rows were dropped, and why."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.common.markdown import quoted, table
 
 MEANING = {
-    "read": "came in",
+    "read": "were read",
     "invalid": "cannot be used",
     "duplicate": "are the same text as an earlier row",
     "near_duplicate": "nearly repeat an earlier row (`merge.near_duplicate`)",
@@ -21,8 +21,11 @@ Examples = Mapping[str, list[dict[str, str]]]
 def data_page(
     generated: dict[str, Any], metrics: dict[str, Any], examples: Examples, conflicts: list[list[str]]
 ) -> str:
-    """Markdown. `generated` is metrics/generate.json, `metrics` metrics/data.json; `examples` are entries of the
-    quarantine by reason; `conflicts` are a question each, and two answers with their sources, the first few of all."""
+    """The page as Markdown.
+
+    `generated` is the content of metrics/generate.json, `metrics` of metrics/details/data.json. `examples` are entries
+    of the quarantine by reason. Each of `conflicts` is a question and two answers with their sources.
+    """
     rows = metrics["rows"]
     return "\n".join(
         [
@@ -31,29 +34,29 @@ def data_page(
             *table(
                 ["", "rows", "share", ""], [[key, n, share(n, rows["read"]), MEANING[key]] for key, n in rows.items()]
             ),
-            "Of rows that repeat each other the first stays: files of `data/curated` by name, then generated rows.",
-            "Every row that went is in `data/quarantine.jsonl`; `python -m tools.trace ID` follows one to its origin.",
+            "Of rows that repeat each other, the first is kept: rows of `data/curated` first, then generated rows.",
+            "Every dropped row is in `data/quarantine.jsonl`; `python -m tools.trace ID` follows one to its origin.",
             "",
             "## By file",
             "",
             *table(["file", *rows], [[file, *counts.values()] for file, counts in metrics["sources"].items()]),
             *unknown_keys(metrics["unknown_keys"], metrics["further_unknown_keys"]),
             *documents(generated),
-            *(line for reason in examples for line in gone(reason, metrics, examples[reason])),
+            *(line for reason in examples for line in dropped_rows(reason, metrics, examples[reason])),
             *same_question(metrics["conflicts"], conflicts),
         ]
     )
 
 
 def unknown_keys(named: dict[str, int], further: int) -> list[str]:
-    """What rows of data/curated have beside what is trained, by name."""
+    """The keys of data/curated that no format knows, with the number of rows that have them."""
     if not named:
         return []
     return [
         "## Keys that no format knows",
         "",
-        "The rows are trained without them. If one matters, write it into the messages. A column of a CSV or Parquet",
-        "file can be named in `merge.columns`.",
+        "The rows are trained on without these keys. If a key matters, write its value into the messages. A column of",
+        "a CSV or Parquet file can be named in `merge.columns`.",
         "",
         *table(["key", "rows"], [[quoted(name) or "(no name)", n] for name, n in named.items()]),
         *([f"Keys with other names: {further}.", ""] if further else []),
@@ -61,7 +64,7 @@ def unknown_keys(named: dict[str, int], further: int) -> list[str]:
 
 
 def documents(generated: dict[str, Any]) -> list[str]:
-    """What the language model made of the documents."""
+    """The counts of passages, and of questions that were dropped."""
     questions, passages = generated["questions"], generated["passages"]
     if not generated["documents"]:
         return []
@@ -69,14 +72,14 @@ def documents(generated: dict[str, Any]) -> list[str]:
     return [
         f"## From {generated['documents']} documents",
         "",
-        f"{passages['read']} passages, {passages['unanswered']} without a reply that can be used; of "
+        f"{passages['read']} passages, {passages['unanswered']} without a valid reply; of "
         f"{questions['of_documents']} questions:",
         "",
         *table(list(dropped), [list(dropped.values())]),
     ]
 
 
-def gone(reason: str, metrics: dict[str, Any], examples: list[dict[str, str]]) -> list[str]:
+def dropped_rows(reason: str, metrics: dict[str, Any], examples: list[dict[str, str]]) -> list[str]:
     count = metrics["invalid"].get(reason) or metrics["rows"][reason]
     return [
         f"## {reason[0].upper()}{reason[1:].replace('_', ' ')}: {count}",
@@ -93,8 +96,9 @@ def same_question(count: int, conflicts: list[list[str]]) -> list[str]:
     return [
         f"## The same question with another answer: {count}",
         "",
-        "All of them are kept: correct those that are wrong. `data/conflicts.jsonl` has the sources of all.",
-        "Case, spaces and the punctuation of prose make no other answer; brackets, indentation and case of code do.",
+        "All of these rows are kept: correct the wrong answers. `data/conflicts.jsonl` has the sources of all.",
+        "Answers that differ only in case, spaces or punctuation of prose are equal. Brackets, indentation and case of",
+        "code make answers different.",
         "",
         *(
             f"- {quoted(question)}\n" + "\n".join(f"  - {quoted(answer)}" for answer in answers)

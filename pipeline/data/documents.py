@@ -1,6 +1,6 @@
-"""Documents in passages: text with its place, short enough to ask a language model about.
+"""Splits documents into passages that are short enough to ask a language model about.
 
-A document is first made Markdown, a PDF page by page, then cut at its headings.
+A document is converted to Markdown (a PDF page by page), then split at its headings.
 """
 
 import re
@@ -10,22 +10,22 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 
-DOCUMENTS = {".docx", ".html", ".md", ".pdf", ".txt"}  # files of them
+DOCUMENTS = {".docx", ".html", ".md", ".pdf", ".txt"}
 FENCE = re.compile(r" {0,3}(```|~~~)")
 HEADING = re.compile(r" {0,3}(#{1,6})[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$")
-# Where a text is cut, best first: after a paragraph, a sentence, a line, a word, a character.
+# Where a text is split, best place first: after a paragraph, a sentence, a line, a word, a character.
 ENDS = [r"(?<=\n\n)", r"(?<=[.!?]\s)|(?<=[。！？])", r"(?<=\n)", r"(?<=\s)", r"(?<=.)"]
 
 
 @dataclass(frozen=True)
 class Passage:
     text: str
-    heading: str  # those above it, outermost first, joined by " > "
-    page: int | None  # of a PDF, from 1 on
+    heading: str  # the headings above it, outermost first, joined by " > "
+    page: int | None  # page number in a PDF, from 1; None for other documents
 
 
 def passages_of(files: list[Path], length: int) -> dict[str, Passage]:
-    """The passages of documents by their places, "file:number". Raises UserError as `read_passages` does."""
+    """The passages of documents by location, "file:number". Raises UserError as `read_passages` does."""
     return {
         f"{file}:{number}": passage
         for file in files
@@ -34,16 +34,16 @@ def passages_of(files: list[Path], length: int) -> dict[str, Passage]:
 
 
 def read_passages(file: Path, length: int) -> list[Passage]:
-    """The passages of a document, in order, of at most `length` characters each.
+    """The passages of a document, in order. A passage has at most `length` characters.
 
     Raises:
-        UserError: the document is broken, encrypted, not UTF-8, or has no text.
+        UserError: the document is damaged, encrypted, not UTF-8, or has no text.
     """
     try:
         pages = list(read_pages(file))
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    except Exception as error:  # the readers of formats raise whatever a broken file leads them to
+    except Exception as error:  # the libraries raise many types of errors for a damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{file} cannot be read ({reason}): repair it, remove its password, or remove it") from None
     passages = [
@@ -54,12 +54,12 @@ def read_passages(file: Path, length: int) -> list[Passage]:
         if piece.strip()
     ]
     if not passages:
-        raise UserError(f"{file} has no text: recognise a scan's text by OCR first, or remove the file")
+        raise UserError(f"{file} has no text: run OCR on a scan first, or remove the file")
     return passages
 
 
 def read_pages(file: Path) -> Iterator[tuple[int | None, str]]:
-    """(page, its Markdown). The readers are imported where they are needed: most runs need none."""
+    """Yield (page number, Markdown). The libraries are imported here because most runs need none of them."""
     match file.suffix.lower():
         case ".pdf":
             from pypdfium2 import PdfDocument
@@ -80,7 +80,7 @@ def read_pages(file: Path) -> Iterator[tuple[int | None, str]]:
 
 
 def markdown(html: str | bytes) -> str:
-    """The body of a page without scripts, styles, pictures and the addresses of links."""
+    """The body of an HTML page as Markdown, without scripts, styles, pictures and link addresses."""
     from bs4 import BeautifulSoup
     from markdownify import MarkdownConverter
 
@@ -90,7 +90,7 @@ def markdown(html: str | bytes) -> str:
 
 
 def sections(markdown: str) -> Iterator[tuple[str, str]]:
-    """(path of headings, text below it). A line that looks like a heading in fenced code is none."""
+    """Yield (path of headings, text below). A line in fenced code is never a heading."""
     path: dict[int, str] = {}  # by level, outermost first
     lines: list[str] = []
     fenced = False
@@ -107,7 +107,7 @@ def sections(markdown: str) -> Iterator[tuple[str, str]]:
 
 
 def pieces(text: str, length: int, ends: list[str] = ENDS) -> Iterator[str]:
-    """`text` in pieces of at most `length` characters, cut after the first of `ends` that makes them short enough."""
+    """Split `text` into pieces of at most `length` characters, with the first of `ends` that is sufficient."""
     if len(text) <= length:
         yield text
         return

@@ -1,6 +1,6 @@
-"""Questions and answers about passages, from a language model behind an OpenAI-compatible endpoint.
+"""Asks a language model behind an OpenAI-compatible endpoint for questions and answers about passages.
 
-A reply is kept by the hash of all that was sent: what was paid for once is never paid for again.
+Each reply is stored under the hash of its request, so that no request is paid for twice.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from pipeline.data.documents import Passage
 from pipeline.data.replies import Replies, kept_replies
 
 KEY = "OPENAI_API_KEY"
-RETRIES = 6  # of a request: 0.5 to 8 seconds apart, or as the server's Retry-After says
+RETRIES = 6  # of a request, after 0.5 to 8 seconds, or after the time in the server's Retry-After
 TIMEOUT = 600  # seconds
-LINE = 500  # characters of a question, an answer or a quote, at most
-LINE_TOKENS = 256  # of each, on average, at most
-SEEDS = (0, 1)  # a passage whose reply cannot be used is asked about once more
+LINE = 500  # maximum characters of a question, an answer or a quote
+LINE_TOKENS = 256  # maximum tokens of a question, an answer or a quote, on average
+SEEDS = (0, 1)  # after an invalid reply, the request is sent again with the second seed
 
 PROMPT = """\
 Write {questions} questions about the passage below, each in {wordings} wordings.
@@ -58,24 +58,25 @@ class BudgetSpent(Exception):
 
 
 class Budget:
-    """Tokens of one run: a request reserves the most that it may cost before it is sent. Threads may share it."""
+    """The token budget of one run. A request reserves its maximum cost before it is sent. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.spent = self.reserved = 0
-        self.costliest = 0  # request so far: a server may ignore how long a reply may be
-        self.refused = 0  # what a request may cost, for which too little is left
+        self.costliest = 0  # tokens of the most expensive request: a server may ignore the limit of a reply
+        self.refused = 0  # maximum cost of the request that the budget did not cover
         self.closed = False
         self.changed = Condition()
 
     @contextmanager
     def reserve(self, tokens: int) -> Iterator[list[int]]:
-        """Waits, while requests are under way, for what they leave. What the block puts into the list is spent.
+        """Reserve `tokens`, and yield a list to which the block adds the tokens that were spent.
 
-        The first request goes alone: its cost says what the others may cost.
+        While other requests run, this waits for their unused reservations. The first request runs alone, because its
+        cost is the estimate for the others.
 
         Raises:
-            BudgetSpent: none is under way, and what is left is less than the request may cost; or it is closed.
+            BudgetSpent: the budget is closed, or no request runs and the remaining tokens are too few.
         """
         cost: list[int] = []
         with self.changed:
@@ -101,7 +102,7 @@ class Budget:
                 self.changed.notify_all()
 
     def close(self) -> None:
-        """No request is sent any more."""
+        """Allow no further request."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -113,19 +114,20 @@ class Budget:
 def ask(
     passages: dict[str, Passage], generate: Generate, seeds: tuple[int, ...] = SEEDS
 ) -> dict[str, list[Item] | None]:
-    """What the model asks and answers about each passage, by its place; None where no seed gave JSON of the schema.
+    """The questions and answers about each passage, by location; None if no seed gave JSON of the schema.
 
-    With other seeds it is asked, and paid, anew.
+    Other `seeds` make new requests, which cost tokens again.
 
     Raises:
-        UserError: the token budget is spent, or the endpoint is down, is none, or refuses the key or a request.
+        UserError: the token budget is spent; or the endpoint is down, is not a compatible API, or refuses the key or a
+            request.
     """
     if not passages:
         with kept_replies():
             return {}
     client = connect(generate)
     prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
-    once = {text: place for place, text in prompts.items()}  # passages that are the same are asked about once
+    once = {text: place for place, text in prompts.items()}  # equal passages make one request
     budget = Budget(generate.token_budget)
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
         asked = {
@@ -137,27 +139,27 @@ def ask(
                 future.result()
         except BaseException as error:
             budget.close()
-            pool.shutdown(cancel_futures=True)  # what is on its way is paid for, and waited for
+            pool.shutdown(cancel_futures=True)  # running requests are paid for, so wait for them
             errors = [None if future.cancelled() else future.exception() for future in asked.values()]
             if not isinstance(error, BudgetSpent):
                 raise
             if failed := next((one for one in errors if one and not isinstance(one, BudgetSpent)), None):
-                raise failed from None  # which closed the budget
+                raise failed from None  # this error closed the budget
             done = sum(not future.cancelled() for future in asked.values()) - sum(map(bool, errors))
-            again = ", or run again to spend as much once more" if budget.spent else ""
+            again = ", or run again to spend this budget once more" if budget.spent else ""
             raise UserError(
                 f"generate.token_budget: {budget.spent} tokens of {budget.limit} are spent, {done} of {len(asked)} "
-                f"passages are done and kept, and the next request may cost {budget.refused}: raise it{again}"
+                f"passages are done and stored, and the next request may cost {budget.refused}: raise the limit{again}"
             ) from None
     return {place: asked[text].result() for place, text in prompts.items()}
 
 
 def connect(generate: Generate) -> OpenAI:
-    key = os.environ.get(KEY) or "no-key"  # as servers of one's own need none
+    key = os.environ.get(KEY) or "no-key"  # self-hosted servers need none
     try:
         return OpenAI(base_url=generate.endpoint, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
-    except Exception as error:  # of the HTTP library below
-        raise UserError(f"generate.endpoint {generate.endpoint!r} is no URL: {error}") from None
+    except Exception as error:  # from the HTTP library
+        raise UserError(f"generate.endpoint {generate.endpoint!r} is not a URL: {error}") from None
 
 
 def answer(
@@ -169,7 +171,11 @@ def answer(
     replies: Replies,
     budget: Budget,
 ) -> list[Item] | None:
-    """From the replies so far if they have it. Raises BudgetSpent before a request that may no longer be made."""
+    """The items for the prompt `text`, from a stored reply or a new request; None if no reply is valid.
+
+    Raises:
+        BudgetSpent: the budget does not cover a new request.
+    """
     for seed in seeds:
         request = request_for(text, generate, seed)
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -185,7 +191,7 @@ def answer(
 
 
 def unfenced(reply: str) -> str:
-    """Without the fence that some models put around their JSON."""
+    """Remove the code fence that some models put around JSON."""
     return reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
 
 
@@ -197,9 +203,9 @@ def prompt(passage: Passage, generate: Generate) -> str:
 
 
 def request_for(text: str, generate: Generate, seed: int) -> dict[str, Any]:
-    """All that is sent. The schema has limits, at which a small model under a grammar comes to an end.
+    """The body of the request. The limits of the schema stop a small model that would repeat itself.
 
-    Written out, because replies are kept by it: no upgrade of a library may change it.
+    The schema is written by hand: its hash is the key of a stored reply, so no library may change it.
     """
 
     def record(**fields: Any) -> dict[str, Any]:
@@ -221,21 +227,24 @@ def request_for(text: str, generate: Generate, seed: int) -> dict[str, Any]:
 
 
 def longest_reply(generate: Generate) -> int:
-    """Tokens after which a reply is cut off: far more than its questions in their wordings, answers and quotes need."""
+    """The maximum tokens of a reply: far more than its questions, answers and quotes need."""
     return LINE_TOKENS * generate.questions_per_passage * (1 + generate.paraphrases + 2)
 
 
 def size(request: dict[str, Any]) -> int:
-    """Bytes of what is sent, the schema included: a token has one at least."""
+    """Bytes of the request, with its schema: an upper limit for its tokens, because a token has at least one byte."""
     return len(json.dumps(request, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def post(client: OpenAI, request: dict[str, Any], longest: int, place: str) -> tuple[str, int]:
-    """The model's reply, and the tokens that it cost. Raises UserError if the endpoint gives none after all retries.
+    """The model's reply, and the tokens that were spent. `longest` is the maximum of the reply in tokens.
 
-    `longest`, in tokens, is sent too, but is no part of what a reply is kept by.
+    `longest` is sent, but is not part of the key of a stored reply.
+
+    Raises:
+        UserError: the endpoint gives no reply after all retries.
     """
-    # OpenAI refuses the older name for its newer models; others know that one alone.
+    # OpenAI refuses max_tokens for its newer models; other servers know only max_tokens.
     name = "max_completion_tokens" if client.base_url.host.endswith((".openai.com", ".azure.com")) else "max_tokens"
     try:
         completion = client.chat.completions.create(**request | {name: longest})
@@ -246,12 +255,14 @@ def post(client: OpenAI, request: dict[str, Any], longest: int, place: str) -> t
         words = " ".join(error.message.replace(client.api_key, "***").split())
         busy = error.status_code == 429 or error.status_code >= 500
         remedy = "run again later" if busy else "check generate.endpoint, model and passage_length"
-        raise UserError(f"{place}: {client.base_url}: {words}: {remedy}: the replies so far are kept") from None
+        raise UserError(f"{place}: {client.base_url}: {words}: {remedy}: the replies so far are stored") from None
     except APIConnectionError as error:
         raise UserError(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise UserError(f"{client.base_url} is no OpenAI-compatible API: correct generate.endpoint (.../v1?)") from None
-    # An endpoint that does not tell its tokens is counted by bytes, which are more.
+        raise UserError(
+            f"{client.base_url} is not an OpenAI-compatible API: correct generate.endpoint (.../v1?)"
+        ) from None
+    # Without a token count from the endpoint, bytes are counted: an upper limit.
     counted = size(request) + min(len(reply.encode("utf-8", "replace")), longest)
     tokens = getattr(completion.usage, "total_tokens", None) or counted
     return reply.encode("utf-8", "replace").decode(), tokens

@@ -1,4 +1,4 @@
-"""Of English questions: the words that carry no meaning of their own, and the ways of asking that are the same."""
+"""Normalizes English questions: function words, inflected words, and different ways to ask the same question."""
 
 import re
 from itertools import combinations
@@ -34,7 +34,7 @@ FILLERS = listed(
     basically specifically already yet right one ones else very quite rather indeed probably possibly
     anyway honestly truly officially s t d"""
 )
-DATES = listed(  # which have a capital and are no names: "Mondays" is "Monday"
+DATES = listed(  # words with a capital that are not names, so that "Mondays" equals "Monday"
     """monday tuesday wednesday thursday friday saturday sunday mondays tuesdays wednesdays thursdays fridays saturdays
     sundays"""
 )
@@ -43,16 +43,16 @@ POSSESSIVES = listed("mine yours ours theirs")
 LIGHT = frozenset().union(  # function words
     ASKING, NEGATIONS, VERBS, PRONOUNS, POSSESSIVES, DETERMINERS, MODALS, PREPOSITIONS, CONJUNCTIONS, FILLERS
 )
-OPPOSITES = [  # one for the other asks another thing
+OPPOSITES = [  # replacing one word of a pair by the other makes a different question
     *(("before", "after"), ("with", "without"), ("over", "under"), ("above", "below"), ("up", "down"), ("on", "off")),
     *(("in", "out"), ("into", "out"), ("inside", "outside"), ("from", "to"), ("and", "or"), ("since", "until")),
     *combinations(("when", "where", "why", "how", "what"), 2),
     *combinations(("when", "where", "why", "how", "who"), 2),
 ]
 
-# What an apostrophe leaves, words being letters alone: "what's", "we're", "don't"
+# Words have only letters, so an apostrophe splits: "what's" is "what" and "s"; likewise "we're", "don't".
 SHORT = {"s": "is", "re": "are", "m": "am", "ve": "have", "ll": "will", "d": "would"}
-SHORTENED = PRONOUNS | ASKING | {"which", "whom"}  # before "s" and "d"; "Osk's" is another thing
+SHORTENED = PRONOUNS | ASKING | {"which", "whom"}  # before "s" and "d"; "Osk's" is a possessive
 NOT = {"don": "do", "won": "will", "can": "can", "shan": "shall", "ain": "is"} | {
     word + "n": word for word in listed("is are was were does did has have had could would should might must need")
 }
@@ -65,24 +65,26 @@ JOINED = {
 }
 SAME = {"whom": "who", "which": "what", "has": "have", "had": "have", "an": "a"}
 
-# A verb of asking is one before what is asked for: "name the room", not "the name of the room".
+# "name" is a verb of asking in "name the room", but not in "the name of the room".
 ASKS = listed("tell give show name state list specify indicate provide mention say identify quote describe explain")
 KNOWS = listed("know wonder learn ask hear")
 ASKED_FOR = DETERMINERS | ASKING | listed("which whom whether if two three four five")
 NO_ASK_AFTER = DETERMINERS | listed("of s which what whose i we they he she it to who")
 BEFORE_ASK = MODALS | listed("you i we do like want need wish love to let me us also")
 
-# "which person" is "who"; "at what time" and "in which year" are "when", but not each other
+# "which person" is "who". "at what time" and "in which year" are both "when", but they differ from each other. So such
+# a word is written with its noun: "when:time", "when:year".
+NOUN_SEPARATOR = ":"
 WHICH = {
     **dict.fromkeys(["person", "people"], "who"),
-    **{noun: f"when:{noun}" for noun in ("time", "date", "day", "month", "year")},
-    **{f"{noun}s": f"when:{noun}" for noun in ("time", "date", "day", "month", "year")},
-    **{noun: f"where:{noun}" for noun in ("place", "location")},
+    **{noun: f"when{NOUN_SEPARATOR}{noun}" for noun in ("time", "date", "day", "month", "year")},
+    **{f"{noun}s": f"when{NOUN_SEPARATOR}{noun}" for noun in ("time", "date", "day", "month", "year")},
+    **{noun: f"where{NOUN_SEPARATOR}{noun}" for noun in ("place", "location")},
     **dict.fromkeys(["way", "manner"], "how"),
     "reason": "why",
 }
 
-IRREGULAR_FORMS = """
+IRREGULAR_WORDS = """
     bind bound | bite bit bitten | blow blew blown | burn burnt | deal dealt | dig dug | drink drank drunk
     feed fed | fight fought | forget forgot forgotten | freeze froze frozen | hang hung | hear heard
     hide hid hidden | lend lent | ride rode ridden | ring rang rung | seek sought | shake shook shaken
@@ -102,15 +104,14 @@ IRREGULAR_FORMS = """
     use used using uses | lie lies lay lain lying | die died dying dies | tie ties tied tying
     age aged ages aging
 """
-IRREGULAR = {form: forms[0] for forms in map(str.split, re.split(r"[|\n]", IRREGULAR_FORMS)) for form in forms}
-
+IRREGULAR = {word: group[0] for group in map(str.split, re.split(r"[|\n]", IRREGULAR_WORDS)) for word in group}
 
 ENDINGS = [("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", "")]
 NO_ENDING = ("ss", "us", "is", "eed")  # "process", "status", "need"
 
 
 def stem(word: str) -> str:
-    """What "lead", "leads", "led" and "leading" share; no word of its own."""
+    """The common stem of "lead", "leads", "led" and "leading". A stem need not be a word."""
     if not (word.isascii() and word.isalpha()):
         return word
     word = IRREGULAR.get(word) or IRREGULAR.get(rest := without_endings(word), rest)
@@ -132,7 +133,7 @@ def without_endings(word: str) -> str:
 
 
 def plainly(text: list[str]) -> list[str]:
-    """`text`, in words, without contractions, and with one word for each way of asking."""
+    """`text` (a list of words) without contractions, and with one word for each way of asking."""
     return one_way_of_asking(in_full(text))
 
 
@@ -196,9 +197,14 @@ def asks(text: list[str], at: int) -> bool:
 
 
 def is_light(word: str) -> bool:
-    return word in LIGHT or ":" in word
+    return word in LIGHT or NOUN_SEPARATOR in word
 
 
 def asking(word: str) -> str:
-    """The "when" of "when:year"; any other word as it is."""
-    return word.partition(":")[0]
+    """The "when" of "when:year"; any other word unchanged."""
+    return word.partition(NOUN_SEPARATOR)[0]
+
+
+def noun_of(word: str) -> str:
+    """The "year" of "when:year"; empty for any other word."""
+    return word.partition(NOUN_SEPARATOR)[2]

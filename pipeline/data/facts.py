@@ -1,8 +1,7 @@
-"""Facts and the phrasings in which they are asked, from files of the user's own.
+"""Reads the user's facts and question phrasings, and makes rows of them.
 
-A fact with the columns `relation` and `value` is asked in the phrasings of its relation, and its value is the answer. Any
-other fact, such as a row of a wide table, is asked for every column that has phrasings, and that column's cell is the
-answer.
+A fact with the columns `relation` and `value` uses the phrasings of its relation; the answer is its value. Any other
+fact, such as a row of a wide table, gives questions about each column that has phrasings; the answer is that cell.
 """
 
 import csv
@@ -22,12 +21,12 @@ from pipeline.common.rows import Row, group_of, question_and_answer, row
 
 FACTS = {".csv", ".json", ".yaml", ".yml"}  # files of facts, and of phrasings
 BRACES = re.compile(r"\{([^{}]*)\}")
-NOTHING = {"", "~", "null", "Null", "NULL"}  # as YAML writes it
+NOTHING = {"", "~", "null", "Null", "NULL"}  # null in YAML
 
 
 @dataclass(frozen=True)
 class Fact:
-    place: str  # "file:number": the line of a CSV file, the item of a list, from 1 on
+    place: str  # "file:number": the line of a CSV file, or the number of a list item, from 1
     values: dict[str, str]  # by column; a cell of a CSV file may be empty
 
 
@@ -42,7 +41,7 @@ class Phrasing:
 
 
 def read_facts(files: list[Path]) -> list[Fact]:
-    """Raises UserError, naming the line or item, if a file is not a table, or a list of mappings, of plain values."""
+    """All facts. Raises UserError with file and line (or item) if a file is not a table or a list of flat mappings."""
     return [fact for file in files for fact in (read_table(file) if file.suffix.lower() == ".csv" else read_list(file))]
 
 
@@ -55,21 +54,21 @@ def read_table(file: Path) -> list[Fact]:
     try:
         columns = [column.strip() for column in next(reader, [])]
         if not columns or not all(columns) or len(set(columns)) < len(columns):
-            raise UserError(f"{file}:1: the columns are {columns}: each needs a name of its own")
+            raise UserError(f"{file}:1: the columns are {columns}: give each column a unique name")
         for cells in filter(None, reader):
             place = f"{file}:{reader.line_num}"
             if len(cells) != len(columns):
-                raise UserError(f"{place}: {len(cells)} cells for {len(columns)} columns; quote what has a comma")
+                raise UserError(f"{place}: {len(cells)} cells for {len(columns)} columns: quote cells with a comma")
             facts.append(Fact(place, dict(zip(columns, map(str.strip, cells), strict=True))))
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num}: cannot be read as CSV: {error}") from None
     if not facts:
-        raise UserError(f"{file}: has no lines below its header: add some, or remove the file")
+        raise UserError(f"{file} has no lines below its header: add lines, or remove the file")
     return facts
 
 
 def read_list(file: Path) -> list[Fact]:
-    """The items of a YAML or JSON list of mappings; none of a YAML file that has comments alone."""
+    """The items of a YAML or JSON list of mappings. A YAML file with only comments has none."""
     content = parse(file)
     if content is None:
         return []
@@ -78,7 +77,7 @@ def read_list(file: Path) -> list[Fact]:
     facts = []
     for number, item in enumerate(content, start=1):
         if not isinstance(item, dict) or not item:
-            raise UserError(f"{file}:{number}: a fact has names, and text or a number under each")
+            raise UserError(f"{file}:{number}: a fact is a mapping of names to text or numbers: correct it")
         for column, value in item.items():
             if not isinstance(column, str) or not isinstance(value, str) or value.strip() in NOTHING:
                 raise UserError(f"{file}:{number}: {column!r} must be text or a number; leave it out if there is none")
@@ -87,7 +86,7 @@ def read_list(file: Path) -> list[Fact]:
 
 
 def read_phrasings(files: list[Path]) -> dict[str, list[Phrasing]]:
-    """Forms by relation or column. Raises UserError, naming the phrasing, if it names no column in braces."""
+    """Phrasings by relation or column. Raises UserError with the phrasing if it has no column in braces."""
     phrasings: dict[str, list[Phrasing]] = {}
     for file in files:
         for relation, phrasing in (
@@ -95,8 +94,8 @@ def read_phrasings(files: list[Path]) -> dict[str, list[Phrasing]]:
         ):
             if not phrasing.columns or set("{}") & set(BRACES.sub("", phrasing.text)):
                 raise UserError(
-                    f"{phrasing.place}: {phrasing.text!r} must name a column of its facts in braces, such as {{subject}}, and "
-                    "have no other braces"
+                    f"{phrasing.place}: {phrasing.text!r} must name a column of its facts in braces, such as "
+                    "{subject}, and have no other braces"
                 )
             phrasings.setdefault(relation, []).append(phrasing)
     return phrasings
@@ -113,7 +112,7 @@ def phrasings_of_table(file: Path) -> Iterator[tuple[str, Phrasing]]:
 
 def phrasings_of_mapping(file: Path) -> Iterator[tuple[str, Phrasing]]:
     content = parse(file)
-    if content is None:  # comments alone
+    if content is None:  # only comments
         return
     if not isinstance(content, dict):
         raise UserError(f"{file} must have a list of question phrasings under the name of each relation or column")
@@ -125,10 +124,10 @@ def phrasings_of_mapping(file: Path) -> Iterator[tuple[str, Phrasing]]:
 
 
 def questions_of_facts(facts: list[Fact], phrasings: dict[str, list[Phrasing]], phrasings_per_fact: int) -> list[Row]:
-    """Each fact in the first `phrasings_per_fact` phrasings of all that it can be asked for.
+    """Rows for each fact: the first `phrasings_per_fact` phrasings of each of its relations.
 
     Raises:
-        UserError: naming the place, if a fact has no phrasings, a phrasing does not fit its fact, or no fact uses the phrasings.
+        UserError: a fact has no phrasings, a phrasing does not fit its fact, or phrasings are never used.
     """
     rows, used = [], set()
     for fact in facts:
@@ -147,7 +146,7 @@ def questions_of_facts(facts: list[Fact], phrasings: dict[str, list[Phrasing]], 
 
 
 def asked(fact: Fact, phrasings: dict[str, list[Phrasing]]) -> dict[str, str]:
-    """The column of the answer, by the relation (in a wide table: the column) that has phrasings."""
+    """{relation (in a wide table: column) with phrasings: column of the answer}."""
     if {"relation", "value"} <= fact.values.keys():
         relation = fact.values["relation"]
         if not relation or not fact.values["value"]:
@@ -172,7 +171,7 @@ def require_fit(phrasing: Phrasing, fact: Fact, answer: str) -> None:
                 f"{phrasing.place}: {phrasing.text!r}: the fact {fact.place} has no {column!r}, only {[*fact.values]}"
             )
         if column == answer:
-            raise UserError(f"{phrasing.place}: {phrasing.text!r} gives its own answer away: remove {{{column}}}")
+            raise UserError(f"{phrasing.place}: {phrasing.text!r} contains its own answer: remove {{{column}}}")
         if not fact.values[column]:
             raise UserError(f"{fact.place}: {column!r} is empty, and {phrasing.text!r} needs it")
 
@@ -190,7 +189,7 @@ def read_text(file: Path) -> str:
 
 
 def parse(file: Path) -> Any:
-    """The content of a YAML or JSON file with every number, date and yes or no as it is written."""
+    """The content of a YAML or JSON file. Numbers, dates, yes and no stay text as written."""
     text = read_text(file)
     try:
         if file.suffix.lower() == ".json":
@@ -201,7 +200,7 @@ def parse(file: Path) -> Any:
 
 
 def without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """As YAML has it. Raises ValueError."""
+    """Raises ValueError if a name occurs twice, as the YAML reader does."""
     if len(content := dict(pairs)) < len(pairs):
-        raise ValueError(f"a name stands twice in {[name for name, _ in pairs]}")
+        raise ValueError(f"a name occurs twice in {[name for name, _ in pairs]}")
     return content

@@ -1,4 +1,4 @@
-"""Training rows as people keep them: files of several kinds, conversations in several formats, and what is wrong."""
+"""Reads training rows from several kinds of files and conversation formats, and explains invalid rows."""
 
 import csv
 import gzip
@@ -14,35 +14,35 @@ import orjson
 from pipeline.common.parameters.merge import Column
 from pipeline.common.rows import Message, question_and_answer
 
-LARGEST = 10 * 2**20  # bytes of a row: far more than any base reads at once
+LARGEST = 10 * 2**20  # maximum bytes of a row: far more than the context of any base
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-KEYS = {*get_args(Column)}  # of the formats that are read
+KEYS = {*get_args(Column)}  # keys of the supported formats
 BOM = b"\xef\xbb\xbf"
 ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
-UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that a row cannot hold
-# What other formats keep in a row or a message: without it, the row would teach another thing.
+UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that are not supported
+# Keys of other formats, in a row or a message. Without their values, the row would have another meaning.
 TOOLS = {"tools", "functions", "tool_calls", "function_call", "parallel_tool_calls", "chat_template_kwargs"}
 THOUGHTS = {"reasoning", "reasoning_content", "reasoning_details", "thinking", "tool_plan"}
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 PREFERENCES = {"chosen", "rejected", "label", "labels", "kto_tag", "preferred_output", "non_preferred_output"}
-VERDICTS = {"label", "labels", "kto_tag"}  # for which false is an answer
+VERDICTS = {"label", "labels", "kto_tag"}  # false is a value here, not "no key"
 TEXTS = {"text", "query", "response", "choices", "options", "answers", "completions", "history", "system_prompt"}
 SOURCES = {"context", "passage", "passages", "documents"}
 OTHER_KEYS = TOOLS | THOUGHTS | MEDIA | PREFERENCES | TEXTS | SOURCES
-TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained
+TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained on
 PARTS = {"role", "content", "from", "value", "tool_call_id", "name", "refusal", "prefix", "train_detail", *TRAINED}
 PARTS |= TOOLS | THOUGHTS | MEDIA
 UNREAD = "(not read)"  # a cell of a table
 
 
 class InvalidRow(ValueError):
-    """`reason` is one of a few, which are counted; the text says what is wrong with this row."""
+    """`reason` is one of a few, for counting; the message says what is wrong with this row."""
 
     def __init__(self, reason: str, explanation: str) -> None:
         super().__init__(explanation)
         self.reason = reason
 
-    def __reduce__(self) -> Any:  # an exception with two arguments does not cross processes by itself
+    def __reduce__(self) -> Any:  # pickle cannot restore an exception with two arguments
         return InvalidRow, (self.reason, str(self))
 
 
@@ -50,16 +50,15 @@ Record = tuple[int, bytes | InvalidRow]
 
 
 def kind(file: Path) -> str:
-    """ ".jsonl", ".json", ".csv", ".parquet", or another suffix; compression apart."""
+    """The suffix without .gz: ".jsonl", ".json", ".csv", ".parquet", or another."""
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
 def records(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
-    """Yield (number, record) for each line, item of a JSON list or row of a table: its JSON, or why there is none.
+    """Yield (number, record) for each line, item of a JSON list or row of a table. A record is JSON or an InvalidRow.
 
-    `columns` gives the names that columns of CSV and Parquet files have instead of ours: {"question": "Frage"}. A file
-    that cannot be read on gives the rows before, and one InvalidRow. A .json file, or a row of CSV, is held in memory
-    as a whole.
+    `columns` maps our names to the column names of CSV and Parquet files: {"question": "Frage"}. A damaged file gives
+    the rows before the damage, then one InvalidRow. A .json file is read into memory at once, other files row by row.
     """
     number = 0
     try:
@@ -96,7 +95,7 @@ def lines(file: Path) -> Iterator[Record]:
             if too_large:
                 yield number, oversize()
             elif (line := line.removeprefix(BOM if number == 1 else b"").strip()) and not line.startswith(b"#"):
-                yield number, line  # which is no comment
+                yield number, line  # a line that starts with # is a comment
 
 
 def items(file: Path) -> Iterator[Record]:
@@ -113,7 +112,7 @@ def items(file: Path) -> Iterator[Record]:
 def csv_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
     csv.field_size_limit(LARGEST)
     with opened(file) as binary:
-        # What is not UTF-8 becomes lone surrogates, which `dumped` finds in the row that has them.
+        # Bytes that are not UTF-8 become lone surrogates; `dumped` then rejects the row.
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="")
         header = text.readline()
         delimiter = max(",;\t", key=header.count)
@@ -130,17 +129,17 @@ def csv_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
                 cells = list(row.values())
                 number = table.line_num - sum(cell.count("\n") for cell in cells if isinstance(cell, str))
                 if None in row or None in cells:
-                    yield number, InvalidRow("not CSV", f"not the {len(names)} cells that the header has")
+                    yield number, InvalidRow("not CSV", f"the row does not have the {len(names)} cells of the header")
                 else:
                     yield number, as_record(row, columns)
         except StopIteration:
             return
-        except csv.Error as error:  # where a row ends is not known any more
+        except csv.Error as error:  # the next row cannot be found any more
             yield start, unreadable(error)
 
 
 def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
-    import pyarrow  # 170 MB, which who answers with an adapter does not need
+    import pyarrow  # 170 MB, which inference does not need
     from pyarrow import parquet
 
     try:
@@ -172,17 +171,17 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
 
 
 def as_record(row: dict[str, Any], columns: Mapping[Any, str]) -> bytes | InvalidRow:
-    """The JSON of a table's row with our names for its columns, or why there is none."""
+    """The JSON of a table row with our column names, or an InvalidRow."""
     for ours, theirs in columns.items():
         if ours != theirs and theirs in row and ours not in columns.values() and not is_empty(row.get(ours)):
-            explanation = f"columns {ours} and {theirs}, and merge.columns takes {theirs} for {ours}: rename one"
+            explanation = f"the table has {ours} and {theirs}, but merge.columns reads {theirs} as {ours}: rename one"
             return InvalidRow("unreadable", explanation)
     mapped = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
     return dumped({name: value for name, value in row.items() if name not in columns.values()} | mapped)
 
 
 def dumped(content: Any) -> bytes | InvalidRow:
-    """`content` as JSON, or why it cannot be."""
+    """`content` as JSON, or an InvalidRow."""
     try:
         return orjson.dumps(content)
     except orjson.JSONEncodeError as error:
@@ -190,7 +189,7 @@ def dumped(content: Any) -> bytes | InvalidRow:
 
 
 def parsed(text: bytes) -> Any:
-    """The JSON in `text`. Raises InvalidRow if it is none."""
+    """Parse JSON. Raises InvalidRow if `text` is not JSON in UTF-8."""
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -199,17 +198,17 @@ def parsed(text: bytes) -> Any:
         except UnicodeDecodeError:
             raise not_utf8() from None
         if "surrogate" in str(error):
-            raise InvalidRow("not UTF-8", "half of a surrogate pair, which is no character") from None
+            raise InvalidRow("not UTF-8", "half of a surrogate pair, which is not a character") from None
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise InvalidRow("not JSON", f"not JSON: {error.msg} ({line}column {error.colno})") from None
 
 
 def conversation(content: Any) -> list[Message]:
-    """The messages of a row in any of the known formats, told apart by their keys.
+    """The messages of a row in any supported format. The keys decide which format it is.
 
     Raises:
-        InvalidRow: it has none of the formats, or keys of another one, or is not system? (user assistant)+, all of it
-        text.
+        InvalidRow: the format is unknown, the row has keys that its format does not use, or the roles are not
+            system? (user assistant)+, or a content is not text.
     """
     match content:
         case {"messages": list(turns)}:
@@ -241,35 +240,37 @@ def conversation(content: Any) -> list[Message]:
 
 
 def require_used(what: str, content: dict[str, Any], used: set[str], known: set[str]) -> None:
-    """Raises InvalidRow if `content` has something under a key that is known, and not used."""
+    """Raises InvalidRow if a known key has a value that is not used."""
     for key in content:
         says_false = content[key] is False and key in VERDICTS
         if key not in used and key in known and (says_false or not is_empty(content[key])):
             raise InvalidRow(
                 "unknown format",
-                f"{what} with {key}, which is not trained beside {' and '.join(sorted(used & content.keys()))}: "
+                f"{what} with {key}, which is not trained on beside {' and '.join(sorted(used & content.keys()))}: "
                 "write it into the text, or leave it out",
             )
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a key with this value says no more than no key: null, false, nothing but spaces, lists and objects of
-    such, and these written as text."""
+    """Whether a key with this value means the same as no key.
+
+    Empty are null, false, blank text, lists and objects of empty values, and "null", "[]" and "{}" as text.
+    """
     match value:
         case str():
             return value.strip() in ("", "null", "[]", "{}")
         case dict():  # false in it is a setting: {"enable_thinking": false}
-            return all(part is None or part in ("", [], {}) for part in value.values())
+            return all(part is not False and is_empty(part) for part in value.values())
         case list():
-            return all(part is None or part is False or part in ("", [], {}) for part in value)
+            return all(map(is_empty, value))
     return value is None or value is False
 
 
 def trained_message(turn: Any) -> Message:
-    """`message`, if nothing else is in the turn. Raises InvalidRow."""
+    """`message`. Raises InvalidRow also if the turn has more than text, or if it must not be trained on."""
     found = message(turn)
     used = {"role", "content"} if {"role", "content"} <= turn.keys() else {"from", "value"}
-    require_used("a message", turn, used.union(TRAINED), PARTS)
+    require_used("a message", turn, used.union(TRAINED, UNTRAINED), PARTS)  # `message` has refused UNTRAINED
     as_it_is = (None, True) if found["role"] == "assistant" else (None, True, False)
     if key := next((key for key in TRAINED if turn.get(key) not in as_it_is), None):
         raise InvalidRow("unknown format", f"a message with {key}: all answers of a row are trained on")
@@ -277,7 +278,7 @@ def trained_message(turn: Any) -> Message:
 
 
 def unknown_keys(content: dict[str, Any]) -> set[str]:
-    """The keys of a row that `conversation` takes, of its messages and of their parts, that no format knows."""
+    """The keys of a valid row, of its messages and of their parts that no format knows."""
     found = content.keys() - KEYS - OTHER_KEYS
     for key in ("messages", "conversations", "prompt", "completion"):
         for turn in objects(content.get(key)):
@@ -292,19 +293,20 @@ def objects(value: Any) -> list[dict[str, Any]]:
 
 
 def message(turn: Any) -> Message:
-    """A turn of OpenAI's format (role, content) or ShareGPT's (from, value)."""
+    """The message of a turn in OpenAI's format (role, content) or ShareGPT's (from, value).
+
+    The content need not be text: `require_text` checks that. Raises InvalidRow.
+    """
     match turn:
         case {"role": role, "content": content} | {"from": role, "value": content}:
             pass
         case _:
-            raise InvalidRow("unknown format", "a message has a role and a content, or a from and a value")
+            raise InvalidRow("unknown format", "a message needs role and content, or from and value")
     if not isinstance(role, str) or role not in ROLES:
         shown = repr(role[:40]) if isinstance(role, str) else type(role).__name__
-        raise InvalidRow("unknown role", f"the role {shown} is none of {', '.join(ROLES)}")
+        raise InvalidRow("unknown role", f"the role {shown} is not one of {', '.join(ROLES)}")
     if part := next((key for key in UNTRAINED if not is_empty(turn.get(key))), None):
-        raise InvalidRow("unknown format", f"a message with {part}, which is not trained: leave it out")
-    if turn.get("weight") not in (None, 1):
-        raise InvalidRow("unknown format", "a message with a weight: every answer of a row is trained")
+        raise InvalidRow("unknown format", f"a message with {part}, which is not supported: leave it out")
     match content:
         case [{"type": "text", "text": str()}, *_] if all(is_text(part) for part in content):
             content = "".join(part["text"] for part in content)  # OpenAI's list of parts
@@ -316,14 +318,14 @@ def is_text(part: Any) -> bool:
 
 
 def with_input(instruction: str, content: dict[str, Any]) -> Any:
-    """Alpaca's instruction and what it is about."""
+    """Alpaca's instruction, with its input if the row has one."""
     match content.get("input"):
         case None:
             return instruction
         case str(given):
             return f"{instruction}\n\n{given}" if given.strip() else instruction
         case given:
-            raise InvalidRow("no text", f"its input is no text but {type(given).__name__}")
+            raise InvalidRow("no text", f"its input is not text but {type(given).__name__}")
 
 
 def require_text(messages: list[Message]) -> None:
@@ -331,7 +333,7 @@ def require_text(messages: list[Message]) -> None:
         text = turn["content"]
         where = f"the {turn['role']}'s message {number}"
         if not isinstance(text, str):
-            raise InvalidRow("no text", f"{where} is no text but {'null' if text is None else type(text).__name__}")
+            raise InvalidRow("no text", f"{where} is not text but {'null' if text is None else type(text).__name__}")
         if not text.strip():
             raise InvalidRow("empty", f"{where} is empty")
         if "\0" in text:
@@ -343,15 +345,15 @@ def require_turns(messages: list[Message]) -> None:
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") or "none"
-        raise InvalidRow("turns", f"turns go user, assistant, ..., and end with the assistant's: here {shown}")
+        raise InvalidRow("turns", f"the roles must be user, assistant, ..., and end with assistant: here {shown}")
 
 
 def unknown_format(content: Any) -> InvalidRow:
     keys = list(content) if isinstance(content, dict) else type(content).__name__
     return InvalidRow(
         "unknown format",
-        "a row has messages, conversations, instruction and output, prompt and completion, or question and answer "
-        f"(columns of CSV and Parquet files with other names: merge.columns); this one is or has {repr(keys)[:200]}",
+        "a row needs messages, conversations, instruction and output, prompt and completion, or question and answer "
+        f"(other column names of CSV and Parquet files: set merge.columns); this row has {repr(keys)[:200]}",
     )
 
 

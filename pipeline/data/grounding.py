@@ -1,4 +1,4 @@
-"""Does a passage bear out what a language model says about it?"""
+"""Checks whether a passage supports the questions and answers that a language model wrote about it."""
 
 import re
 
@@ -9,9 +9,10 @@ from pipeline.data.endpoint import Item
 
 FAULTS = ("misquoted", "wrong_number", "ungrounded", "repeats_answer", "repeats_heading", "repeated")
 MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+# words.joined needs a number that stands alone; this also joins 1,234 after a letter, as Korean text has it.
+THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 NUMBER = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*|\d+(?:[.,]\d+)*")
-# What Korean puts at the end of a word that may stand without it, or with another, in the passage.
+# Korean particles: the same word may have another particle, or none, in the passage.
 PARTICLE = re.compile(
     r"(?<=[가-힣]{2})(?:입니다|습니다|이에요|예요|이다|다|에서|에게|까지|부터|으로|로|은|는|이|가|을|를|의|에|와|과|도|만)$"
 )
@@ -20,8 +21,10 @@ PARTICLE = re.compile(
 def grounded(
     passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
 ) -> tuple[list[Row], list[dict[str, str]]]:
-    """A row for each wording of each question whose answer its passage bears out, and which asks something of its own;
-    and the others, with the reason."""
+    """Rows for the wordings that pass `fault` and `question_fault`; and the dropped wordings, each with the reason.
+
+    `share` is the minimum share of the answer's words that the passage must contain.
+    """
     rows: list[Row] = []
     ungrounded: list[dict[str, str]] = []
     for place, passage in passages.items():
@@ -32,7 +35,7 @@ def grounded(
         for item in items or []:
             wrong = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
             for at, question in enumerate(item.questions):
-                if reason := wrong or idle(question, item.questions[:at], item.answer, passage.heading):
+                if reason := wrong or question_fault(question, item.questions[:at], item.answer, passage.heading):
                     why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
                     ungrounded.append(why | {"question": question})
                 else:
@@ -41,15 +44,15 @@ def grounded(
 
 
 def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
-    """Why `passage` does not bear the answer out; None if it does.
+    """The reason why `passage` does not support the answer, or None.
 
-    misquoted: the quote is not in it, or too short to prove anything. wrong_number: a number of the answer is not in
-    the quote. ungrounded: less than `share` of the answer's words are in the passage. Whether a "not" is missing, it
-    does not see.
+    misquoted: the quote is not in the passage, or is too short to prove anything. wrong_number: a number of the answer
+    is not in the quote. ungrounded: less than `share` of the answer's words are in the passage. A missing "not" is not
+    found.
     """
     texts = [plain(text) for text in (answer, quote, passage)]
     as_numbers = [unmarked(joined(text)) for text in texts]
-    # As they are, if two cells of a table, 12 | 345, are one number in the quote.
+    # Without joining, if the quote is found only so: two cells of a table, 12 | 345, would become one number.
     answer, quote, passage = as_numbers if stands_in(*as_numbers[1:]) else map(unmarked, texts)
     quoted = plain_words(quote)
     proves_nothing = len(quoted) < 3 and len("".join(quoted)) < 8
@@ -59,17 +62,17 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
         return "wrong_number"
     said, there = (
         plain_words(answer),
-        {form for word in plain_words(passage) for form in (word, PARTICLE.sub("", word))},
+        {variant for word in plain_words(passage) for variant in (word, PARTICLE.sub("", word))},
     )
     found = sum(word in there or PARTICLE.sub("", word) in there for word in said)
     return None if said and found >= share * len(said) else "ungrounded"
 
 
-def idle(question: str, earlier: list[str], answer: str, heading: str) -> str | None:
-    """Why a question asks nothing of its own, case and punctuation apart; None if it does.
+def question_fault(question: str, earlier: list[str], answer: str, heading: str) -> str | None:
+    """The reason why a question is useless, or None. Case and punctuation are ignored.
 
-    repeats_answer: it is the answer. repeats_heading: it has no words but the heading's. repeated: it is an `earlier`
-    wording.
+    repeats_answer: the question equals the answer. repeats_heading: all words are in the heading. repeated: the
+    question equals an `earlier` wording.
     """
     asked, answered, above = (plain_words(unmarked(plain(text))) for text in (question, answer, heading))
     if asked == answered:
@@ -80,7 +83,7 @@ def idle(question: str, earlier: list[str], answer: str, heading: str) -> str | 
 
 
 def unmarked(text: str) -> str:
-    return THOUSANDS.sub("", text).translate(MARKS)
+    return THOUSANDS_COMMA.sub("", text).translate(MARKS)
 
 
 def stands_in(quote: str, passage: str) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a text gives a question of the exam away."""
+"""Finds training texts that contain a question of the exam (the evaluation set)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from pipeline.data.english import (
     OPPOSITES,
     asking,
     is_light,
+    noun_of,
     plainly,
     stem,
 )
@@ -28,24 +29,25 @@ from pipeline.evaluation.questions import Question
 
 FREELY_SPACED = regex.compile(r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]")
 ALPHABET = regex.compile(r"[\p{Latin}\p{Cyrillic}\p{Greek}\p{Arabic}\p{Hebrew}\p{Devanagari}]+")
-SHORT, FREQUENT = 4, 0.1  # letters, and share of the questions, of a function word in a language that is not known
-MISSPELT = 5  # letters of a word, from which one with a letter more, less, other or exchanged within is that word
+# A function word in a language other than English: maximum letters, and minimum share of the questions that have it.
+SHORT, FREQUENT = 4, 0.1
+MISSPELT = 5  # minimum letters of a word whose misspellings (one edit within the word) are recognised
 
 
 @dataclass(frozen=True)
 class Leak:
-    question: str  # its id
+    question: str  # the id of the question
     text: str
-    near: bool  # False: word by word
+    near: bool  # False: the text has the question word by word
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question of the exam, in words."""
+    """A question of the exam, as words."""
 
-    ways: list[list[str]]  # to say it, all the same; none if no word carries a meaning
-    content: frozenset[str]  # the words that carry its meaning
-    own: frozenset[str]  # those of them that are names, numbers or signs
+    ways: list[list[str]]  # equivalent wordings; empty if the question has no content word
+    content: frozenset[str]  # the content words
+    own: frozenset[str]  # the content words that are names, numbers or signs
     english: bool
 
     def is_light(self, word: str) -> bool:
@@ -57,14 +59,14 @@ class Asked:
 class Exam:
     """The exam's questions, indexed by their words.
 
-    A text leaks a question if it holds it word by word; or nearly, if a stretch of it has
+    A text leaks a question if it contains the question word by word. It nearly leaks the question if a span of the text
 
-    - all its names, numbers and signs, and no other number,
-    - its other content words, be they inflected or misspelt: shared / (shared + 2 * changed) >= `near`,
-    - its function words in its order but for one edit (more in long questions), or exactly those in another order,
-    - and asks as it does: "who" is "which person", but not "when"; a statement asks nothing.
+    - has all names, numbers and signs of the question, and no other number,
+    - has the other content words, inflected or misspelt: shared / (shared + 2 * changed) >= `near`,
+    - has the function words in the same order with one edit (more in long questions), or all of them in another order,
+    - asks the same way: "who" equals "which person", but not "when"; a statement does not ask.
 
-    So another content word is another phrasing, and no leak. 1.0 looks for questions word by word alone.
+    A phrasing with other content words is no leak. With `near` = 1.0 only word-by-word leaks are found.
     """
 
     def __init__(self, questions: list[Question], near: float) -> None:
@@ -76,10 +78,10 @@ class Exam:
         self.asked = understood(questions, self.verbatim)
         self.vocabulary = Counter(word for asked in self.asked for word in asked.content)
         self.signs = {word for asked in self.verbatim for word in asked if is_sign(word)}
-        # A text that nearly leaks a question lacks so many of its content words at most, be it shorter.
+        # The maximum number of content words that a text may lack and still nearly leak the question.
         may_lack = [self.may_lack(len(asked.content), asked) for asked in self.asked]
         self.needed = [max(1, len(one.content) - lacking) for one, lacking in zip(self.asked, may_lack, strict=True)]
-        # Which questions a text may leak, its two rarest words tell, or as many more as it may lack.
+        # Index of the questions by their rarest content words: two, plus as many as a text may lack.
         self.rare: defaultdict[str, list[int]] = defaultdict(list)
         self.rare_needed = []
         for at, asked in enumerate(self.asked):
@@ -91,17 +93,17 @@ class Exam:
         self.stems: defaultdict[str, list[str]] = defaultdict(list)
         for word in self.spellable:
             self.stems[stem(word)].append(word)
-        self.met: set[str] = set()  # words of the texts so far
-        self.meant: dict[str, list[str]] = {}  # those of them that may mean other words of the vocabulary, and which
+        self.met: set[str] = set()  # words of the texts so far (a cache)
+        self.meant: dict[str, list[str]] = {}  # word: the words of the vocabulary that it may stand for
 
     def leak(self, text: list[str]) -> Leak | None:
-        """The question that `text`, in words, leaks, if any: the first one word by word, else the first nearly."""
+        """The question that `text` (a list of words) leaks: first word by word, then nearly; else None."""
         joined = " ".join(text)
-        if not joined.replace(" ", "").isalnum():  # signs of Markdown, most of them
+        if not joined.replace(" ", "").isalnum():  # most signs are Markdown
             text = [word for word in text if word in self.signs or not is_sign(word)]
             joined = " ".join(text)
         written = set(text)
-        self.learn(written - self.met)
+        self.remember(written - self.met)
         meant = written.union(*(self.meant[word] for word in written & self.meant.keys()))
         rare = Counter(at for word in meant & self.rare.keys() for at in self.rare[word])
         may_be = sorted(at for at, count in rare.items() if count >= self.rare_needed[at])
@@ -120,10 +122,10 @@ class Exam:
         return next((self.found(at, near=True) for at in alike if self.nearly(self.asked[at], plain)), None)
 
     def may_lack(self, content: int, asked: Asked) -> int:
-        """How many of so many content words a text that nearly leaks the question may lack."""
+        """How many of `content` content words a text may lack and still nearly leak the question."""
         return int(content * (1 - self.near) / (1 + self.near if asked.english else 1 - self.near / 2) + 1e-9)
 
-    def learn(self, new: set[str]) -> None:
+    def remember(self, new: set[str]) -> None:
         if len(self.met) > 2**20:
             self.met.clear()
         for word in new:
@@ -132,7 +134,7 @@ class Exam:
         self.met |= new
 
     def meanings(self, word: str) -> list[str]:
-        """The other words of the vocabulary that `word` may be: another form of them, or a misspelling."""
+        """The other words of the vocabulary that `word` may be: an inflection or a misspelling of them."""
         if not word.isalpha():
             return []
         found = [other for other in self.stems.get(stem(word), []) if other != word]
@@ -168,7 +170,7 @@ class Exam:
         if word in asked.content or word not in self.meant:
             return word
         meant = (right for right in self.meant[word] if right in asked.content)
-        # A name may have letters exchanged, but no others: with those it is another name.
+        # A misspelt name has its letters exchanged. With other letters, it is another name.
         return next((right for right in meant if right not in asked.own or sorted(right) == sorted(word)), word)
 
     def alike(self, asked: Asked, way: list[str], stretch: list[str], edits: int, first: bool) -> bool:
@@ -179,12 +181,12 @@ class Exam:
         if asked.own & missing.keys() or exact(list(extra)) or NEGATIONS & (missing.keys() | extra.keys()):
             return False
         lacking = sum(n for word, n in missing.items() if word in asked.content)
-        asked_for = {word.partition(":")[2] for word in missing}  # "year" of "which year", left alone
-        # In a language that is not known, a short word in the place of another is no function word.
+        asked_for = {noun_of(word) for word in missing}  # "year" of "which year", which the text may have alone
+        # In an unknown language, a short word that replaces a content word is not a function word.
         light = {word for word in extra if asked.is_light(word)} if asked.english or not lacking else set[str]()
         adding = sum(n for word, n in extra.items() if word not in light and word not in asked_for)
         shared = sum(word in asked.content for word in way) - lacking
-        # Where the function words are not known, a word that changed may be one.
+        # In an unknown language, a changed word may be a function word.
         changed = 2 * max(lacking, adding) if asked.english else (lacking + adding) / 2
         if shared < self.near * (shared + changed) - 1e-9:
             return False
@@ -194,7 +196,7 @@ class Exam:
 
 
 def may_mean(word: str, right: str) -> bool:
-    """Whether `word`, an edit away from `right`, may be a misspelling of it: not "employee" of "employer"."""
+    """Whether `word`, one edit from `right`, may be a misspelling of `right`. "employee" is none of "employer"."""
     return sorted(word) == sorted(right) or (word[0] == right[0] and word[-1] == right[-1])
 
 
@@ -204,12 +206,12 @@ def asks_alike(way: list[str], missing: Counter[str], extra: Counter[str], stret
     gone, come = ({asking(word) for word in side} for side in (missing, extra))
     if any((one in gone and other in come) or (other in gone and one in come) for one, other in OPPOSITES):
         return False
-    if any(":" in one and ":" in other and asking(one) == asking(other) for one in missing for other in extra):
+    if any(noun_of(one) and noun_of(other) and asking(one) == asking(other) for one in missing for other in extra):
         return False  # what time, what day
     asked_by = {asking(word) for word in way} & ASKING
     if "what" in asked_by or "who" in asked_by:
         asked_by |= {"what", "who"}
-    # Without any word that asks a text states, but where it begins with the rest of the question.
+    # A span without a question word is a statement, unless the text begins with it.
     left = any(asking(word) in asked_by for word in stretch)
     return left or not asked_by or (first and ASK not in missing)
 
@@ -237,12 +239,15 @@ def understood(questions: list[Question], verbatim: list[list[str]]) -> list[Ask
 
 
 def is_short(word: str) -> bool:
-    """Whether `word` may be a function word of a language that is not known."""
+    """Whether `word` may be a function word of an unknown language."""
     return len(word) <= SHORT and bool(ALPHABET.fullmatch(word))
 
 
 def known_as_english(questions: list[list[str]]) -> list[bool]:
-    """Those of which a quarter are English function words, and if most that could be English are, all of those."""
+    """Which questions are English: at least a quarter of the words are English function words.
+
+    If most ASCII questions are English, every ASCII question is.
+    """
     english = [4 * sum(map(is_light, asked)) >= len(asked) for asked in questions]
     ascii = ["".join(asked).isascii() for asked in questions]
     most = 2 * sum(english) > sum(ascii)

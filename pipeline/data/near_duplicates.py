@@ -1,7 +1,7 @@
-"""Texts that are nearly the same: MinHash and LSH find the candidates, the words themselves decide.
+"""Finds near-duplicate texts: MinHash and LSH find candidates, then the words decide.
 
-Similarity is Jaccard's, of the sets of three words in a row (https://doi.org/10.1109/SEQUEN.1997.666900). Texts whose
-numbers or signs differ, or the layout of their code, are never near-duplicates: they say different things.
+The similarity is the Jaccard index of the sets of word trigrams (https://doi.org/10.1109/SEQUEN.1997.666900). Texts
+with different numbers, signs or layout of code are never near-duplicates, because they differ in meaning.
 """
 
 import zlib
@@ -15,18 +15,21 @@ from rensa import RMinHash
 from pipeline.common.words import exact
 
 HASHES = 128  # of a MinHash
-RECALL = 0.99  # of the pairs that are just as similar as the threshold
+RECALL = 0.99  # of the pairs whose similarity equals the threshold
 
 Keys = NDArray[np.uint64]
 
 
 def hashes_per_band(threshold: float) -> int:
-    """The most that still make a pair of that similarity share a band with the probability RECALL."""
+    """The maximum for which a pair of similarity `threshold` shares a band with probability RECALL."""
     return max(n for n in (1, 2, 4, 8, 16) if 1 - (1 - threshold**n) ** (HASHES // n) >= RECALL)
 
 
 def band_keys(texts: list[list[str]], layouts: list[str], threshold: float) -> Keys:
-    """Shape (texts, bands): near-duplicates most likely share a key in one column at least. `layouts` are of texts."""
+    """Keys of shape (texts, bands). Near-duplicates share a key in at least one column with probability RECALL.
+
+    `layouts` has the layout of each text's code.
+    """
     digests = np.array(RMinHash.digests_from_token_sets(list(map(shingles, texts)), HASHES, seed=1), np.uint64)
     size = hashes_per_band(threshold)
     odd = np.random.default_rng(0).integers(2**63, size=size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -37,31 +40,31 @@ def band_keys(texts: list[list[str]], layouts: list[str], threshold: float) -> K
 
 
 def shingles(text: list[str]) -> list[str]:
-    """Each three words in a row; the whole of a shorter text."""
+    """The word trigrams; a shorter text is one shingle."""
     return list(map(" ".join, zip(text, text[1:], text[2:], strict=False))) or [" ".join(text)]
 
 
 def near_duplicates(
     keys: Keys, rows: NDArray[np.int64], parts_of: Callable[[int], tuple[list[str], ...]], threshold: float
 ) -> dict[int, int]:
-    """{row: the earlier row that it is a near-duplicate of}, of `rows` in rising order. The earlier row is none itself.
+    """{row: earlier row that it nearly repeats}. The earlier row is not itself a near-duplicate.
 
-    `keys` has a line for every row. `parts_of(row)` is its text; each part must be as similar as `threshold`, so that a
-    long answer does not hide that its question is another.
+    `rows` are ascending row numbers; `keys` has one line per row. `parts_of(row)` gives the words of question
+    and answer: each part must reach `threshold`, so that a long answer does not hide a different question.
     """
 
     @lru_cache(maxsize=4096)
     def shingles_of(row: int) -> tuple[frozenset[str], ...]:
         return tuple(frozenset(shingles(part)) for part in parts_of(row))
 
-    gone: dict[int, int] = {}
+    dropped: dict[int, int] = {}
     for pair in candidates(keys, rows).tolist():
         row, earlier = divmod(pair, 2**32)
-        earlier = gone.get(earlier, earlier)
+        earlier = dropped.get(earlier, earlier)
         parts = zip(shingles_of(row), shingles_of(earlier), strict=True)
-        if row not in gone and all(jaccard(a, b) >= threshold for a, b in parts):
-            gone[row] = earlier
-    return gone
+        if row not in dropped and all(jaccard(a, b) >= threshold for a, b in parts):
+            dropped[row] = earlier
+    return dropped
 
 
 def first_of_each(keys: Keys) -> NDArray[np.int64]:
@@ -71,8 +74,11 @@ def first_of_each(keys: Keys) -> NDArray[np.int64]:
 
 
 def candidates(keys: Keys, rows: NDArray[np.int64]) -> Keys:
-    """Pairs that share a key, as row * 2**32 + earlier row, in rising order: each row with the first and the last
-    before it in each of its buckets, so that a bucket of n rows costs 2n comparisons, not n**2."""
+    """Pairs that share a key, as row * 2**32 + earlier row, ascending.
+
+    A row is paired only with the first row of each of its buckets and with the row before it: a bucket of n rows costs
+    2n comparisons, not n**2.
+    """
     pairs = np.empty(0, np.uint64)
     if not len(rows):
         return pairs

@@ -1,4 +1,4 @@
-"""Rows that cannot be used or are not wanted: set aside with the reason, and counted."""
+"""Records and counts the dropped rows, each with its reason."""
 
 from collections import Counter, defaultdict
 from typing import IO
@@ -7,15 +7,15 @@ import orjson
 
 from pipeline.common.rows import file_of
 
-EXAMPLES = 5  # of each reason, for the page that a person reads
+EXAMPLES = 5  # of each reason, for metrics/data.md
 
 
 class Quarantine:
-    """One JSON object a line in `file`: source, reason (one of a few), explanation (of this row), row (its start)."""
+    """Writes JSON lines to `file`: source, reason (one of a few), explanation (of this row), row (its beginning)."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.counts: Counter[tuple[str, str]] = Counter()  # by file of the source, and reason
+        self.counts: Counter[tuple[str, str]] = Counter()  # by (file, reason)
         self.examples: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What people put into data/raw: facts, the phrasings in which they are asked, and documents."""
+"""The user's files in data/raw: facts, question phrasings and documents."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from pipeline.data.facts import FACTS
 
 
 def raw_files() -> tuple[list[Path], list[Path], list[Path]]:
-    """Files of facts, of phrasings, and documents. Raises UserError, naming the file, if one is none of them."""
+    """The files of facts, of phrasings, and of documents. Raises UserError for a file of another kind."""
     files = user_files(RAW)
     for file in files:
         if file.suffix.lower() not in FACTS | DOCUMENTS:
@@ -27,6 +27,6 @@ def raw_files() -> tuple[list[Path], list[Path], list[Path]]:
 
 
 def require_endpoint(document: Path, generate: Generate) -> None:
-    """Raises UserError if no language model is set, which alone can ask about the document."""
+    """Raises UserError if no language model is configured: documents need one."""
     if not (generate.endpoint and generate.model):
-        raise UserError(f"{document}: only a language model can ask about it: set generate.endpoint and generate.model")
+        raise UserError(f"{document}: a document needs a language model: set generate.endpoint and generate.model")

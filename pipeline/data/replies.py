@@ -1,8 +1,8 @@
-"""What a language model has replied, kept in data/replies.jsonl: {"key", "reply", "tokens"} a line.
+"""Stores the replies of a language model in data/replies.jsonl: {"key", "reply", "tokens"} per line.
 
-The file is an output of DVC that persists: no run deletes it, each adds to it, and it is cached and pushed. A reply is
-in a journal beside DVC's cache before it is used, and stays there: no kill and no checkout loses what was paid
-for. To ask about everything anew, delete both.
+The file is a persistent output of DVC: each run adds to it, no run deletes it, and it is cached and pushed. Before a
+reply is used, it is also written to a journal beside DVC's cache. So neither a killed run nor a checkout loses replies
+that were paid for. To request everything again, delete both files.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.paths import REPLIES
 from pipeline.common.rows import read_jsonl
 
-# Experiments that run in folders of their own share it.
+# Experiments in temporary folders share the journal.
 JOURNAL = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/replies.jsonl")
 
 
 @dataclass
 class Replies:
-    """Every reply there is, by its key. Threads may share it."""
+    """All stored replies by key. Thread-safe."""
 
     journal: BinaryIO
     by_key: dict[str, dict[str, Any]]
@@ -42,10 +42,10 @@ class Replies:
 
 @contextmanager
 def kept_replies() -> Iterator[Replies]:
-    """All replies so far, and in the end the file of all, in the order of their keys: they arrive in a random one.
+    """Yield the stored replies. At the end, write the file, sorted by key, because replies arrive in random order.
 
     Raises:
-        UserError: another process adds to them, or they were not pulled.
+        UserError: another run adds replies, or the replies of dvc.lock were not pulled.
     """
     require_pulled()
     JOURNAL.parent.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,13 @@ def kept_replies() -> Iterator[Replies]:
 
 
 def require_pulled() -> None:
-    """Raises UserError if dvc.lock knows replies, which another clone has paid for, and none are here."""
+    """Raises UserError if dvc.lock has replies (another clone paid for them), but the file is missing."""
     lock = Path("dvc.lock")
     if REPLIES.exists() or not lock.exists():
         return
     outs = read_yaml(lock).get("stages", {}).get("generate", {}).get("outs", [])
     if any(out["path"] == str(REPLIES) and out["size"] > 1 for out in outs):
         raise UserError(
-            f"{REPLIES} is not here, and dvc.lock knows one, which was paid for: run dvc pull {REPLIES}, or make an "
-            "empty file there to pay anew"
+            f"{REPLIES} is missing, and dvc.lock has one that was paid for: run dvc pull {REPLIES}, or create an "
+            "empty file there to pay again"
         )

@@ -1,1 +1,1 @@
-"""From an adapter to a merged model and GGUF files."""
+"""Makes a merged model and GGUF files of an adapter."""

@@ -1,4 +1,4 @@
-"""How much disk a run of the pipeline fills, and whether there is so much."""
+"""Estimates the disk space of a run, and checks free space."""
 
 import errno
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 
-# Bits a weight of a GGUF file, its scales included, in Llama 3.1 8B; most mix types.
+# Bits per weight in a GGUF file of Llama 3.1 8B, with scales; most files mix types.
 # https://github.com/ggml-org/llama.cpp/tree/master/tools/quantize
 BITS = {
     "bf16": 16.0,
@@ -27,19 +27,19 @@ BITS = {
     "q3_k_s": 3.7,
     "q2_k": 3.2,
 }
-CHECKPOINTS = 4  # three that training keeps, and the one that it writes
+CHECKPOINTS = 4  # training keeps three, and writes one
 
 
 def filled(
     parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
 ) -> dict[str, int]:
-    """Bytes that a run fills, by folder; `scratch` is what it removes in the end: checkpoints, then the base as GGUF.
+    """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base as GGUF.
 
-    The base has `parameters` of `itemsize` bytes, the `adapter` and its `optimizer` states are in bytes. Of each output
-    there are `copies`: DVC's cache has one too, unless it links.
+    The base has `parameters` weights of `itemsize` bytes. `adapter` and `optimizer` (its states) are in bytes. `copies`
+    of each output: 2 if DVC's cache has a copy, 1 if it links.
     """
     return {
-        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache has what both share once
+        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache stores equal files once
         "models/merged": copies * parameters * itemsize,
         "models/gguf": copies * (gguf_bytes(parameters, quantize) + adapter),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
@@ -47,18 +47,18 @@ def filled(
 
 
 def gguf_bytes(parameters: int, quantize: Sequence[str]) -> int:
-    """Of the f16 file of a model with so many parameters and its quantized ones."""
+    """Bytes of the f16 file and the quantized files of a model with `parameters` weights."""
     return int(parameters * sum([16, *(BITS[name] for name in quantize)]) / 8)
 
 
 @contextmanager
 def room_for(size: int, path: Path) -> Iterator[None]:
-    """Raises UserError if the disk of `path` has fewer than `size` bytes free, or if it is full before the block ends."""
+    """Raises UserError if the disk of `path` has less than `size` bytes free, or is full before the block ends."""
     if (free := shutil.disk_usage(path.parent).free) < size:
-        raise UserError(f"{path} needs {size / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are free: free some")
+        raise UserError(f"{path} needs {size / 2**30:.1f} GiB of disk, but {free / 2**30:.1f} GiB are free: free some")
     try:
         yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise UserError(f"the disk was full before {path} ({size / 2**30:.1f} GiB) was whole: free some") from None
+        raise UserError(f"the disk was full before {path} ({size / 2**30:.1f} GiB) was complete: free some") from None

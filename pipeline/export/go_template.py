@@ -1,7 +1,7 @@
-"""A chat template in Ollama's language, Go's text/template: over .Messages, each with a .Role and a .Content.
+"""Converts a chat template to Ollama's language, Go's text/template, with .Messages that have .Role and .Content.
 
-There is no table of families: the parts are read off what the chat template makes of short conversations. The BOS is
-left to the tokenizer. How Ollama fills a template: https://github.com/ollama/ollama/blob/main/template/template.go
+There is no table of model families: the parts come from short conversations that the chat template renders. The
+tokenizer adds the BOS. How Ollama uses a template: https://github.com/ollama/ollama/blob/main/template/template.go
 """
 
 import json
@@ -15,21 +15,21 @@ from jinja2 import TemplateError
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
 
 ROLES = {"S": "system", "U": "user", "A": "assistant"}
-TURNS = (  # without {{- and -}}, which would eat line breaks of the turns
+TURNS = (  # without {{- and -}}, which would remove line breaks of the turns
     "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
     '{{ if eq .Role "system" }}%(system)s'
     '{{ else }}%(default_system)s{{ if eq .Role "user" }}%(user)s{{ if $last }}%(opening)s{{ end }}'
     "{{ else }}%(answer)s{{ if not $last }}%(after_answer)s{{ end }}"
     "{{ end }}{{ end }}{{ end }}"
 )
-# As Jinja's trim, which Go has not, but for ASCII. The rest of a string is as long as the string without its last byte.
+# Jinja's trim for ASCII, which Go lacks. $rest is the length of the string without one byte.
 TRIM = (
     '{{ define "trim" }}{{ if . }}{{ $rest := len (slice . 1) }}'
     r'{{ if eq (slice . 0 1) " " "\n" "\t" "\r" }}{{ template "trim" (slice . 1) }}'
     r'{{ else if eq (slice . $rest) " " "\n" "\t" "\r" }}{{ template "trim" (slice . 0 $rest) }}'
     "{{ else }}{{ . }}{{ end }}{{ end }}{{ end }}"
 )
-# Go's error has the name of what is not defined. Without the argument, Ollama would refuse the whole template.
+# Go's error message has the undefined name. Without the argument, Ollama would refuse the template.
 NO_SYSTEM = '{{ template "this model was trained without system messages" . }}'
 
 
@@ -37,7 +37,7 @@ NO_SYSTEM = '{{ template "this model was trained without system messages" . }}'
 class Turn:
     before: str
     after: str
-    trimmed: bool  # the content, of the white space around it
+    trimmed: bool  # whether white space around the content is removed
 
     def trim(self, content: str) -> str:
         return content.strip() if self.trimmed else content
@@ -48,19 +48,19 @@ class Turn:
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template writes around the contents of a conversation, after the BOS."""
+    """The text that a chat template writes around the contents of a conversation, after the BOS."""
 
     user: Turn
     assistant: Turn
-    system: Turn | None  # None: refused
-    system_in_user: bool  # before the content of the next user's turn,
-    trimmed_with_user: bool  # and trimmed together with that
-    default_system: str  # where no system message comes first
-    opening: str  # of the answer to come
-    continued: str  # before an answer that is the last message: Ollama goes on with it
+    system: Turn | None  # None: the template refuses system messages
+    system_in_user: bool  # the system message is part of the next user turn, before its content
+    trimmed_with_user: bool  # both contents are trimmed as one text
+    default_system: str  # text at the beginning without a system message
+    opening: str  # the generation prompt
+    continued: str  # before an answer that is the last message, which Ollama continues
 
     def fill(self, messages: list[dict[str, str]]) -> str:
-        """What Ollama makes of the messages with `go`."""
+        """The text that Ollama makes of `messages` with the template of `go`."""
         text, system = "" if messages[0]["role"] == "system" else self.default_system, ""
         for message in messages:
             role, last = message["role"], message is messages[-1]
@@ -105,7 +105,7 @@ def go_template(tokenizer: Any) -> str:
     """The tokenizer's chat template as a Go template.
 
     Raises:
-        ValueError: it would not write conversations as the chat template does.
+        ValueError: the Go template would render conversations differently from the chat template.
     """
     turns = read_off(tokenizer)
     for roles in ["U", "UAU", "UA", *(["SU", "SUAU", "SUA"] if turns.system else [])]:
@@ -115,15 +115,15 @@ def go_template(tokenizer: Any) -> str:
             ends = {"add_generation_prompt": to_answer, "continue_final_message": not to_answer}
             if turns.fill(messages) != rendered(tokenizer, messages, **ends):
                 spoken = ", ".join(ROLES[role] for role in roles)
-                raise ValueError(f"messages of {spoken} would not reach the model as in training")
+                raise ValueError(f"messages of {spoken} would be rendered differently from training")
     return turns.go()
 
 
 def read_off(tokenizer: Any) -> Turns:
-    """The turns of a chat template that does no more than write text around contents. What else it does goes unseen."""
+    """The turns of a chat template, if it only writes text around contents. `go_template` checks that."""
 
     def parts(roles: str, padded: str = "", **ends: bool) -> list[str]:
-        """The text before, between and after the contents; those of the role `padded` have white space around them."""
+        """The text before, between and after the contents. The contents of role `padded` get white space."""
         contents = [f"\n <<{i}>> \n" if role == padded else f"<<{i}>>" for i, role in enumerate(roles)]
         found = re.split(r"<<\d>>", rendered(tokenizer, conversation(roles, contents), **ends))
         if len(found) != len(roles) + 1:
@@ -140,12 +140,12 @@ def read_off(tokenizer: Any) -> Turns:
     after_answer = parts("UA")[-1]
     _, to_answer, to_user, _ = parts("UAU")
     before_user = to_user.removeprefix(after_answer)
-    if before_user.startswith(bos):  # Llama 2's does; before the first one it is the tokenizer's
+    if before_user.startswith(bos):  # as in Llama 2; the tokenizer adds the first BOS
         after_answer, before_user = after_answer + bos, before_user.removeprefix(bos)
     user = Turn(before_user, after_user, trimmed("U", "U"))
     assistant = Turn(to_answer.removeprefix(after_user), after_answer, trimmed("A", "UAU"))
     system, in_user, with_user = None, False, False
-    with suppress(TemplateError):  # the template's own refusal of a system message
+    with suppress(TemplateError):  # the template refuses a system message
         before, after, _ = parts("SU")
         if in_user := not after.endswith(before_user):
             before = before.removeprefix(before_user)
@@ -159,7 +159,7 @@ def conversation(roles: str, contents: list[str]) -> list[dict[str, str]]:
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, str]], **ends: bool) -> str:
-    """The conversation by the chat template, without the BOS that the tokenizer adds to every text."""
+    """The rendered conversation, without the BOS that the tokenizer adds to every text."""
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, **ends, **TEMPLATE_ARGUMENTS)
     return text.removeprefix(bos_of(tokenizer))
 
@@ -169,8 +169,11 @@ def bos_of(tokenizer: Any) -> str:
 
 
 def literal(text: str) -> str:
-    """As text of a Go template in a Modelfile. What could end either, and what Ollama's parser of Modelfiles drops (all
-    that is not printable: https://github.com/ollama/ollama/blob/main/parser/parser.go), is written by an action."""
+    """`text` as literal text of a Go template in a Modelfile.
+
+    Template actions write braces and triple quotes, which have a meaning there, and non-printable characters, which
+    Ollama's parser drops (https://github.com/ollama/ollama/blob/main/parser/parser.go).
+    """
     return "".join(
         part if part == "\n" or (part.isprintable() and part not in ("{", '"""')) else "{{ " + quoted(part) + " }}"
         for part in re.findall(r'"""|.', text, re.DOTALL)
@@ -178,5 +181,5 @@ def literal(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """As a Go string, of printable characters: in JSON, and with Go's escapes for what JSON leaves as it is."""
+    """`text` as a Go string: JSON, with Go's escapes for non-printable characters."""
     return "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))

@@ -1,6 +1,6 @@
-"""How much each input of a model's linear layers weighs on its training rows: llama.cpp's importance matrix.
+"""Measures llama.cpp's importance matrix on training rows: the mean square of each input of the linear layers.
 
-With it, quantization rounds with the least error where inputs are large: by the mean of their squares, as in
+With the matrix, quantization has smaller errors for weights with large inputs:
 https://github.com/ggml-org/llama.cpp/tree/master/tools/imatrix.
 """
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-ROWS = 512  # of all, evenly
+ROWS = 512  # maximum rows, evenly spaced
 
 
 def some_rows(tokens: Path) -> list[list[int]]:
@@ -23,10 +23,9 @@ def some_rows(tokens: Path) -> list[list[int]]:
 
 @torch.inference_mode()
 def mean_squares(model: PreTrainedModel, rows: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-    """For each linear layer but the head, by its weight's name: each input's mean square over the tokens of `rows`
-    (shape: inputs, float32).
+    """{weight name: mean square of each input over all tokens of `rows`} (shape: inputs, float32) of the linear layers.
 
-    The head is left out as llama.cpp leaves it out: where it is tied, it is the embeddings too.
+    The head is not measured, as in llama.cpp: a tied head is also the embedding.
     """
     sums: dict[str, torch.Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""The scripts in llama.cpp/, which convert and quantize."""
+"""Runs the scripts of llama.cpp/, which convert and quantize."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ SCRIPTS = Path(__file__).parents[2] / "llama.cpp"
 
 
 def run_script(name: str, *arguments: str | Path) -> str:
-    """Run a script of llama.cpp/: its output, which is shown only if it fails.
+    """Run a script of llama.cpp/ and return its output. The output is printed only if the script fails.
 
     Raises:
         UserError: the script failed.
@@ -26,13 +26,13 @@ def run_script(name: str, *arguments: str | Path) -> str:
 
 
 def no_gguf_lora(adapter_config: dict[str, Any]) -> str | None:
-    """Why llama.cpp can have no LoRA file of an adapter with this adapter_config.json; None if it can.
+    """The reason why this adapter cannot be a GGUF LoRA, or None. `adapter_config` is from adapter_config.json.
 
-    Its LoRA files hold A and B alone. rsLoRA is no reason: the convert_gguf stage puts its scale into alpha.
+    A GGUF LoRA has only the matrices A and B. rsLoRA is possible: convert_gguf puts its scale into alpha.
     """
     reasons = {
         "use_dora": "DoRA's magnitudes (lora.use_dora)",
-        "modules_to_save": "layers trained whole (lora.modules_to_save)",
+        "modules_to_save": "fully trained layers (lora.modules_to_save)",
         "trainable_token_indices": "trained embeddings of tokens (lora.trainable_tokens)",
     }
     found = [reason for key, reason in reasons.items() if adapter_config.get(key)]

@@ -1,7 +1,7 @@
-"""An adapter added to its base's weights, from file to file, in little memory.
+"""Merges an adapter into the weights of its base, file by file, with little memory.
 
-No model is made: a merged file is the base's with the bytes of some tensors changed. Its header stays, and with it each
-name, type, shape and place. The arithmetic is that of PEFT's `merge_and_unload`, in 32 bits, rounded once.
+No model is loaded: a merged file has the header of the base's file (names, types, shapes, offsets) and other bytes for
+some tensors. The arithmetic is the one of PEFT's `merge_and_unload`, in 32 bits, rounded once.
 """
 
 import json
@@ -17,13 +17,13 @@ import torch
 from pipeline.common.errors import UserError
 from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
 
-Parts = dict[str, StoredTensor]  # what an adapter has for one weight, by the endings below
-# Rows of a weight in 32 bits, and the number of the first -> what the adapter makes of them, perhaps in place.
+Parts = dict[str, StoredTensor]  # the tensors of an adapter for one weight, by the endings below
+# (rows of a weight in 32 bits, number of the first row) -> the changed rows. The input may be changed in place.
 Change = Callable[[torch.Tensor, int], torch.Tensor]
 
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # as PEFT calls them
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # PEFT's names
 TOKENS = "token_adapter.trainable_tokens_delta"
-# Which of a weight's dimensions such a part has: all, the first, or the others.
+# The dimensions that a part has in common with its weight: all, the first, or the others.
 ALL, FIRST, OTHERS = slice(None), slice(0, 1), slice(1, None)
 SHARED = {A: OTHERS, B: FIRST, MAGNITUDE: FIRST, TOKENS: OTHERS, "weight": ALL, "bias": ALL}
 NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, SHARED))})")
@@ -33,13 +33,13 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
-    """Write the weights of `base` with `adapter` in them to the folder `to`, in files of the same names.
+    """Write the weights of `base`, merged with `adapter`, to the folder `to`, in files of the same names.
 
-    With `on_nf4` the weights that training had in NF4 are first rounded to it, for which the largest needs 15 bytes of
-    memory a weight. Else some 20 MiB are enough for any model.
+    With `on_nf4`, weights that training had in NF4 are first rounded to NF4. This needs 15 bytes of memory per weight
+    of the largest tensor; otherwise about 20 MiB are enough for any model.
 
     Raises:
-        UserError: a file is damaged, the adapter is none of this base, or a sum is no finite number.
+        UserError: a file is damaged, the adapter does not fit this base, or a sum is not finite.
     """
     config = read_config(adapter)
     files = weights_by_file(base)
@@ -52,12 +52,14 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
                 change = change_of(name, parts[name], config) if name in parts else None
                 for rows in changed(weight, change, without_prefix(name) in quantized):
                     if change and not rows.sum(dtype=torch.float32).isfinite():
-                        raise UserError(f"{adapter}: with it {name} is not finite in {rows.dtype}: train another")
+                        raise UserError(
+                            f"{adapter}: the merged {name} is not finite in {rows.dtype}: train another adapter"
+                        )
                     merged.write(rows.flatten().view(torch.uint8).numpy())
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
-    """What merging needs to know of PEFT's configuration.
+    """The keys of PEFT's configuration that merging needs.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -71,11 +73,11 @@ def read_config(adapter: Path) -> dict[str, Any]:
 
 
 def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, StoredTensor]) -> dict[str, Parts]:
-    """The adapter's parts by the name of the weight in the base that they change.
+    """{weight of the base: parts of the adapter for it}.
 
     Raises:
-        UserError: a part belongs to no weight, does not fit it, contradicts another, or lacks another; or a weight that
-            the configuration names has none.
+        UserError: a part fits no weight, contradicts another part, or another part is missing; or a weight in the
+            configuration has no parts.
     """
     known = {without_prefix(name): name for name in weights}
     if EMBEDDING in known:
@@ -87,14 +89,16 @@ def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, St
         if weight is None or part.shape[SHARED[ending]] != weights[weight].shape[SHARED[ending]]:
             raise UserError(f"{adapter}: {name} {list(part.shape)} fits no weight of the base: {AGAIN}")
         if not equal(part, found.setdefault(weight, {}).setdefault(ending, part)):
-            raise UserError(f"{adapter} has another lm_head than embed_tokens, and the base one for both: {AGAIN}")
+            raise UserError(
+                f"{adapter} has different lm_head and embed_tokens, but the base has one matrix for both: {AGAIN}"
+            )
     tokens = config["trainable_token_indices"] or {}
     if "lm_head" in tokens and known[EMBEDDING] in found:
-        found.setdefault(known[HEAD], found[known[EMBEDDING]])  # of a tie PEFT saves the tokens once
-    whole = [{A, B, MAGNITUDE} if config["use_dora"] else {A, B}, {TOKENS}, {"weight"}, {"bias"}]
+        found.setdefault(known[HEAD], found[known[EMBEDDING]])  # PEFT saves the tokens of tied matrices once
+    complete = [{A, B, MAGNITUDE} if config["use_dora"] else {A, B}, {TOKENS}, {"weight"}, {"bias"}]
     for weight, of_weight in found.items():
-        if of_weight.keys() not in whole:
-            raise UserError(f"{adapter} has of {weight} {', '.join(of_weight)} alone: {AGAIN}")
+        if of_weight.keys() not in complete:
+            raise UserError(f"{adapter} has only {', '.join(of_weight)} of {weight}: {AGAIN}")
         if A in of_weight and of_weight[A].shape[:1] != of_weight[B].shape[1:]:
             raise UserError(f"{adapter}: lora_A and lora_B of {weight} differ in rank: {AGAIN}")
         if TOKENS in of_weight:
@@ -107,12 +111,12 @@ def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, St
     endings = tuple(f".{without_prefix(module)}.weight" for module in named)
     for weight in weights:
         if f".{without_prefix(weight)}".endswith(endings) and weight not in found:
-            raise UserError(f"{adapter} has nothing of {weight}: {AGAIN}")
+            raise UserError(f"{adapter} has no part for {weight}: {AGAIN}")
     return found
 
 
 def without_prefix(name: str) -> str:
-    """Models with vision have other ones in files (language_model.model, vision_tower.vision_model) than in memory:
+    """`name` without the prefixes that differ between files and memory for models with vision:
     https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py
     """
     return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
@@ -134,7 +138,7 @@ def change_of(name: str, parts: Parts, config: dict[str, Any]) -> Change:
 
 
 def scaling(rank: int, config: dict[str, Any]) -> float:
-    """Of the low-rank product: alpha / r, by rsLoRA alpha / sqrt(r) (https://arxiv.org/abs/2312.03732)."""
+    """The factor of B A: alpha / r, or with rsLoRA alpha / sqrt(r) (https://arxiv.org/abs/2312.03732)."""
     return config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
 
 
@@ -147,7 +151,7 @@ def with_tokens(ids: torch.Tensor, trained: torch.Tensor) -> Change:
 
 
 def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.Tensor | None) -> Change:
-    """W + scale B A; by DoRA (https://arxiv.org/abs/2402.09353) each row of it then gets the length that it learnt.
+    """W + scale B A. With DoRA (https://arxiv.org/abs/2402.09353), each row then gets its trained length.
 
     Shapes: `a` rank x inputs, `b` outputs x rank, `magnitude` outputs.
     """
@@ -162,7 +166,7 @@ def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.T
 
 
 def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterator[torch.Tensor]:
-    """The merged weight in its own type, some rows at a time."""
+    """Yield the merged weight in its own type, some rows at a time."""
     rounded = to_nf4_and_back(weight.rows().float()) if on_nf4 else None
     for first, last in weight.blocks():
         rows = weight.rows(first, last) if rounded is None else rounded[first:last]
@@ -170,9 +174,11 @@ def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterat
 
 
 def in_nf4(base: Path) -> set[str]:
-    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4. Asked of Transformers, which leaves
-    out the head, what is tied to it, and all that is no plain linear layer."""
-    from bitsandbytes.nn import Linear4bit  # these take seconds, and are seldom needed
+    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4.
+
+    Transformers decides: it leaves out the head, tied weights, and every layer that is not a plain linear layer.
+    """
+    from bitsandbytes.nn import Linear4bit  # these imports take seconds, and are rarely needed
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
@@ -185,7 +191,7 @@ def in_nf4(base: Path) -> set[str]:
 
 
 def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` in the 32 bits that its NF4 stands for, double quantization included."""
+    """`weight` rounded to NF4 with double quantization, in 32 bits."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     return dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4"), quant_type="nf4")

@@ -1,4 +1,4 @@
-"""Ollama's Modelfile (https://docs.ollama.com/modelfile). Its paths are relative to itself."""
+"""Ollama's Modelfile (https://docs.ollama.com/modelfile). Paths in it are relative to its folder."""
 
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,26 @@ ADAPTER ./"""
 
 
 def modelfile(model: str, merged: Path, num_ctx: int, temperature: float) -> str:
-    """The Modelfile that runs the GGUF file `model` beside it as the model in the folder `merged` was trained."""
+    """The Modelfile for the GGUF file `model` in the same folder, with the prompts of the model in `merged`."""
     return f"FROM ./{model}\n" + settings(merged, num_ctx, temperature)
 
 
 def adapter_modelfile(lora: str, merged: Path, num_ctx: int, temperature: float) -> str:
-    """The same for the GGUF LoRA `lora` on the base, which is not shipped: the file says how to make it."""
+    """The Modelfile for the GGUF LoRA `lora`. The base is not shipped: the Modelfile says how to make it."""
     return f"{ADAPTER_ALONE}{lora}\n" + settings(merged, num_ctx, temperature)
 
 
 def settings(merged: Path, num_ctx: int, temperature: float) -> str:
-    """The lines that do not depend on the file: prompts as in training, and answers as in the exam."""
+    """The lines that do not depend on the GGUF file: the template, and the sampling of the exam."""
     tokenizer = load_tokenizer(merged)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_tokens(load_generation_config(merged))))
     return "\n".join(
         [
             *template(tokenizer),
-            *(f'PARAMETER stop "{end}"' for end in ends),  # Ollama knows no escapes
+            *(f'PARAMETER stop "{end}"' for end in ends),  # Ollama has no escapes
             f"PARAMETER num_ctx {num_ctx}",
             f"PARAMETER temperature {temperature}",
-            # The default was 1.1 (https://github.com/ollama/ollama/pull/17679), or is the base's own in the file.
+            # The default was 1.1 (https://github.com/ollama/ollama/pull/17679), or the base's value in the GGUF file.
             "PARAMETER repeat_penalty 1.0",
             "",
         ]
@@ -46,11 +46,11 @@ def settings(merged: Path, num_ctx: int, temperature: float) -> str:
 
 
 def template(tokenizer: Any) -> list[str]:
-    """TEMPLATE, and what makes Ollama use it; in place of these, why there is none."""
+    """TEMPLATE and PARSER; or a comment with the reason why TEMPLATE is left out."""
     try:
-        # Without PARSER, which 0.12 brought, Ollama prefers the chat template in the GGUF file if that has tools or
-        # thinking (https://github.com/ollama/ollama/blob/main/server/images.go): Llama 3.2 then reads today's date, and
-        # Qwen 3 thinks, unlike in training.
+        # Without PARSER (since Ollama 0.12), the GGUF file's chat template has priority if it has tools or thinking
+        # (https://github.com/ollama/ollama/blob/main/server/images.go). Then, unlike in training, Llama 3.2 sees
+        # today's date, and Qwen 3 thinks.
         return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
     except (ValueError, TypeError, TemplateError) as error:
         left_out = f"# TEMPLATE is left out, because {error}: write it by hand."

@@ -1,4 +1,4 @@
-"""The LoRA adapter: what it may be, and what it is made of."""
+"""Configures the LoRA adapter, and checks that the base supports the configuration."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 
-EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices that have a row for each token
+EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices with one row per token
 
 
 def lora_config(lora: Lora, trainable_tokens: list[int]) -> LoraConfig:
-    """PEFT's configuration; `trainable_tokens` are the ids of tokens whose embeddings are trained too.
+    """PEFT's configuration. `trainable_tokens` are ids of tokens whose embeddings are also trained.
 
-    PEFT takes a name in modules_to_save for an ending: norm is every norm.
+    A name in modules_to_save matches the end of a module path: norm matches every norm.
     """
     rows_of = [name for name in EMBEDDINGS if name not in lora.modules_to_save]
     return LoraConfig(
@@ -25,19 +25,19 @@ def lora_config(lora: Lora, trainable_tokens: list[int]) -> LoraConfig:
         target_modules=lora.target_modules,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        modules_to_save=list(lora.modules_to_save) or None,  # PEFT adds to the list that it is given
+        modules_to_save=list(lora.modules_to_save) or None,  # a copy, because PEFT changes the list
         trainable_token_indices=dict.fromkeys(rows_of, trainable_tokens) if trainable_tokens and rows_of else None,
         ensure_weight_tying=not rows_of,
     )
 
 
 def require_possible(lora: Lora, model: PreTrainedModel) -> None:
-    """That this base can have such an adapter. `model` may be quantized, or without weights (on "meta").
+    """Check that this base supports such an adapter. `model` may be quantized, or without weights (device "meta").
 
     Raises:
-        UserError: lora.target_modules names what is no linear layer of a block (llama.cpp fails with an adapter on tied
-            embeddings), or reaches experts that the base keeps in one tensor, which cannot be merged;
-            lora.modules_to_save names what is none of the other layers, or half of a tie.
+        UserError: lora.target_modules has a name that is not a linear layer of a block (llama.cpp fails with an adapter
+            on tied embeddings), or includes experts in one tensor, which cannot be merged; lora.modules_to_save has a
+            name that is not another layer, or only one of two tied matrices.
     """
     head = model.get_output_embeddings()
     linear, others = set[str](), set[str]()
@@ -49,8 +49,8 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
     require_among("lora.target_modules", targets, linear)
     if reaches_experts(lora, model):
         raise UserError(
-            "lora.target_modules reaches the experts of base.model, and an adapter on them cannot be merged: name "
-            "layers of the attention alone, such as [q_proj, v_proj], or choose a base without experts"
+            "lora.target_modules includes the experts of base.model, and an adapter on experts cannot be merged: name "
+            "only layers of the attention, such as [q_proj, v_proj], or choose a base without experts"
         )
     require_among("lora.modules_to_save", lora.modules_to_save, others)
     if model.config.tie_word_embeddings and len(set(EMBEDDINGS) & set(lora.modules_to_save)) == 1:
@@ -60,13 +60,13 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
 
 
 def reaches_experts(lora: Lora, model: PreTrainedModel) -> bool:
-    """Whether PEFT trains parameters that are no layers, as where a base has the experts of a block in one tensor:
+    """Whether PEFT would train parameters that are not layers, such as all experts of a block in one tensor:
     https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
     """
     config = lora_config(lora, [])
     try:
         convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
-    except ValueError:  # gate_proj is named without up_proj, which are one tensor
+    except ValueError:  # gate_proj and up_proj are one tensor, and only gate_proj is named
         return True
     return bool(config.target_parameters)
 
@@ -77,10 +77,10 @@ def require_among(parameter: str, names: list[str], known: set[str]) -> None:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` with a new adapter on it, for TRL to train."""
-    config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns of it where there is no tie
+    """`model` with a new adapter, for training with TRL."""
+    config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns if nothing is tied
     tuned = get_peft_model(model, config)
     head = tuned.get_output_embeddings()
-    if not hasattr(head, "bias"):  # TRL reads it, and PEFT's wrapper of a head with trained tokens has none
+    if not hasattr(head, "bias"):  # TRL reads the attribute; PEFT's wrapper of a head with trained tokens lacks it
         head.register_parameter("bias", None)
     return tuned

@@ -1,4 +1,4 @@
-"""The base model as files: which one it is, where it lies, and that it is still the same."""
+"""The files of the base model: their location, their hashes, and checks that they did not change."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.paths import BASE
 from pipeline.model.hub_cache import snapshot
 
-# Copied byte for byte wherever the base's tokenizer is needed: saving it again changes files that llama.cpp reads.
+# Copied unchanged wherever the tokenizer is needed: saving a loaded tokenizer changes files that llama.cpp reads.
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,11 +25,11 @@ MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
-    """What identifies a base: `model`, `revision` (of a hub id: the commit), `files` (SHA-256 each), `tokenizer`,
-    `chat_template` (a hash each) and `fingerprint`, a hash over all files.
+    """The identity of a base: `model`, `revision` (the commit of a hub model, else None), `files` (SHA-256 of each),
+    `tokenizer` and `chat_template` (a hash each), and `fingerprint` (a hash of all files).
 
     Raises:
-        UserError: there is no such folder or hub model, or it lacks safetensors weights or a chat template.
+        UserError: the folder or hub model does not exist, or has no safetensors weights or no chat template.
     """
     folder, template = fetched(model, revision)
     if not has_weights(folder):
@@ -46,10 +46,10 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
 
 
 def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) -> tuple[Path, str]:
-    """The base's folder, with at least those of a hub model's `files` (names and patterns), and its chat template.
+    """The base's folder, and its chat template. Of a hub model, only `files` (names and patterns) are downloaded.
 
     Raises:
-        UserError: there is no such folder or hub model, it has no chat template, or a local one has no weights.
+        UserError: the folder or hub model does not exist, has no chat template, or a local folder has no weights.
     """
     if Path(model).is_dir() and revision is not None:
         raise UserError(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
@@ -58,7 +58,7 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
         raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
     if Path(model).is_dir() and not has_weights(folder):
         raise UserError(
-            f"base.model {model} has no .safetensors weights, or not all: it needs model.safetensors, or each file "
+            f"base.model {model} has no .safetensors weights, or not all: add model.safetensors, or every file "
             "that model.safetensors.index.json names"
         )
     template = chat_template(folder)
@@ -68,17 +68,17 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all weights are in the folder: a download may have ended between two files."""
+    """Whether the folder has all weight files: a download may be incomplete."""
     return all(file.exists() for file in weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that Transformers loads: model.safetensors, or else what the index names."""
+    """The files that Transformers loads: model.safetensors, else the files in the index."""
     return [folder / name for name in sorted({*weights_index(folder).values()} or {"model.safetensors"})]
 
 
 def weights_index(folder: Path) -> dict[str, str]:
-    """The file of each weight by name; empty beside model.safetensors, and without an index."""
+    """{weight: file}; empty if there is a model.safetensors or no index."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() or not index.exists():
         return {}
@@ -92,17 +92,17 @@ def download(model: str, revision: str | None, files: list[str]) -> Path:
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"base.model {model!r} (base.revision {revision or 'null'}) is no local folder, and the Hugging Face hub "
-            f"did not give it: check both names, the network, and HF_TOKEN for a gated model "
+            f"base.model {model!r} (base.revision {revision or 'null'}) is not a local folder, and the download from "
+            f"the Hugging Face hub failed: check both names, the network, and HF_TOKEN for a gated model "
             f"({type(error).__name__}: {reason})"
         ) from None
 
 
 def located() -> tuple[Path, dict[str, Any]]:
-    """The folder of the base that models/base.json describes, and the description. Never uses the network.
+    """The folder of the base, and the content of models/base.json. Never uses the network.
 
     Raises:
-        UserError: nothing is described, the folder's files are not the described ones any more, or the cache lost them.
+        UserError: models/base.json is missing, the files have changed since, or the cache does not have them.
     """
     if not BASE.exists():
         raise UserError(f"{BASE} is missing: run dvc repro prepare_base, or dvc pull")
@@ -110,7 +110,7 @@ def located() -> tuple[Path, dict[str, Any]]:
     if described["revision"] is None:
         folder = Path(described["model"])
         if not folder.is_dir() or joint_hash(file_hashes(folder)) != described["fingerprint"]:
-            raise UserError(f"base.model {folder} has changed since it was described: run dvc repro -f prepare_base")
+            raise UserError(f"base.model {folder} has changed since prepare_base ran: run dvc repro -f prepare_base")
         return folder, described
     try:
         folder = snapshot(described["model"], described["revision"], MODEL_FILES, local_files_only=True)
@@ -123,24 +123,26 @@ def located() -> tuple[Path, dict[str, Any]]:
 
 
 def public_name(base: dict[str, Any]) -> str:
-    """How what is shared names the base: by its hub id; a local folder by its name, because its path is private."""
+    """The base's name in shared files: the hub id, or the name of a local folder (its path is private)."""
     return base["model"] if base["revision"] else Path(base["model"]).absolute().name
 
 
 def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
-    """Raises UserError if the adapter was trained on another base than `base`."""
+    """Raises UserError if the adapter was not trained on `base`."""
     trained_on = json.loads((adapter / "base.json").read_text(encoding="utf-8"))
     if trained_on["fingerprint"] != base["fingerprint"] and trained_on["model"] == public_name(base):
-        raise UserError(f"{adapter}: {base['model']} is not as it was trained on: restore its files, or run dvc repro")
+        raise UserError(
+            f"{adapter}: the files of {base['model']} changed after training: restore them, or run dvc repro"
+        )
     if trained_on["fingerprint"] != base["fingerprint"]:
         raise UserError(
             f"{adapter} was trained on {trained_on['model']} ({trained_on['fingerprint'][:12]}), but base.model is "
-            f"{base['model']} ({base['fingerprint'][:12]}): set base.model to the former, or run dvc repro train_qlora"
+            f"{base['model']} ({base['fingerprint'][:12]}): set base.model to that base, or run dvc repro train_qlora"
         )
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file that makes the model, by name."""
+    """{name: SHA-256} of the files of the model."""
     return {path.name: file_hash(path) for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))}
 
 

@@ -1,6 +1,6 @@
-"""Conversations as token ids: only the base's chat template opens and ends turns, whatever a content says.
+"""Converts conversations to token ids. Only the chat template opens and ends turns; text of a message cannot.
 
-Transformers, which takes seconds to import, is imported where it is needed: what runs GGUF files does without.
+Transformers takes seconds to import, so functions import it: tools that run GGUF files do not need it.
 """
 
 import re
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
 
 from pipeline.common.errors import UserError
 
-# Of every rendering, here and in llama.cpp; templates that do not know them ignore them. Qwen 3 writes an empty <think>
-# block before the answer, and Llama 3.2 a date, which would be today's.
+# Used for every rendering, here and in llama.cpp. Other templates ignore these arguments. With them, Qwen 3 writes an
+# empty <think> block before the answer, and Llama 3.2 writes this date instead of today's.
 TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The base's tokenizer, padding on the left as generation needs it.
+    """The base's tokenizer, with padding on the left for generation.
 
     Raises:
-        UserError: its files are damaged, or some are missing.
+        UserError: tokenizer files are damaged or missing.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except Exception as error:  # of several kinds, by what is wrong with which file
+    except Exception as error:  # the type depends on the damaged file
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"base.model: no tokenizer in {folder}: fetch it again ({type(error).__name__}: {reason})"
         ) from None
-    tokenizer.model_max_length = 10**30  # Transformers warns of longer rows, which tokenize.max_length is there for
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has none; padding is masked anyway
-    # Left to itself, Transformers takes every added token that the template names for one, <think> too.
+    tokenizer.model_max_length = 10**30  # no warning about long rows: tokenize.max_length handles them
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # Llama 3 has no pad token; padding is masked
+    # By default, Transformers counts every added token in the template as a control token, <think> too.
     tokenizer.chat_control_tokens = [
         token for token in tokenizer.get_added_vocab() if control_tokens(tokenizer).fullmatch(token)
     ]
@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_generation_config(folder: Path) -> "GenerationConfig":
-    """The same as the loaded model's, without its weights."""
+    """The generation config that the loaded model would have, without loading weights."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
@@ -60,10 +60,10 @@ def end_tokens(config: "GenerationConfig") -> set[int]:
 
 @lru_cache
 def control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches what the chat template alone may write: special tokens, and added tokens that look like <|this|>.
+    """Matches control tokens, which only the chat template may write: special tokens, and added tokens like <|this|>.
 
-    Some bases (Command R, DeepSeek) do not mark the latter as special; llama.cpp goes by their looks too. <think> is
-    none of them: it is the answer's to write.
+    Some bases (Command R, DeepSeek) do not mark tokens like <|this|> as special; llama.cpp also recognises them by
+    spelling. <think> is not a control token: an answer may contain it.
     """
     names = [
         token.content
@@ -74,13 +74,13 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
-    """The token ids of a conversation by the base's chat template; a control token in a content is tokenized as text.
+    """The token ids of a conversation by the base's chat template. A control token in a message is tokenized as text.
 
     Raises:
         jinja2.TemplateError: the template refuses the conversation.
-        UserError: the base's tokenizer makes that control token of plain text too.
+        UserError: the tokenizer cannot tokenize the control token as text.
     """
-    # Only where needed: with the 256 added tokens of Llama 3 it takes eight times as long.
+    # Only where needed: with the 256 added tokens of Llama 3, sanitizing takes eight times as long.
     forging = any(control_tokens(tokenizer).search(message["content"]) for message in messages)
     try:
         return tokenizer.apply_chat_template(
@@ -92,5 +92,5 @@ def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_pro
         )
     except ValueError as error:
         raise UserError(
-            f"a content could forge a turn: {error}: remove it there, or choose another base.model"
+            f"a message could forge a turn: {error}: remove the token from the message, or choose another base.model"
         ) from None

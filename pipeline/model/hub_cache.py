@@ -1,4 +1,4 @@
-"""Hub models in the Hugging Face cache. What lies there is known by its hashes: pipeline/model/base.py."""
+"""Downloads hub models to the Hugging Face cache. pipeline/model/base.py checks the hashes of the files."""
 
 from pathlib import Path
 from typing import Any

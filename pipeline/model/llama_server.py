@@ -1,9 +1,9 @@
-"""A GGUF file, run by llama.cpp's own server.
+"""Runs a GGUF file with llama.cpp's HTTP server.
 
     python -m pipeline.model.llama_server SETTINGS
 
-A file is run by a child process, because a damaged one can abort the process that loads it. The child is llama.cpp's
-own HTTP server on loopback; it ends when its standard input closes, so also when its parent dies.
+The server is a child process on loopback, because a damaged file can abort the process that loads it. The child ends
+when its standard input closes, so also when its parent dies.
 """
 
 import http.client
@@ -28,21 +28,25 @@ from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
 
 KEY = "LLAMA_CPP_API_KEY"
 GREEDY = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True, "cache_prompt": False}
-TIMEOUT = 600  # seconds without a byte of an answer
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback: a proxy would get prompt and key
-MARK = "\ufdd0"  # a noncharacter, which no text has
+TIMEOUT = 600  # maximum seconds without any byte of a reply
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: a proxy would see prompts and key
+MARK = "\ufdd0"  # a noncharacter, which valid text does not contain
 
 
 @dataclass(frozen=True)
 class Server:
-    files: str  # that it runs
+    files: str  # the files that it runs, for messages
     url: str
     key: str
     process: subprocess.Popen[str]
 
     @contextmanager
     def opened(self, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:
-        """Raises UserError with the server's own words if it refuses the request, or if it sends nothing for TIMEOUT."""
+        """Send a request.
+
+        Raises:
+            UserError: the server refuses the request (with its message), sends nothing for TIMEOUT, or ends.
+        """
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
         try:
@@ -65,17 +69,19 @@ class Server:
             return json.load(reply)
 
     def tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        """The token ids of a conversation, ready to be answered, by the chat template and tokenizer in the file; a
-        control token in a content is tokenized as text, as by pipeline.model.chat_template.token_ids."""
+        """The token ids of a conversation with the generation prompt, by the file's chat template and tokenizer.
+
+        A control token in a message is tokenized as text, as in pipeline.model.chat_template.token_ids.
+        """
         marked = [m | {"content": self.marked(m["content"])} for m in messages]
         prompt = self.post("/apply-template", {"messages": marked})["prompt"]
         tokens = []
-        for i, piece in enumerate(prompt.split(MARK)):  # each second one is a control token out of a content
+        for i, piece in enumerate(prompt.split(MARK)):  # every second piece is a control token from a message
             tokens += self.tokenize(piece, parse_special=i % 2 == 0, add_special=i == 0)
         return tokens
 
     def marked(self, text: str) -> str:
-        """`text` with every control token of the file that it has between two MARKs."""
+        """`text` with a MARK before and after each control token of the file."""
         text = text.replace(MARK, "\ufffd")
         parsed, plain = (set(self.tokenize(text, parse_special)) for parse_special in (True, False))
         names = [self.post("/detokenize", {"tokens": [token]})["content"] for token in parsed - plain]
@@ -84,7 +90,7 @@ class Server:
         return re.sub(longest_first, rf"{MARK}\g<0>{MARK}", text) if control else text
 
     def tokenize(self, text: str, parse_special: bool, add_special: bool = False) -> list[int]:
-        """With `parse_special`, what reads like a control token is one; `add_special` adds the file's BOS."""
+        """Token ids. `parse_special` makes control tokens of their text; `add_special` adds the file's BOS."""
         body = {"content": text, "parse_special": parse_special, "add_special": add_special}
         ids: list[int] = self.post("/tokenize", body)["tokens"]
         return ids
@@ -94,23 +100,22 @@ class Server:
         return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens})
 
     def likeliest(self, tokens: list[int], n_probs: int, end: int) -> dict[int, float]:
-        """The `n_probs` likeliest next tokens after `tokens` and their log-probabilities, the highest first; `end` is
-        any token at which the file stops.
+        """{token id: log-probability} of the `n_probs` likeliest next tokens, the likeliest first.
+
+        `end` is any token at which the file stops.
 
         Raises:
-            UserError: the probabilities are no numbers.
+            UserError: the probabilities are NaN.
         """
-        # Of a token that leaves a character incomplete, llama.cpp tells nothing: so it is made to give another.
-        [told] = self.forced(tokens, end, n_probs)["completion_probabilities"]
-        likeliest = {token["id"]: token["logprob"] for token in told["top_logprobs"]}
+        # llama.cpp reports nothing after a token that is an incomplete character, so `end` is forced instead.
+        [position] = self.forced(tokens, end, n_probs)["completion_probabilities"]
+        likeliest = {token["id"]: token["logprob"] for token in position["top_logprobs"]}
         if None in likeliest.values():  # JSON has no NaN
-            raise UserError(
-                f"{self.files}: the model's probabilities are no numbers (NaN): run dvc repro -f convert_gguf"
-            )
+            raise UserError(f"{self.files}: the model's probabilities are NaN: run dvc repro -f convert_gguf")
         return likeliest
 
     def stops_at(self, tokens: list[int], end: int) -> bool:
-        """Whether an answer to `tokens` that begins with `end` is over."""
+        """Whether llama.cpp stops at `end` after `tokens`."""
         return bool(self.forced(tokens, end, n_probs=0)["stop_type"] == "eos")
 
     def forced(self, tokens: list[int], token: int, n_probs: int) -> dict[str, Any]:
@@ -118,16 +123,15 @@ class Server:
         return self.post("/completion", GREEDY | body | {"cache_prompt": True})
 
     def stream(self, tokens: list[int], max_new_tokens: int, temperature: float) -> Iterator[dict[str, Any]]:
-        """llama.cpp's reply to a completion, piece by piece as it comes: the text is their `content`, and the last has
-        `stop_type`."""
+        """Yield llama.cpp's reply to a completion in pieces, each with `content`; the last also has `stop_type`."""
         body = {"prompt": tokens, "n_predict": max_new_tokens, "temperature": temperature, "stream": True}
         with self.opened("/completion", body) as reply:
-            told: dict[str, Any] = {}
+            piece: dict[str, Any] = {}
             for line in reply:
-                if line.startswith(b"data: ") and "content" in (told := json.loads(line.removeprefix(b"data: "))):
-                    yield told
-            if "stop_type" not in told:  # http.client takes a reply that breaks off for a whole one
-                raise ConnectionError(told.get("error", "it broke off"))
+                if line.startswith(b"data: ") and "content" in (piece := json.loads(line.removeprefix(b"data: "))):
+                    yield piece
+            if "stop_type" not in piece:  # http.client does not notice that a reply is incomplete
+                raise ConnectionError(piece.get("error", "the reply is incomplete"))
 
 
 @contextmanager
@@ -140,9 +144,11 @@ def served(
     slots: int = 1,
     temperature: float = 0.0,
 ) -> Iterator[Server]:
-    """Run `model` (with `lora` on it at full strength) for `slots` conversations at once, each of at most `context`
-    tokens. `temperature` is for requests that name none. With a `port` the server is for every program of this machine,
-    and for its browser; without, for this process alone.
+    """Run `model`, with the adapter `lora` at scale 1 if given. Each of `slots` parallel conversations has a maximum of
+    `context` tokens.
+
+    `temperature` is the default of requests. With a `port`, every program on this machine may use the server; without,
+    only this process may.
 
     Raises:
         UserError: the file is missing, or llama.cpp cannot load the files.
@@ -163,7 +169,7 @@ def served(
         "temperature": temperature,
     }
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,  # a pipe that nobody reads fills up
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,  # not a pipe, which would fill up
         subprocess.Popen(
             [sys.executable, "-m", "pipeline.model.llama_server", json.dumps(settings)],
             process_group=0,  # Ctrl-C is for the parent
@@ -182,23 +188,23 @@ def served(
                 errors.seek(0)
                 reason = first_error(errors.read()) or f"exit status {status}"
                 raise UserError(
-                    f"{files}: llama.cpp cannot load it ({reason}): name a GGUF model that is no LoRA; dvc repro -f "
-                    "convert_gguf makes those of models/gguf again"
+                    f"{files}: llama.cpp cannot load it ({reason}): name a GGUF model, not a LoRA; to make the files "
+                    "of models/gguf again, run dvc repro -f convert_gguf"
                 )
             yield Server(files, url, key, child)
         finally:
-            child.kill()  # it has nothing to save, and may be in the middle of loading
-            child.wait()  # Popen does not after Ctrl-C
+            child.kill()  # it has nothing to save
+            child.wait()  # after Ctrl-C, Popen does not wait
 
 
 def first_error(log: str) -> str:
-    """What llama.cpp found wrong, which it logs before all that failed of it; else the log's last line."""
+    """llama.cpp's first error in the log, which is the cause; else the last line."""
     found = re.search(r"^\S+ E (.+)$", log, re.MULTILINE)
     return found[1] if found else log.strip().rpartition("\n")[2]
 
 
 def library_path() -> str:
-    """With torch's copy of libgomp, which xllamacpp needs and brings none of; a bare machine has no other."""
+    """The library path with torch's libgomp: xllamacpp needs libgomp, and a minimal system has none."""
     torch = find_spec("torch")
     assert torch and torch.submodule_search_locations
     own = str(Path(torch.submodule_search_locations[0], "lib"))
@@ -214,22 +220,22 @@ def main() -> None:
     parameters.model_alias = {Path(settings["model"]).name}
     parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["lora"]]
     parameters.n_parallel = settings["slots"]
-    parameters.n_ctx = settings["context"] * settings["slots"]  # which share it
+    parameters.n_ctx = settings["context"] * settings["slots"]  # the slots share it
     parameters.cpuparams.n_threads = settings["threads"]
     parameters.sampling.temp = settings["temperature"]
     parameters.default_template_kwargs = {name: json.dumps(value) for name, value in TEMPLATE_ARGUMENTS.items()}
     parameters.port = settings["port"]
     parameters.api_keys = list(filter(None, [os.environ[KEY]]))
-    parameters.cors_origins = "localhost"  # the default lets every page in the browser read the answers
+    parameters.cors_origins = "localhost"  # by default, every web page in the browser could read the answers
     parameters.ui = not os.environ[KEY]
-    parameters.verbosity = 1  # errors alone
-    # The defaults, an f16 cache and flash attention, move log-probabilities by 5e-3 that are not the file's doing.
+    parameters.verbosity = 1  # only errors
+    # The defaults (f16 cache, flash attention) change log-probabilities by 5e-3, which is no error of the file.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     print(server.listening_address, flush=True)
     sys.stdin.read()
-    os._exit(0)  # the server's threads do not need a goodbye
+    os._exit(0)  # the threads of the server need no cleanup
 
 
 if __name__ == "__main__":

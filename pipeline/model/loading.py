@@ -1,4 +1,4 @@
-"""The base in NF4, with or without an adapter, on the device that is there."""
+"""Loads the base in NF4, with or without an adapter, and chooses device and types."""
 
 import ctypes
 import os
@@ -14,21 +14,21 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from pipeline.common.errors import UserError
 
-KEPT = 2**23  # glibc gives freed pieces of this many bytes and more back
+KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
 
 def reproducible(seed: int, threads: int) -> None:
-    """Same seed, threads and machine: same bytes."""
+    """Make results repeatable to the byte on the same machine, for the same seed and threads."""
     torch.set_num_threads(threads)
     transformers.set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # takes a fifth of a step, to show the bugs of kernels
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes a fifth of a step
 
 
 def pick_device(wanted: str) -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("base.device is cuda, but torch sees no GPU here: set it to auto or cpu")
+        raise UserError("base.device is cuda, but torch finds no GPU: set it to auto or cpu")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -55,8 +55,10 @@ def pick_offloading(wanted: bool, checkpointing: bool, device: torch.device) -> 
 def load_quantized(
     folder: Path, device: torch.device, dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8
 ) -> PreTrainedModel:
-    """The base with its linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314), the rest and
-    all arithmetic in `dtype`. The bits of NF4 are kept as if they were of type `quant_storage`."""
+    """The base with linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314).
+
+    All other weights and the arithmetic are in `dtype`. `quant_storage` is the type of the tensors that hold NF4 bits.
+    """
     give_back_from(2**20)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -67,7 +69,7 @@ def load_quantized(
     give_back_from(KEPT)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks the weights, and training stops learning.
+            # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks weights, and later steps have no effect.
             module.support_avx512bf16_for_cpu = False
     return model
 
@@ -83,10 +85,10 @@ def nf4(dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8) -> BitsAnd
 
 
 def give_back_from(size: int) -> None:
-    """Let glibc give memory back to the system when a piece of `size` bytes (32 MiB at most) or more is freed.
+    """Make glibc return freed blocks of at least `size` bytes (maximum 32 MiB) to the system.
 
-    Left to itself, it keeps up to the whole base in 32 bits after loading: quantized weights lie in between. 8 MiB
-    keep small tensors fast in training. Other libraries than glibc have no such setting.
+    By default, after loading, glibc may keep memory for all weights in 32 bits, because quantized weights lie between
+    the freed blocks. During training, 8 MiB keep small tensors fast. Other C libraries have no such setting.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -95,13 +97,13 @@ def give_back_from(size: int) -> None:
 
 
 def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """On a GPU too small for its 16-bit weights, the rest of them stays in the machine's memory."""
+    """The merged model. Weights that do not fit on the GPU stay in RAM."""
     place = "auto" if device.type == "cuda" else device
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place)
 
 
 def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in NF4 with the trained adapter on it, as it was at the end of training."""
+    """The base in NF4 with the trained adapter, as at the end of training."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(load_quantized(folder, device, dtype), adapter)

@@ -1,16 +1,16 @@
-"""Which of the chat template's control tokens the base never learnt, read off its embeddings.
+"""Finds control tokens of the chat template whose embeddings the base never trained.
 
-A base that was never trained on conversations may have the tokens and have learnt nothing of them: what follows
-<|im_start|> is noise then, and <|im_end|> never comes. An embedding counts as untouched if it lies
+A base that was not trained on conversations may have such tokens with untrained embeddings: the answer is noise, and
+<|im_end|> never comes. An embedding counts as untrained if it is
 
-- at zero, at the mean of all embeddings (where Transformers puts added tokens), or at another added token's: nearer
-  than a tenth of an ordinary token's distance from the mean. By the distance from embeddings that nothing has trained
-  Land and Bartolo find under-trained tokens in general (https://arxiv.org/abs/2405.05417);
-- or where N(0, initializer_range) puts it: its length and its angle to the mean are what chance gives.
+- close to zero, to the mean of all embeddings (where Transformers puts added tokens), or to another added token: closer
+  than a tenth of an ordinary token's distance from the mean. Land and Bartolo find under-trained tokens in a similar
+  way (https://arxiv.org/abs/2405.05417);
+- or a sample of N(0, initializer_range): its length, and its angle to the mean, are as expected by chance.
 
-It errs with rows that were trained but a little, and with new rows drawn otherwise than the base's config.json says:
-both pass for trained. A trained row of just that length and at a right angle to the mean passes for new.
-`lora.trainable_tokens` as a list decides instead.
+Errors: little-trained rows, and new rows of another distribution than in config.json, count as trained. A trained row
+of exactly that length and at a right angle to the mean counts as untrained. A list in `lora.trainable_tokens` replaces
+this detection.
 """
 
 import math
@@ -27,18 +27,18 @@ from pipeline.model.chat_template import token_ids
 
 NEAR = 0.1  # of an ordinary token's distance from the mean
 CHANCE = 4.0  # standard deviations
-BLOCKS, BLOCK = 64, 32  # of rows that stand for all: some megabytes of a matrix that may have a gigabyte
+BLOCKS, BLOCK = 64, 32  # the sample: number of blocks, rows per block; the matrix may have a gigabyte
 
 
 def trainable_tokens(wanted: Literal["auto"] | list[str], folder: Path, tokenizer: Any) -> list[int]:
-    """The ids of the tokens in `wanted`; with "auto", of those that are untrained.
+    """The ids of the tokens in `wanted`; with "auto", of the untrained control tokens.
 
     Raises:
-        UserError: a text in `wanted` is no single token.
+        UserError: a text in `wanted` is not a single token.
     """
     texts = untrained(folder, tokenizer) if wanted == "auto" else wanted
     if wanted == "auto" and texts:
-        print(f"lora.trainable_tokens: training {', '.join(texts)} too: the base never learnt their embeddings")
+        print(f"lora.trainable_tokens: also training {', '.join(texts)}: their embeddings in the base are untrained")
     ids = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
     for text, of_text in ids.items():
         if len(of_text) != 1:
@@ -49,12 +49,12 @@ def trainable_tokens(wanted: Literal["auto"] | list[str], folder: Path, tokenize
 
 
 def untrained(folder: Path, tokenizer: Any) -> list[str]:
-    """The chat template's control tokens whose embeddings in the base in `folder` look untouched.
+    """The control tokens of the chat template whose embeddings in `folder` look untrained.
 
-    In a head of its own only those count that end an answer: the model never has to write the others.
+    In a separate head, only tokens that end an answer count: the model never writes the others.
 
     Raises:
-        UserError: the base has no embeddings called embed_tokens, or fewer than its tokenizer has tokens.
+        UserError: the base has no embed_tokens, or fewer embeddings than its tokenizer has tokens.
     """
     read, written = template_tokens(tokenizer)
     added = sorted(tokenizer.get_added_vocab().values())
@@ -62,7 +62,7 @@ def untrained(folder: Path, tokenizer: Any) -> list[str]:
     found: dict[str, list[int]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # it is no dictionary
+            for name in tensors.keys():  # noqa: SIM118  # not a dictionary
                 if name.endswith("embed_tokens.weight"):
                     found["embed_tokens"] = untouched(tensors.get_slice(name), read, added, deviation)
                 elif name.endswith("lm_head.weight"):
@@ -81,11 +81,11 @@ def opened(file: Path) -> Any:
 
 
 def template_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The added tokens of a short conversation by the chat template, and those of them that end its answer."""
+    """The ids of the added tokens in a short conversation; and those of them that end its answer."""
     turns = [{"role": role, "content": "Yes."} for role in ("system", "user", "assistant")]
     try:
         ids = token_ids(tokenizer, turns)
-    except TemplateError:  # the template's own refusal of a system message
+    except TemplateError:  # the template refuses a system message
         turns = turns[1:]
         ids = token_ids(tokenizer, turns)
     prompt = token_ids(tokenizer, turns[:-1], add_generation_prompt=True)
@@ -94,16 +94,16 @@ def template_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def untouched(matrix: Any, ids: list[int], added: list[int], deviation: float) -> list[int]:
-    """Those of `ids` whose rows in `matrix`, a slice of shape (tokens, hidden) in a file, were never trained.
+    """The `ids` whose rows in `matrix` (a slice of a file, shape tokens x hidden) look untrained.
 
-    `added` are the ids of all added tokens; `deviation` is that of the normal distribution of new rows.
+    `added` are the ids of all added tokens. `deviation` is the standard deviation of new rows.
     """
     tokens, hidden = matrix.get_shape()
     if not ids:
         return []
     if ids[-1] >= tokens:
         raise UserError(
-            f"base.model has {tokens} embeddings, but its chat template writes token {ids[-1]}: choose another"
+            f"base.model has {tokens} embeddings, but its chat template writes token {ids[-1]}: choose another base"
         )
     step = max(BLOCK, tokens // BLOCKS)
     sample = torch.cat([matrix[start : start + BLOCK] for start in range(0, tokens, step)]).float()
@@ -113,9 +113,9 @@ def untouched(matrix: Any, ids: list[int], added: list[int], deviation: float) -
     others = [token for token in added if token < tokens]
     rows, other_rows = (torch.cat([matrix[t : t + 1] for t in of]).float() for of in (ids, others))
     distances = torch.cdist(rows, torch.cat([other_rows, mean, torch.zeros(1, hidden)]))
-    distances[:, : len(others)][torch.tensor(ids)[:, None] == torch.tensor(others)] = torch.inf  # from themselves
-    nothing_learnt = distances.min(1).values < NEAR * ordinary
+    distances[:, : len(others)][torch.tensor(ids)[:, None] == torch.tensor(others)] = torch.inf  # to itself
+    close = distances.min(1).values < NEAR * ordinary
 
     length, angle = rows.norm(dim=1) / (deviation * math.sqrt(hidden)), torch.cosine_similarity(rows, mean)
     by_chance = ((length - 1).abs() < CHANCE / math.sqrt(2 * hidden)) & (angle.abs() < CHANCE / math.sqrt(hidden))
-    return [token for token, new in zip(ids, nothing_learnt | by_chance, strict=True) if new]
+    return [token for token, new in zip(ids, close | by_chance, strict=True) if new]

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learnt: the assistant's, each turn's end included."""
+"""Chooses the supervised tokens of a conversation: the assistant's turns, each with its end token."""
 
 from typing import Any
 
@@ -7,20 +7,22 @@ from jinja2 import TemplateError
 from pipeline.common.errors import UserError
 from pipeline.model.chat_template import token_ids
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
-LEAST = 16  # answer tokens of a truncated row: fewer teach nothing
+IGNORED = -100  # the label that torch's cross entropy ignores
+LEAST = 16  # minimum answer tokens of a truncated row
 
 
 def supervised(
     tokenizer: Any, messages: list[dict[str, str]], ends: set[int], place: str, mask_history: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation, and their labels: the ids of the assistant's turns (with `mask_history`, of the last
-    alone), each up to and with its first token in `ends`; IGNORED elsewhere.
+    """Token ids of a conversation, and one label per token.
+
+    The label of a supervised token is its id; all others are IGNORED. Supervised are the assistant's turns (with
+    `mask_history`, only the last message), each to its first token in `ends`, inclusive.
 
     Raises:
-        UserError: naming `place`, if the template refuses the conversation, doubles the BOS, renders a turn's prompt
-            differently once it is answered, ends a turn with none of `ends`, or changes an answer; or if nothing in
-            the conversation is learnt.
+        UserError: with `place`, if the template refuses the conversation, doubles the BOS, renders the prompt of a turn
+            differently with its answer, ends a turn with none of `ends`, or changes an answer; or if the conversation
+            has no supervised tokens.
     """
     try:
         ids = token_ids(tokenizer, messages)
@@ -47,21 +49,21 @@ def supervised(
                 f"{place}: the base's chat template ends turn {i + 1} with none of the tokens {sorted(ends)} at which "
                 "the base stops: correct eos_token_id in its generation_config.json"
             )
-        learnt = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        if learnt.strip() != message["content"].strip():
+        answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        if answer.strip() != message["content"].strip():
             changed = (
-                f"the base's chat template turns the answer of turn {i + 1} into {learnt!r}, which the exam would "
+                f"the base's chat template turns the answer of turn {i + 1} into {answer!r}, which the exam would "
                 "count as wrong: choose another base.model"
             )
             raise UserError(f"{place}: {thinking(message, i) or changed}")
         labels[start : end + 1] = ids[start : end + 1]
     if all(label == IGNORED for label in labels):
-        raise UserError(f"{place}: nothing in this row is learnt: end it with an answer of the assistant, or remove it")
+        raise UserError(f"{place}: this row has no supervised tokens: end it with an answer, or remove it")
     return ids, labels
 
 
 def thinking(message: dict[str, str], i: int) -> str:
-    """What to say of an answer that thinks, if it does: the template of a thinking model moves or removes that."""
+    """The error for an answer with a <think> block, else "". The template of a thinking model moves such a block."""
     if "</think>" not in message["content"]:
         return ""
     return f"turn {i + 1} has a <think> block, and this pipeline trains without thinking: remove it from the answer"
@@ -70,9 +72,12 @@ def thinking(message: dict[str, str], i: int) -> str:
 def prompt_differs(messages: list[dict[str, str]], i: int) -> str:
     differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
     if messages[i]["content"][:1].isspace():
-        return f"{differs}, which begins with white space: remove that"
+        return f"{differs}, which begins with white space: remove the white space"
     if i < len(messages) - 1:
-        return f"{differs} and more turns: split the row, or set tokenize.mask_history: true to learn its last answer alone"
+        return (
+            f"{differs} and more turns: split the row, or set tokenize.mask_history: true to train only on the last "
+            "answer"
+        )
     return f"{differs}: choose another base.model"
 
 
@@ -84,17 +89,17 @@ def truncated(
     max_length: int,
     mask_history: bool = False,
 ) -> tuple[list[int], list[int]] | None:
-    """`supervised` in at most `max_length` tokens, or None if the prompt leaves too few of them to the answer.
+    """`supervised`, with a maximum of `max_length` tokens; None if too few tokens remain for the answer.
 
-    The oldest exchanges go first, a system message stays; then the end of the last answer goes. LEAST tokens of it, or
-    all of a shorter one, stay.
+    The oldest exchanges are removed first (not the system message), then the end of the last answer. At least LEAST
+    tokens of the answer remain, or all of a shorter answer.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
     while len(turns) > 2 and len(token_ids(tokenizer, system + turns)) > max_length:
         turns = turns[2:]
     ids, labels = supervised(tokenizer, system + turns, ends, place, mask_history)
-    learnt = [at for at, label in enumerate(labels) if label != IGNORED]
-    if max_length - learnt[0] < min(LEAST, len(learnt) - 1):
+    trained_on = [at for at, label in enumerate(labels) if label != IGNORED]
+    if max_length - trained_on[0] < min(LEAST, len(trained_on) - 1):
         return None
     return ids[:max_length], labels[:max_length]

@@ -1,8 +1,8 @@
-"""Tensors in safetensors files, read a few rows at a time into memory of their own.
+"""Reads tensors of safetensors files, a few rows at a time.
 
-Such a file (https://huggingface.co/docs/safetensors/index#format) begins with eight bytes, little-endian: the length of
-its header. That is JSON, and gives each tensor's type, shape and place. Then come the tensors' bytes, row after row,
-without holes. safetensors maps files into memory, where all that was read of them counts as the process's.
+The format (https://huggingface.co/docs/safetensors/index#format): eight bytes, little-endian, with the length of the
+header; the header, in JSON, with type, shape and offsets of each tensor; then the bytes of the tensors, row by row,
+without gaps. The safetensors library maps files into memory, and all pages read count as memory of the process.
 """
 
 import json
@@ -19,20 +19,20 @@ from pipeline.common.errors import UserError
 from pipeline.model.base import weight_files, weights_index
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-BLOCK = 2**20  # bytes of rows to read at once: few enough for a processor's cache, in 32 bits too
+BLOCK = 2**20  # bytes to read at once: they fit the processor's cache, in 32 bits too
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file; one of another type than FLOATS as its bytes, of type uint8."""
+    """A tensor in a file. A tensor of a type that is not in FLOATS is read as its bytes (uint8)."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int  # of its bytes in the file
+    start: int  # offset of its first byte in the file
 
     def rows(self, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows `first` to `last`, without the latter; all unless told otherwise."""
+        """Rows from `first` to `last` (exclusive); by default, all rows."""
         shape = ((self.shape[0] if last is None else last) - first, *self.shape[1:])
         start = self.start + first * self.row_bytes()
         read = np.fromfile(self.file, np.uint8, math.prod(shape) * self.dtype.itemsize, offset=start)
@@ -51,7 +51,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """The file's tensors by name, in the order of their bytes.
 
     Raises:
-        UserError: the file is missing, cut off, or otherwise no safetensors file.
+        UserError: the file is missing, incomplete, or not a safetensors file.
     """
     try:
         with safe_open(file, "np"):
@@ -59,27 +59,27 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, FileNotFoundError) as error:
         raise UserError(f"{file} is damaged ({error}): fetch or make it again") from None
     tensors = []
-    for name, told in json.loads(header[8:]).items():
+    for name, entry in json.loads(header[8:]).items():
         if name != "__metadata__":
-            start, end = told["data_offsets"]
-            dtype, shape = FLOATS.get(told["dtype"], torch.uint8), tuple(told["shape"]) or (1,)
+            start, end = entry["data_offsets"]
+            dtype, shape = FLOATS.get(entry["dtype"], torch.uint8), tuple(entry["shape"]) or (1,)
             shape = (end - start,) if dtype == torch.uint8 else shape
             tensors.append((name, StoredTensor(file, dtype, shape, len(header) + start)))
     return dict(sorted(tensors, key=lambda named: named[1].start))
 
 
 def read_header(file: Path) -> bytes:
-    """All that comes before the first tensor's bytes."""
+    """All bytes before the first tensor."""
     with open(file, "rb") as opened:
         length = opened.read(8)
         return length + opened.read(int.from_bytes(length, "little"))
 
 
 def weights_by_file(model: Path) -> dict[Path, dict[str, StoredTensor]]:
-    """Of each of the model's `weight_files` the tensors by name.
+    """{file: {name: tensor}} of the model's `weight_files`.
 
     Raises:
-        UserError: one is damaged, or has not what the index says.
+        UserError: a file is damaged, or a tensor of the index is missing.
     """
     files = {file: stored_tensors(file) for file in weight_files(model)}
     names = {name for tensors in files.values() for name in tensors}
@@ -89,5 +89,5 @@ def weights_by_file(model: Path) -> dict[Path, dict[str, StoredTensor]]:
 
 
 def parameter_count(model: Path) -> int:
-    """How many weights a model has, tied ones counted once."""
+    """The number of weights of a model. Tied weights count once."""
     return sum(math.prod(tensor.shape) for tensors in weights_by_file(model).values() for tensor in tensors.values())

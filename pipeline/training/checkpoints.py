@@ -64,7 +64,11 @@ def checkpoint_folder(run: str, first: bool) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, patience: float) -> Iterator[None]:
-    """Hold the lock `path`, which ends with the process. UserError if another process keeps it for `patience` seconds."""
+    """Hold the lock `path` until the block or the process ends.
+
+    Raises:
+        UserError: another process holds the lock for `patience` seconds.
+    """
     with open(path, "a+", encoding="utf-8") as lock:
         deadline = time.monotonic() + patience
         while True:
