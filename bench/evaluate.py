@@ -26,9 +26,9 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from bench.gpu_case import random_nf4
 from bench.project import ROOT, TINY
 from bench.train import WIDE
+from bench.transformers_internals import random_nf4
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.answers import answer_questions, prompt

@@ -10,37 +10,32 @@ if sys.argv[1:2] == ["Unsloth"]:
     import unsloth  # first of all: it patches what is imported after it
 
 import argparse
-import copy
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from accelerate import init_empty_weights
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
-    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2Config,
     TrainerCallback,
 )
-from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 
+from bench.transformers_internals import random_nf4
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
-from pipeline.model.loading import nf4, pick_device, pick_dtype, reproducible
+from pipeline.model.loading import pick_device, pick_dtype, reproducible
 from pipeline.training.trainer import build_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -237,37 +232,6 @@ class Clock(TrainerCallback):
     def steps_per_second(self) -> float:
         timed = self.ends[WARM - 1 :] if len(self.ends) > WARM else self.ends
         return (len(timed) - 1) / (timed[-1] - timed[0])
-
-
-def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Random weights in the layout of `pipeline.model.loading.load_quantized`, made one tensor at a time:
-    besides the weights that stay in 16 bits, the device never has more than one tensor in 16 bits."""
-    quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)
-    quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
-    model.tie_weights()
-    torch.manual_seed(1)
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if module is model.get_output_embeddings() and model.config.tie_word_embeddings:
-                continue
-            values = torch.empty(weight.shape, dtype=dtype, device=device)
-            if weight.ndim == 2:
-                values.normal_(std=0.02)
-            else:  # of a norm, which Gemma adds 1 to, or a bias
-                values.fill_(0 if name == "bias" or shape.model_type == "gemma2" else 1)
-            if isinstance(weight, bnb.nn.Params4bit):
-                new = bnb.nn.Params4bit(values, requires_grad=False, **weight.__dict__).to(device)
-            else:
-                new = torch.nn.Parameter(values)
-            setattr(module, name, new)
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device))
-    model.tie_weights()
-    model.hf_quantizer = quantizer
-    quantizer.postprocess_model(model)
-    return model.eval()
 
 
 def save(folder: Path, shape: PreTrainedConfig, device: torch.device) -> None:

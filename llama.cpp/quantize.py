@@ -3,6 +3,7 @@
     python llama.cpp/quantize.py SOURCE DESTINATION q4_k_m [--importance FILE]
 
 FILE is from pipeline/export/importance.py: {weight name in Transformers: importance of each input}.
+The use of cyllama beyond its documentation is `give_importance`; tests/test_library_internals.py tests it.
 """
 
 import argparse
@@ -44,17 +45,28 @@ def main() -> None:
     options = parser.parse_args()
     wanted = LlamaModelQuantizeParams()
     wanted.ftype = gguf.LlamaFileType[f"MOSTLY_{options.type.upper()}"].value
-    if options.importance:
-        # cyllama cannot set this parameter, so it is written into the C struct at the end of cyllama's object.
-        parameters = Parameters.from_address(id(wanted) + type(wanted).__basicsize__ - ctypes.sizeof(Parameters))
-        assert parameters.ftype == wanted.ftype and not parameters.imatrix, "this version of cyllama has another struct"
-        importance = importance_by_tensor(options.source, options.importance)
-        entries = [
-            Importance(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
-            for name, values in importance.items()
-        ]
-        parameters.imatrix = (Importance * (len(entries) + 1))(*entries)  # an entry without a name marks the end
+    importance = importance_by_tensor(options.source, options.importance) if options.importance else {}
+    kept = give_importance(wanted, importance) if importance else None  # which llama.cpp reads
     model_quantize(options.source, options.destination, wanted)
+    del kept
+
+
+def give_importance(wanted: LlamaModelQuantizeParams, importance: dict[str, Any]) -> Parameters:
+    """Set the importance matrix of quantization parameters, one float32 array a tensor. The return value holds the
+    arrays: keep the value until the file is quantized.
+
+    The property `imatrix` of cyllama can be neither set nor read. The C struct is the end of the Python object:
+    https://github.com/shakfu/cyllama/blob/main/src/cyllama/llama/llama_cpp.pyx (LlamaModelQuantizeParams)
+    https://github.com/ggml-org/llama.cpp/blob/b9190/include/llama.h (llama_model_quantize_params)
+    """
+    parameters = Parameters.from_address(id(wanted) + type(wanted).__basicsize__ - ctypes.sizeof(Parameters))
+    assert parameters.ftype == wanted.ftype and not parameters.imatrix, "this version of cyllama has another struct"
+    entries = [
+        Importance(name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+        for name, values in importance.items()
+    ]
+    parameters.imatrix = (Importance * (len(entries) + 1))(*entries)  # an entry without a name marks the end
+    return parameters
 
 
 def importance_by_tensor(model: str, file: str) -> dict[str, Any]:

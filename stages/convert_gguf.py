@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dvc.repo import Repo
 from safetensors.torch import save_file
 
+from pipeline.common.dvc_lock import locked_hashes
 from pipeline.common.outputs import atomic_output, scratch, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
@@ -74,13 +74,12 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
     commit.
     """
     name = public_name(base)
-    [trained] = Repo().find_outs_by_path(str(TRAINED))
     return {
         "model_name": f"{Path(name).name}-qlora",
         "base_model": name,
         **json.loads(LICENSE.read_text(encoding="utf-8")),
         "qlora_dvc.base": base["fingerprint"],
-        "qlora_dvc.adapter": trained.get_hash().value,
+        "qlora_dvc.adapter": locked_hashes([str(TRAINED)], reader="convert_gguf")[str(TRAINED)],
         "qlora_dvc.data": file_hash(TRAIN_ROWS),
     }
 

@@ -34,11 +34,11 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
 from pipeline.model.loading import load_quantized, pick_device, pick_dtype, reproducible
 from pipeline.model.special_tokens import trainable_tokens
+from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
 from pipeline.training.processes import (
     is_launched,
     is_sharded,
-    launch,
     newest_common,
     on_this_machine,
     one_of,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.gpu_case import OUT_OF_MEMORY, TINY, random_nf4
+from bench.gpu_case import OUT_OF_MEMORY, TINY
 from bench.gpu_qlora import case, longest, main, print_contexts, print_speed
+from bench.transformers_internals import random_nf4
 from pipeline.model.loading import load_quantized
 
 CPU = torch.device("cpu")

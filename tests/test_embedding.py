@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch.autograd.graph import save_on_cpu
 from transformers import modeling_utils
 
-from bench.gpu_case import TINY, random_nf4
+from bench.gpu_case import TINY
+from bench.transformers_internals import random_nf4
 from pipeline.common.parameters.params_yaml import check
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.embedding import keep_in_ram

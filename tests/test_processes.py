@@ -22,7 +22,8 @@ from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import load
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.training.processes import cause, require_gpus, share_of_step
+from pipeline.training.accelerate_internals import cause
+from pipeline.training.processes import require_gpus, share_of_step
 from stages import prepare_base, train_qlora
 
 TINY = Path("models/tiny-base")

@@ -350,7 +350,7 @@ def test_trainings_with_neighbouring_seeds_share_no_order_of_an_epoch() -> None:
 
 def test_each_epoch_of_a_run_has_an_order_of_its_own(train: Callable[..., str]) -> None:
     trainer = built_trainer()
-    sampler = trainer._get_train_sampler(trainer.train_dataset)
+    sampler = trainer.get_train_dataloader().batch_sampler.sampler
     first = list(sampler)
     trainer.state = TrainerState(epoch=1.0)  # as Transformers replaces it when training begins
     assert list(sampler) != first

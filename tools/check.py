@@ -19,6 +19,7 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.paths import LENGTHS_METRICS
+from tools.dvc_command import dvc
 from tools.material import material
 
 if TYPE_CHECKING:
@@ -52,9 +53,6 @@ def print_material(parameters: Parameters) -> list[str]:
 def examine(parameters: Parameters) -> None:
     """Print the table. Raises UserError at once for what is impossible, at the end for what does not fit."""
     import torch
-    from dvc.exceptions import NotDvcRepoError
-    from dvc.repo import Repo
-    from dvc.scm import SCMError
 
     from pipeline.export.disk import filled
     from pipeline.export.llama_cpp import no_gguf_lora
@@ -75,11 +73,7 @@ def examine(parameters: Parameters) -> None:
     require_possible(lora, model)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
     tokens = special_tokens(folder, parameters)
-    try:
-        repo = Repo()
-    except (NotDvcRepoError, SCMError) as error:
-        raise UserError(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
-    length = longest_row(repo, parameters.tokenize)
+    length = longest_row(parameters.tokenize)
 
     def needed(train: Train) -> dict[str, int]:
         return training(folder, lora, train, tokens, length, device, dtype)
@@ -117,7 +111,7 @@ def examine(parameters: Parameters) -> None:
     needs = {"evaluate_gguf": evaluating_gguf(model, device, dtype)}
     if not fits("memory: evaluate_gguf", needs, room := free(torch.device("cpu"))):
         refusals.append(f"evaluate_gguf {short(needs, room, 'memory')}: choose a smaller base.model")
-    copies = 1 if {"hardlink", "symlink"} & set(repo.cache.local.cache_types) else 2
+    copies = 1 if {"hardlink", "symlink"} & cache_types() else 2
     files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
     if not fits("disk", files, room := shutil.disk_usage(".").free):
         refusals.append(f"a run {short(files, room, 'disk')}: free some, or remove files from gguf.quantize")
@@ -164,13 +158,13 @@ def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
     return tokens
 
 
-def longest_row(repo: Any, tokenize: Tokenize) -> int:
+def longest_row(tokenize: Tokenize) -> int:
     """Tokens of the longest row; tokenize.max_length if the data or the base changed since the tokenize stage ran.
 
     Raises:
         UserError: a row is longer than tokenize.max_length, and the tokenize stage would refuse it.
     """
-    if not LENGTHS_METRICS.exists() or changed(repo):
+    if not LENGTHS_METRICS.exists() or changed():
         say(
             "longest row",
             f"up to {tokenize.max_length} tokens (tokenize.max_length): dvc repro tokenize counts the rows",
@@ -186,15 +180,23 @@ def longest_row(repo: Any, tokenize: Tokenize) -> int:
     return min(longest, tokenize.max_length)
 
 
-def changed(repo: Any) -> bool:
+def cache_types() -> set[str]:
+    """How DVC may put files from its cache into the working directory."""
+    try:
+        return set(dvc("config", "cache.type").strip().split(","))
+    except UserError:  # DVC's defaults
+        return {"reflink", "copy"}
+
+
+def changed() -> bool:
     """Whether the rows may have other lengths than in metrics/lengths.json. Outputs that were never made do not
     count."""
-    from dvc.lock import LockError
-
     try:
-        status = repo.status(targets=["tokenize"], with_deps=True)
-    except LockError:  # a running dvc repro may change the rows
-        return True
+        status = json.loads(dvc("status", "--json", "--with-deps", "tokenize"))
+    except UserError as error:
+        if "Unable to acquire lock" in str(error):  # a running dvc repro may change the rows
+            return True
+        raise UserError(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
     for stage, changes in status.items():
         for change in changes:
             for paths in change.values() if isinstance(change, dict) else []:

@@ -8,18 +8,13 @@ tool needs only git's files and dvc.lock: no data and no models.
 """
 
 import json
-import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
-
-from dvc.exceptions import ReproductionError
-from dvc.repo import Repo
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_details
@@ -27,6 +22,7 @@ from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import EXAM, EXAM_DETAILS, GGUF_DETAILS
 from pipeline.evaluation.comparison import LOWER_IS_BETTER
 from pipeline.evaluation.variants import of_same_weights, source
+from tools.dvc_command import DVC
 from tools.noise import read_noise
 
 MARKS = {True: "ok  ", False: "FAIL", None: "none"}
@@ -62,13 +58,13 @@ def require_up_to_date() -> None:
         raise UserError(
             f"gate: {', '.join(deleted)}: deleted, but part of this commit: git restore them, or commit and dvc repro"
         )
-    logging.getLogger("dvc").setLevel(logging.ERROR)  # DVC would print a line for every stage
-    try:
-        with Repo() as repo, redirect_stdout(StringIO()):
-            stale = ", ".join(stage.name for stage in repo.reproduce(MEASURED, dry=True, allow_missing=True))
-    except ReproductionError as error:  # a stage would run, and its dependencies are absent
-        stale = str(error).removeprefix("failed to reproduce ").strip("'")
-    if stale:
+    would = subprocess.run([*DVC, "repro", "--dry", "--allow-missing", *MEASURED], capture_output=True, text=True)
+    # A stage that would run fails if its dependencies are absent.
+    named = r"^(?:Running stage|ERROR: failed to reproduce) '(\w+)'"
+    stages = re.findall(named, would.stdout + would.stderr, re.MULTILINE)
+    if would.returncode and not stages:
+        raise UserError(f"gate: {' '.join(would.stderr.split())}")
+    if stale := ", ".join(dict.fromkeys(stages)):
         raise UserError(
             f"gate: the metrics are older than parameters, code or data (dvc repro would run {stale}): run dvc repro"
         )

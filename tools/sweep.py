@@ -5,8 +5,6 @@
 -S is that of `dvc exp run`. Every combination is an experiment of the last commit, run up to the exams; `dvc exp apply
 NAME && dvc repro` merges and converts the one that is chosen. One that is there already is not run again: after a
 failure, a kill or Ctrl-C, the same command goes on. Exit status 1, naming those that failed, if any did.
-
-The queue's Python side is no public interface: this is written for DVC 3.67.
 """
 
 import argparse
@@ -16,24 +14,16 @@ import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
-from typing import IO, Any
-
-import psutil
-from dvc.exceptions import DvcException
-from dvc.repo import Repo
-from dvc.repo.experiments.queue.remove import remove_tasks
-from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
-from hydra.errors import HydraException
+from typing import IO
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import scratch
 from pipeline.common.parameters.params_yaml import check
+from tools.dvc_command import DVC, dvc
+from tools.dvc_internals import WORKERS, combinations, fail_lost_tasks, override, start_worker
 
 PARAMETERS = Path("params.yaml")
-DVC = [sys.executable, "-m", "dvc"]
 SORTED = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
 COLUMNS = ["--drop", ".*", "--keep", r"(Experiment|tuned\.correct|tuned\.f1)$"]
 
@@ -43,40 +33,43 @@ def main() -> None:
     parser.add_argument("-S", "--set-param", action="append", required=True, metavar="PARAMETER=VALUE,VALUE,...")
     settings = parser.parse_args().set_param
     devices = devices_of_workers(check(PARAMETERS).train.processes)
-    members = grid(settings)
     try:
-        with Repo() as repo, open(Path(repo.tmp_dir, "sweep.lock"), "w") as lock:
-            require_alone(repo, lock)
-            failed = sweep(repo, members, devices, lock.fileno())
-    except DvcException as error:
-        raise UserError(f"sweep: {' '.join(str(error).split())}") from None
+        members = grid(settings)
+        WORKERS.mkdir(parents=True, exist_ok=True)
+        with open(WORKERS / "sweep.lock", "w") as lock:
+            require_alone(lock)
+            failed = sweep(members, devices, lock.fileno())
+    except UserError as error:
+        raise UserError(f"sweep: {error}") from None
     if failed:
         sys.exit(f"sweep: {len(failed)} failed: {' '.join(failed)}")
 
 
-def sweep(repo: Any, members: dict[str, list[str]], devices: list[str], lock: int) -> list[str]:
+def sweep(members: dict[str, list[str]], devices: list[str], lock: int) -> list[str]:
     """Run what is new of the grid, and what is queued already; the names of those that failed."""
-    queue = repo.experiments.celery_queue
-    if repo.scm.is_dirty(untracked_files=True):
-        raise UserError("sweep: there are changes that are not committed: a sweep is of a commit")
-    commit = repo.scm.get_rev()  # the next may come while they run
+    if git("status", "--porcelain"):
+        raise UserError("there are changes that are not committed: a sweep is of a commit")
+    commit = git("rev-parse", "HEAD")  # the next may come while they run
     named = {f"{commit[:7]}-{name}": member for name, member in members.items()}
-    bury_lost(queue)
-    remove_tasks(queue, [entry for entry, _ in queue.iter_failed() if entry.name in named])
-    put(repo, named)
-    tasks = {entry.name: entry.stash_rev for entry in queue.iter_queued()}
-    print(f"{len(tasks)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
-    work(queue, devices, lock)
+    fail_lost_tasks()
+    tasks = queue()
+    if failed := sorted({name for name, status in tasks if status == "Failed" and name in named}):
+        dvc("queue", "remove", *failed)
+    to_run = queued(tasks)
+    to_run += put(named, {*experiments(), *to_run})
+    print(f"{len(to_run)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
+    if to_run:
+        work(devices, lock)
     wide = os.environ | {"COLUMNS": str(max(160, shutil.get_terminal_size().columns))}  # no column is cut
     subprocess.run([*DVC, "exp", "show", "--no-pager", "--hide-failed", "--rev", commit, *SORTED, *COLUMNS], env=wide)
-    done = experiments(repo)
-    failed = [name for name in tasks if name not in done]
+    done = experiments()
+    failed = [name for name in to_run if name not in done]
     for name in failed:
-        print(f"{name} failed:\n{end_of_log(queue, tasks[name])}", file=sys.stderr)
+        print(f"{name} failed:\n{end_of_log(name)}", file=sys.stderr)
     return failed
 
 
-def require_alone(repo: Any, lock: IO[str]) -> None:
+def require_alone(lock: IO[str]) -> None:
     """Workers inherit the lock, so that it is held till the last of them ends, even if the sweep is killed.
 
     Raises:
@@ -84,11 +77,30 @@ def require_alone(repo: Any, lock: IO[str]) -> None:
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        busy = repo.experiments.celery_queue.worker_status()
+        busy = "Worker status: 0 active, 0 idle" not in dvc("queue", "status")
     except BlockingIOError:
         busy = True
     if busy:
-        raise UserError("sweep: workers are at work on the queue: wait till they end (dvc queue status)")
+        raise UserError("workers are at work on the queue: wait till they end (dvc queue status)")
+
+
+def queue() -> list[tuple[str, str]]:
+    """(name, status) of each task. The columns of `dvc queue status` are Task, Name, Created, Status."""
+    rows = [line.split() for line in dvc("queue", "status").splitlines()]
+    return [(row[1], row[-1]) for row in rows if row and re.fullmatch("[0-9a-f]{7}", row[0])]
+
+
+def queued(tasks: list[tuple[str, str]]) -> list[str]:
+    return [name for name, status in tasks if status == "Queued"]
+
+
+def experiments() -> list[str]:
+    """The names of those that are done, of any commit."""
+    return dvc("exp", "list", "--all-commits", "--name-only").split()
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def devices_of_workers(processes: int) -> list[str]:
@@ -109,72 +121,56 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
     Raises:
         UserError: a parameter is unknown, or one of its values wrong.
     """
+    asked = f"-S {' -S '.join(settings)}"
     with scratch(PARAMETERS) as folder:
+        file = folder / PARAMETERS.name
         try:
-            members = [member["params.yaml"] for member in get_hydra_sweeps({"params.yaml": settings})]
+            members = combinations(settings)
             for member in members:
                 shutil.copy(PARAMETERS, folder)
-                apply_overrides(folder / PARAMETERS.name, member)
-                check(folder / PARAMETERS.name)
-        except (DvcException, HydraException) as error:
-            raise UserError(f"sweep: -S {' -S '.join(settings)}: {error.__cause__ or error}".splitlines()[0]) from None
+                override(file, member)
+                check(file)
+        except ValueError as error:
+            raise UserError(f"{asked}: {error}") from None
         except UserError as refusal:
-            raise UserError(f"sweep: {str(refusal).removeprefix(f'{folder}/')}") from None
+            raise UserError(str(refusal).removeprefix(f"{folder}/")) from None
     varied = [setting.partition("=")[0] for setting in settings]
     named = {re.sub(r"[^\w.,=+-]+|\.{2,}", "_", ",".join(member)): member for member in members}
     if len({*varied}) < len(varied) or len(named) < len(members):
-        raise UserError(f"sweep: -S {' -S '.join(settings)}: two are the same: name each parameter and value once")
+        raise UserError(f"{asked}: two are the same: name each parameter and value once")
     return named
 
 
-def put(repo: Any, members: dict[str, list[str]]) -> None:
-    """Queue those that are neither done nor queued."""
-    known = {*experiments(repo), *(entry.name for entry in repo.experiments.celery_queue.iter_queued())}
-    for name, member in members.items():
-        if name not in known:
-            with redirect_stdout(StringIO()):
-                repo.experiments.run(targets=["evaluate"], params=member, queue=True, name=name)
+def put(members: dict[str, list[str]], known: set[str]) -> list[str]:
+    """Queue those that are not `known`, and return their names."""
+    new = [name for name in members if name not in known]
+    for name in new:
+        settings = [word for setting in members[name] for word in ("--set-param", setting)]
+        dvc("exp", "run", "--queue", "--name", name, *settings, "evaluate")
+    return new
 
 
-def experiments(repo: Any) -> set[str]:
-    """The names of those that are done, of any commit."""
-    return {name for of_commit in repo.experiments.ls(all_commits=True).values() for name, _ in of_commit}
-
-
-def work(queue: Any, devices: list[str], lock: int) -> None:
+def work(devices: list[str], lock: int) -> None:
     """Run what is queued. A worker that is killed loses what it was at, and nothing else."""
-    while list(queue.iter_queued()):
-        workers = [start_worker(queue, number, device, lock) for number, device in enumerate(devices, 1)]
+    left = True
+    while left:
+        workers = [start_worker(number, device, lock) for number, device in enumerate(devices, 1)]
         try:
             codes = [worker.wait() for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()  # after Ctrl-C, which alone would end what runs and begin the next
-            bury_lost(queue)
+            fail_lost_tasks()
         if max(codes) > 0:
-            raise UserError(f"sweep: a worker failed: {queue.wdir}/sweep-*.out tells why")
+            raise UserError(f"a worker failed: {WORKERS}/sweep-*.out tells why")
+        left = bool(queued(queue()))
 
 
-def start_worker(queue: Any, number: int, device: str, lock: int) -> subprocess.Popen[bytes]:
-    """As `dvc queue start` does, which gives all workers the same GPUs: https://github.com/iterative/dvc/issues/4586."""
-    command = [*DVC, "exp", "queue-worker", f"sweep-{number}@localhost"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": device}
-    with open(Path(queue.wdir, f"sweep-{number}.out"), "ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, pass_fds=[lock])
-
-
-def bury_lost(queue: Any) -> None:
-    """Kill what runs without a worker, and count as failed what to DVC runs for ever. No worker may be alive."""
-    for lost, entry in list(queue._iter_active_tasks()):
-        for process in psutil.process_iter(["cmdline"]):  # by its number alone, as dvc queue kill, it may be another
-            if queue.get_infofile_path(entry.stash_rev) in (process.info["cmdline"] or []):
-                process.kill()
-        queue.celery.backend.mark_as_failure(lost.id, None)
-
-
-def end_of_log(queue: Any, task: str) -> str:
-    run = queue.proc.get(task)
-    lines = Path(run.stdout).read_text(encoding="utf-8").splitlines() if run else [f"see {queue.wdir}/sweep-*.out"]
+def end_of_log(name: str) -> str:
+    try:
+        lines = dvc("queue", "logs", name).splitlines()
+    except UserError as error:
+        lines = [str(error)]
     return "\n".join(f"  {line}" for line in lines[-5:])
 
 

@@ -1,4 +1,7 @@
-"""Restores the outputs of a stage after a failed run."""
+"""Restores the outputs of a stage after a failed run: what the stages use of DVC beyond its documentation.
+
+tests/test_library_internals.py tests the use, for DVC 3.67. What the tools use is in tools/dvc_internals.py.
+"""
 
 import subprocess
 
@@ -6,8 +9,9 @@ import subprocess
 def put_back_outputs(stage: str) -> None:
     """Restore the stage's outputs from DVC's cache; a metric that is not in the cache, from git.
 
-    `dvc checkout` cannot do this, because the running `dvc repro` holds the lock. A persistent output is not restored:
-    DVC has not deleted it, and the additions of the failed run are kept.
+    `dvc checkout` cannot do this, because the running `dvc repro` holds the lock
+    (https://github.com/iterative/dvc/blob/main/dvc/rwlock.py); `dvc.api` copies instead of linking, and may download. A
+    persistent output is not restored: DVC has not deleted it, and the additions of the failed run are kept.
     """
     from dvc.repo import Repo
 

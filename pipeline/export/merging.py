@@ -16,6 +16,7 @@ import torch
 
 from pipeline.common.errors import UserError
 from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
+from pipeline.model.transformers_internals import names_in_4_bits
 
 Parts = dict[str, StoredTensor]  # the tensors of an adapter for one weight, by the endings below
 # (rows of a weight in 32 bits, number of the first row) -> the changed rows. The input may be changed in place.
@@ -174,20 +175,8 @@ def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterat
 
 
 def in_nf4(base: Path) -> set[str]:
-    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4.
-
-    Transformers decides: it leaves out the head, tied weights, and every layer that is not a plain linear layer.
-    """
-    from bitsandbytes.nn import Linear4bit  # these imports take seconds, and are rarely needed
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True)).preprocess_model(model, device_map=None)
-    return {
-        without_prefix(f"{name}.weight") for name, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
+    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4."""
+    return {without_prefix(f"{name}.weight") for name in names_in_4_bits(base)}
 
 
 def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
+from pipeline.model.peft_internals import give_head_a_bias, targets_parameters
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices with one row per token
 
@@ -47,7 +47,7 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
             (linear if is_linear else others).add(path.rpartition(".")[2])
     targets = [] if lora.target_modules == "all-linear" else lora.target_modules
     require_among("lora.target_modules", targets, linear)
-    if reaches_experts(lora, model):
+    if targets_parameters(lora_config(lora, []), model):
         raise UserError(
             "lora.target_modules includes the experts of base.model, and an adapter on experts cannot be merged: name "
             "only layers of the attention, such as [q_proj, v_proj], or choose a base without experts"
@@ -59,18 +59,6 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
         )
 
 
-def reaches_experts(lora: Lora, model: PreTrainedModel) -> bool:
-    """Whether PEFT would train parameters that are not layers, such as all experts of a block in one tensor:
-    https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
-    """
-    config = lora_config(lora, [])
-    try:
-        convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
-    except ValueError:  # gate_proj and up_proj are one tensor, and only gate_proj is named
-        return True
-    return bool(config.target_parameters)
-
-
 def require_among(parameter: str, names: list[str], known: set[str]) -> None:
     if unknown := sorted(set(names) - known):
         raise UserError(f"{parameter}: {', '.join(unknown)} not among this base's {', '.join(sorted(known))}")
@@ -80,7 +68,5 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """`model` with a new adapter, for training with TRL."""
     config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns if nothing is tied
     tuned = get_peft_model(model, config)
-    head = tuned.get_output_embeddings()
-    if not hasattr(head, "bias"):  # TRL reads the attribute; PEFT's wrapper of a head with trained tokens lacks it
-        head.register_parameter("bias", None)
+    give_head_a_bias(tuned)
     return tuned

@@ -7,12 +7,12 @@ from typing import Literal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
 
-import bitsandbytes as bnb
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
+from pipeline.model.bitsandbytes_internals import never_repack
 
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -67,10 +67,7 @@ def load_quantized(
         quantization_config=nf4(dtype, quant_storage),
     )
     give_back_from(KEPT)
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            # Otherwise the first evaluation on a CPU with AVX512-BF16 repacks weights, and later steps have no effect.
-            module.support_avx512bf16_for_cpu = False
+    never_repack(model)
     return model
 
 

@@ -14,11 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from transformers import TrainerState
+
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove, write_json
 from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.parameters.schema import Parameters
 from pipeline.model.base import file_hash
+from pipeline.model.transformers_internals import ended
 
 FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")
 STAGE = "train_qlora"
@@ -111,11 +114,10 @@ def last_whole(folder: Path) -> Path | None:
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         if is_whole(checkpoint):
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            best = state["best_model_checkpoint"]
-            ended = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+            state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
+            best = state.best_model_checkpoint
             # One that is gone made way for a later and better one, which training comes to again.
-            if not ended and (best is None or not Path(best).exists() or is_whole(Path(best))):
+            if not ended(state) and (best is None or not Path(best).exists() or is_whole(Path(best))):
                 return checkpoint
         remove(checkpoint)
     return None

@@ -1,7 +1,6 @@
 """How much memory training needs, told before it: the base's architecture, made of config.json alone, takes one step on
 torch's meta device, where tensors have shapes and types but no bytes."""
 
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any
 import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.common.errors import UserError
@@ -21,7 +18,9 @@ from pipeline.common.parameters.train import Train
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.embedding import only_looked_up
 from pipeline.model.loading import KEPT, pick_checkpointing, pick_offloading, pick_optimizer
+from pipeline.model.transformers_internals import attention_of
 from pipeline.training.processes import is_sharded, share_of_step
+from pipeline.training.torch_internals import Alive, fused_on_meta
 
 # Bytes a weight: 4 bits, and with double quantization 8 bits for each 64 weights, 32 for each 256 of those.
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
@@ -144,7 +143,7 @@ class StepBytes:
 
 def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offloading: bool) -> StepBytes:
     """A forward and a backward pass of `model` without its head; it lies on the meta device."""
-    if model.config._attn_implementation == "sdpa":
+    if attention_of(model) == "sdpa":
         model.set_attn_implementation("fused_on_meta")
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -155,12 +154,12 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offl
             gradients.append(torch.empty_like(weight))
             weight.grad = gradients[-1]
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
-    eager = model.config._attn_implementation == "eager"
+    eager = attention_of(model) == "eager"
     mask = None
     if eager or batch_size > 1:  # a single row is not padded, and SDPA makes its own mask of it
         mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
     saving = saved_tensors_hooks(moved_away, brought_back) if offloading else nullcontext()
-    with Alive([*model.parameters(), *model.buffers(), *gradients, ids]) as alive, saving:
+    with Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT) as alive, saving:
         hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         saved, small = alive.now, alive.small
         torch.autograd.backward(hidden, torch.empty_like(hidden))
@@ -177,52 +176,6 @@ def moved_away(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]
 
 def brought_back(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tensor:
     return kept if isinstance(kept, torch.Tensor) else kept()
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors: those alive `now`, their `peak`, and all `small` ones that there ever were."""
-
-    def __init__(self, not_counted: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = self.small = 0
-        self.known = {id(tensor.untyped_storage()) for tensor in not_counted}
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor.untyped_storage())
-        return result
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) not in self.known:
-            self.known.add(id(storage))
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            self.small += storage.nbytes() if storage.nbytes() < KEPT else 0
-            weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
-
-    def freed(self, storage: int, size: int) -> None:
-        self.known.discard(storage)
-        self.now -= size
-
-
-def fused_on_meta(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention as SDPA's fused kernels do it: heads repeated, the mask of padded rows in the queries' type, and no
-    scores kept. On meta tensors SDPA itself keeps them. Shapes: batch, heads, length, width of a head."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    bias = None if attention_mask is None else torch.zeros_like(attention_mask, dtype=query.dtype)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, attn_mask=bias)[0].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("fused_on_meta", fused_on_meta)

@@ -1,13 +1,10 @@
 """Training by several processes, one a GPU: each runs the same stage, started by `accelerate launch`."""
 
-import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -16,12 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, get_error_handler
 from torch.distributed.fsdp import fully_shard
 
-from pipeline.common.errors import OUT_OF_MEMORY, UserError
+from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
+from pipeline.model.transformers_internals import layers_of
+from pipeline.training.accelerate_internals import end_as_failed, place_on
 from pipeline.training.checkpoints import last_whole, step_of
 
 
@@ -58,66 +55,6 @@ def on_this_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def launch(module: str, processes: int, threads: int, machines: list[str]) -> None:
-    """Run `module` in that many processes, which share the `threads` of a CPU, and wait for them.
-
-    `machines` are further arguments of accelerate launch. What a user's own accelerate config says has no effect.
-
-    Raises:
-        UserError: as one of the processes was, or it was killed.
-        KeyboardInterrupt: one of them was interrupted.
-    """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    explicit = {
-        "num_processes": processes,
-        "num_machines": 1,
-        "machine_rank": 0,
-        "main_process_port": 0,  # a free one
-        "gpu_ids": "all",
-        "num_cpu_threads_per_process": max(1, threads // processes),
-        "mixed_precision": "no",  # the trainer's own arguments tell
-        "dynamo_backend": "no",
-    }
-    arguments = [text for name, value in explicit.items() for text in (f"--{name}", str(value))]
-    # Without --multi_gpu it starts one process; it does not look for a GPU.
-    arguments += ["--multi_gpu", *machines]
-    with TemporaryDirectory() as logs:  # else torch leaves a folder behind
-        try:
-            launch_command(launch_command_parser().parse_args([*arguments, "--log_dir", logs, "--module", module]))
-        except SignalException as ended:
-            if ended.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise UserError(f"training was ended by {ended.sigval.name}: run the same command again to go on") from None
-        except ChildFailedError as failed:
-            raise cause(failed.failures) from None
-
-
-def cause(failures: dict[int, ProcessFailure]) -> BaseException:
-    """What ended the processes, by their numbers. Whichever fails first ends the others, by SIGTERM or by leaving them
-    in the midst of an exchange."""
-    if any(failure.exitcode == -signal.SIGINT for failure in failures.values()):
-        return KeyboardInterrupt()
-    told = {
-        number: failure.error_file_data["message"]
-        for number, failure in failures.items()
-        if Path(failure.error_file).exists()
-    }
-    for error in told.values():
-        kind, _, text = error["message"].partition(": ")
-        if kind in ("UserError", "OutOfMemoryError"):
-            return UserError(text if kind == "UserError" else OUT_OF_MEMORY)
-    for error in told.values():
-        if not any(words in error["message"] for words in ("by peer", "remote process exited")):  # Gloo's, NCCL's
-            return SystemExit(error["extraInfo"]["py_callstack"])
-    for number, failure in failures.items():
-        if number not in told and failure.exitcode != -signal.SIGTERM:
-            how = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-            return UserError(f"process {number} of training was ended by {how}: run the same command again to go on")
-    return UserError("training was ended, here or on another machine, which tells why: run it again to go on")
-
-
 def newest_common(folder: Path, process: PartialState) -> Path | None:
     """The newest checkpoint in `folder` that is whole on every machine. Later ones are removed."""
     here = [last_whole(folder)] if process.is_local_main_process else []
@@ -151,8 +88,7 @@ def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
         yield process
         process.destroy_process_group()
     except BaseException as error:
-        get_error_handler().record_exception(error)
-        os._exit(1)  # the others wait for this one in the midst of an exchange; the launcher ends them
+        end_as_failed(error)
 
 
 def require_gpus(processes: int, device: torch.device) -> None:
@@ -174,7 +110,6 @@ def shard(model: PeftModel, device: torch.device) -> None:
     https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     whole = {weight for weight in model.parameters() if weight.requires_grad}
     ends = []
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -185,9 +120,9 @@ def shard(model: PeftModel, device: torch.device) -> None:
             ends.append(end)
     for weight in whole:
         weight.data = weight.data.to(device)
-    for module in [*layers, *ends, model]:
+    for module in [*layers_of(model), *ends, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    model.get_base_model().hf_device_map = {"": device}  # accelerate compares it with the device of the process
+    place_on(model, device)
 
 
 def average_gradients(model: torch.nn.Module) -> None:

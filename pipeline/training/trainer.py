@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,51 @@ from transformers import (
     TrainerState,
 )
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.schema import Parameters
 from pipeline.model.loading import pick_checkpointing, pick_dtype, pick_offloading, pick_optimizer
+from pipeline.model.peft_internals import load_adapters_as_saved
+from pipeline.training.accelerate_internals import leave_unwrapped
 from pipeline.training.checkpoints import seal
 from pipeline.training.processes import average_gradients, share_of_step
+from pipeline.training.trl_internals import TokenCountingTrainer, adapter_kept_as, loss_and_tokens
 
 REMEDY = "lower train.learning_rate, or raise train.warmup_share"
 
 
-class Trainer(SFTTrainer):
+class Trainer(TokenCountingTrainer):
     """Ends the run at the first step whose loss is no number; Transformers would log another and go on.
 
     Several processes take the same rows in each step as one. Accelerate would give them some rows of an epoch twice, to
     have as many for each: https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
     """
 
-    def _get_dataloader(self, dataset: Dataset, *args: Any, **kwargs: Any) -> DataLoader:
-        if self.args.world_size > 1:
-            dataset = filled(dataset, self.args.per_device_train_batch_size * self.args.world_size)
-        return super()._get_dataloader(dataset, *args, **kwargs)
+    def get_train_dataloader(self) -> DataLoader:
+        rows = self.shared(self.train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        sampler = StepsByLength(
+            lengths(self.train_dataset), step, len(rows), self.args.seed, lambda: int(self.state.epoch or 0)
+        )
+        return self.accelerator.prepare(
+            DataLoader(
+                rows,
+                batch_size=self.args.train_batch_size,
+                sampler=sampler,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+        )
 
-    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
-        supervised = (inputs["labels"] != -100).any(1, keepdim=True)  # a blank row's only token does not count
-        super()._track_num_input_tokens(inputs | {"attention_mask": inputs["attention_mask"] * supervised})
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        return super().get_eval_dataloader(self.shared(eval_dataset or self.eval_dataset))
+
+    def shared(self, rows: Dataset) -> Dataset:
+        """`rows`, with as many for each process."""
+        if self.args.world_size == 1:
+            return rows
+        return filled(rows, self.args.per_device_train_batch_size * self.args.world_size)
 
     def evaluation_loop(self, dataloader: DataLoader, *_: Any, **__: Any) -> EvalLoopOutput:
         """The mean over all tokens; Transformers' mean of the batches' means depends on who has which rows."""
@@ -55,8 +73,7 @@ class Trainer(SFTTrainer):
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
             for inputs in dataloader:
-                outputs = self.model(**inputs, use_cache=False, fused_lm_head=True)
-                total += torch.stack([-outputs.log_probs.sum(), outputs.label_mask.sum()])
+                total += loss_and_tokens(self.model, inputs)
         loss, tokens = self.accelerator.reduce(total)
         return EvalLoopOutput(None, None, {"eval_loss": (loss / tokens).item()}, len(self.eval_dataset))
 
@@ -67,12 +84,6 @@ class Trainer(SFTTrainer):
         if isinstance(self.model, FSDPModule) and self.accelerator.sync_gradients:
             average_gradients(self.model)
         return loss
-
-    def _get_train_sampler(self, dataset: Dataset) -> Sampler[int]:
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return StepsByLength(
-            lengths(self.train_dataset), step, len(dataset), self.args.seed, lambda: int(self.state.epoch or 0)
-        )
 
 
 def lengths(rows: Dataset) -> np.ndarray:
@@ -108,15 +119,6 @@ class StepsByLength(Sampler[int]):
         return self.size
 
 
-def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """What is trained, but for DoRA's magnitudes, which stay in float32."""
-    return {
-        name: weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and "lora_magnitude_vector" not in name
-    }
-
-
 def build_trainer(
     parameters: Parameters,
     model: PeftModel,
@@ -126,26 +128,24 @@ def build_trainer(
     checkpoints: Path,
 ) -> Trainer:
     """A trainer of `model`'s adapter that writes to the folder `checkpoints`; the rows have input_ids and labels."""
-    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # a checkpoint's, else as float32
-    initial = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
+    load_adapters_as_saved(model)
     callbacks: list[TrainerCallback] = [Losses(), Seal()]
     if parameters.train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(parameters.train.early_stopping_patience))
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(parameters, model.device, checkpoints),
-        train_dataset=train_rows,
-        eval_dataset=valid_rows,
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    if isinstance(model, FSDPModule):  # else accelerate would wrap it in DDP
-        trainer.accelerator.prepare_model(model, evaluation_mode=True)
+    with adapter_kept_as(getattr(torch, parameters.train.adapter_dtype), model):
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(parameters, model.device, checkpoints),
+            train_dataset=train_rows,
+            eval_dataset=valid_rows,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    if isinstance(model, FSDPModule):
+        leave_unwrapped(model, trainer.accelerator)
     if not sys.stderr.isatty():
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(LossesInBar())
-    for name, weight in adapter_weights(model).items():
-        weight.data = initial[name].to(getattr(torch, parameters.train.adapter_dtype))  # TRL rounded it to bfloat16
     return trainer
 
 

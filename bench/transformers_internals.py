@@ -1,0 +1,47 @@
+"""What the benchmarks use of Transformers and bitsandbytes beyond their documentation.
+tests/test_library_internals.py tests the use."""
+
+import copy
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from pipeline.model.loading import nf4
+
+
+def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights as `pipeline.model.loading.load_quantized` loads a base's, made one at a time: never more than one
+    tensor is in 16 bits on the device beside those that stay so.
+
+    The documented way, from_pretrained, wants the weights in files, which of 8 B parameters have 16 GB:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/base.py
+    """
+    quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(shape), dtype=dtype)
+    quantizer.preprocess_model(model, dtype=dtype, device_map={"": device})
+    model.tie_weights()
+    torch.manual_seed(1)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if module is model.get_output_embeddings() and model.config.tie_word_embeddings:
+                continue
+            values = torch.empty(weight.shape, dtype=dtype, device=device)
+            if weight.ndim == 2:
+                values.normal_(std=0.02)
+            else:  # of a norm, which Gemma adds 1 to, or a bias
+                values.fill_(0 if name == "bias" or shape.model_type == "gemma2" else 1)
+            if isinstance(weight, bnb.nn.Params4bit):
+                new = bnb.nn.Params4bit(values, requires_grad=False, **weight.__dict__).to(device)
+            else:
+                new = torch.nn.Parameter(values)
+            setattr(module, name, new)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+    model.tie_weights()
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    return model.eval()

@@ -1,0 +1,64 @@
+"""What this project uses of torch beyond its documentation. tests/test_library_internals.py tests each use."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of tensors: those alive `now`, their `peak`, and all that there ever were of fewer than `large`
+    bytes, as `small`.
+
+    torch documents memory counters for a GPU alone. This base class sees each operation, on the meta device too:
+    https://github.com/pytorch/pytorch/blob/main/torch/utils/_python_dispatch.py
+    """
+
+    def __init__(self, not_counted: list[torch.Tensor], large: int) -> None:
+        super().__init__()
+        self.now = self.peak = self.small = 0
+        self.large = large
+        self.known = {id(tensor.untyped_storage()) for tensor in not_counted}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self.known:
+            self.known.add(id(storage))
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            self.small += storage.nbytes() if storage.nbytes() < self.large else 0
+            weakref.finalize(storage, self.freed, id(storage), storage.nbytes())
+
+    def freed(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+def fused_on_meta(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as SDPA's fused kernels do it: heads repeated, the mask of padded rows in the queries' type, and no
+    scores kept. On meta tensors SDPA itself keeps the scores, and its documented function has no other kernel there:
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/attention.cpp
+
+    Shapes: batch, heads, length, width of a head.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    bias = None if attention_mask is None else torch.zeros_like(attention_mask, dtype=query.dtype)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, attn_mask=bias)[0].transpose(1, 2).contiguous(), None
