@@ -281,7 +281,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return small
 
 
-def test_dvc_puts_deleted_outputs_back_as_dvc_lock_has_them(repository: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dvc_puts_deleted_outputs_back_as_dvc_lock_has_them(
+    repository: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(repository.folder)
     for name in ("out", "metric"):
         Path(name).unlink()
