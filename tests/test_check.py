@@ -18,9 +18,9 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_details
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.train import Train
-from pipeline.export.disk import filled
 from pipeline.training.memory import PROCESS, beside_gpus, skeleton, training
 from tools import check as tool
+from tools.disk import filled
 
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

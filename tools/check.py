@@ -54,13 +54,13 @@ def examine(parameters: Parameters) -> None:
     """Print the table. Raises UserError at once for what is impossible, at the end for what does not fit."""
     import torch
 
-    from pipeline.export.disk import filled
     from pipeline.export.llama_cpp import no_gguf_lora
     from pipeline.model.adapter import lora_config, require_possible
     from pipeline.model.base import SMALL_FILES, fetched, has_weights
     from pipeline.model.loading import pick_device, pick_dtype
     from pipeline.training.memory import beside_gpus, evaluating_gguf, free, saved_dtype, skeleton, training
     from pipeline.training.processes import require_gpus, share_of_step
+    from tools.disk import filled
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)

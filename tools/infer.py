@@ -85,9 +85,9 @@ def conversation(place: str, row: Any) -> list[Message]:
 def by_transformers(conversations: Conversations, length: int, parameters: Parameters, tuned: bool) -> Answers:
     from jinja2 import TemplateError
 
-    from pipeline.evaluation.answers import greedy, text_of
+    from pipeline.evaluation.answers import text_of
     from pipeline.model.chat_template import end_tokens, token_ids
-    from tools.tuned import load
+    from tools.tuned import greedy, load
 
     model, tokenizer = load(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size

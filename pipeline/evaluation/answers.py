@@ -89,17 +89,6 @@ def answer(
     return list(zip(answers, nlls, strict=True))
 
 
-@torch.inference_mode()
-def greedy(
-    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (number of the prompt, token) of the greedy answers, as the tokens come."""
-    ids = padded(prompts, "left").to(model.device)
-    mask = (ids != IGNORED).long()
-    asked = forward(model, ids, mask, logits_to_keep=1)
-    yield from decode(model, asked.logits, mask, asked.past_key_values, ends, max_new_tokens)
-
-
 def decode(
     model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
 ) -> Iterator[tuple[int, int]]:

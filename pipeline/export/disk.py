@@ -27,23 +27,6 @@ BITS = {
     "q3_k_s": 3.7,
     "q2_k": 3.2,
 }
-CHECKPOINTS = 4  # training keeps three, and writes one
-
-
-def filled(
-    parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
-) -> dict[str, int]:
-    """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base as GGUF.
-
-    The base has `parameters` weights of `itemsize` bytes. `adapter` and `optimizer` (its states) are in bytes. `copies`
-    of each output: 2 if DVC's cache has a copy, 1 if it links.
-    """
-    return {
-        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache stores equal files once
-        "models/merged": copies * parameters * itemsize,
-        "models/gguf": copies * (gguf_bytes(parameters, quantize) + adapter),
-        "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
-    }
 
 
 def gguf_bytes(parameters: int, quantize: Sequence[str]) -> int:
