@@ -1,0 +1,23 @@
+"""How much disk a run of the pipeline fills."""
+
+from collections.abc import Sequence
+
+from pipeline.export.disk import gguf_bytes
+
+CHECKPOINTS = 4  # training keeps three, and writes one
+
+
+def filled(
+    parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
+) -> dict[str, int]:
+    """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base as GGUF.
+
+    The base has `parameters` weights of `itemsize` bytes. `adapter` and `optimizer` (its states) are in bytes. `copies`
+    of each output: 2 if DVC's cache has a copy, 1 if it links.
+    """
+    return {
+        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache stores equal files once
+        "models/merged": copies * parameters * itemsize,
+        "models/gguf": copies * (gguf_bytes(parameters, quantize) + adapter),
+        "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
+    }
