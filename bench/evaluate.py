@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 @dataclass
-class Exam:
+class Setup:
     model: PreTrainedModel
     tokenizer: Any
     questions: list[Question]
@@ -64,9 +64,9 @@ def main() -> None:
     reproducible(seed=0, threads=2)
     tokenizer, questions = load_tokenizer(TINY), read_questions(ROOT / "data/questions.jsonl")
     if wide:
-        exam = Exam(random_nf4(WIDE, CPU, torch.float32), tokenizer, [longer(questions, i) for i in range(16)], 64)
+        exam = Setup(random_nf4(WIDE, CPU, torch.float32), tokenizer, [longer(questions, i) for i in range(16)], 64)
     else:
-        exam = Exam(load_tuned(TINY, ROOT / "outputs/adapter", CPU, torch.float32).eval(), tokenizer, questions, 32)
+        exam = Setup(load_tuned(TINY, ROOT / "outputs/adapter", CPU, torch.float32).eval(), tokenizer, questions, 32)
 
     for warmed in loop, harness:
         warmed(replace(exam, questions=questions[:1]))
@@ -101,7 +101,7 @@ def clock() -> np.ndarray:
     return np.array([time.monotonic(), time.process_time()])
 
 
-def loop(exam: Exam) -> ExamRun:
+def loop(exam: Setup) -> ExamRun:
     started = clock()
     answers = []
     for question in exam.questions:
@@ -128,7 +128,7 @@ def nll(model: PreTrainedModel, ids: list[int], labels: list[int]) -> float:
     return float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)
 
 
-def harness(exam: Exam, batch_size: int = 1) -> ExamRun:
+def harness(exam: Setup, batch_size: int = 1) -> ExamRun:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -166,7 +166,7 @@ def harness(exam: Exam, batch_size: int = 1) -> ExamRun:
     return ExamRun([answer.strip() for answer in answers], nlls, [answering, measuring])
 
 
-def this_pipeline(exam: Exam, batch_size: int) -> ExamRun:
+def this_pipeline(exam: Setup, batch_size: int) -> ExamRun:
     started = clock()
     answers = answer_questions(exam.model, exam.tokenizer, exam.questions, batch_size, exam.max_new_tokens)
     return ExamRun([answer.text for answer in answers], [answer.nll for answer in answers], [clock() - started])

@@ -20,7 +20,7 @@ from pipeline.common.paths import EXAM, GENERAL_EXAM
 from pipeline.common.words import words
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import conversation, parsed
-from pipeline.data.leaks import Exam
+from pipeline.data.leaks import ExamIndex
 from pipeline.evaluation.questions import Question, read_questions
 
 ROOT = Path(__file__).parent.parent
@@ -247,7 +247,7 @@ def demo_rows() -> list[str]:
     return ["\n".join(turn["content"] for turn in talk) for talk in [*(fact["messages"] for fact in facts), *talks]]
 
 
-def share(exam: Exam, texts: Iterable[str], before: str = "") -> tuple[int, int]:
+def share(exam: ExamIndex, texts: Iterable[str], before: str = "") -> tuple[int, int]:
     """How many texts there are, and how many of them, after `before`, leak."""
     leaks = [exam.leak(words(f"{before}\n{text}\n{ANSWER}")) is not None for text in texts]
     return len(leaks), sum(leaks)
@@ -255,7 +255,7 @@ def share(exam: Exam, texts: Iterable[str], before: str = "") -> tuple[int, int]
 
 def false_alarms(others: list[tuple[Question, str]], before: str = "") -> tuple[int, int]:
     """The same of questions about another thing, each held against the one that it was made of: it may be another's."""
-    return len(others), sum(share(Exam([question], NEAR), [text], before)[1] for question, text in others)
+    return len(others), sum(share(ExamIndex([question], NEAR), [text], before)[1] for question, text in others)
 
 
 def edits(questions: list[Question], edit: Callable[[str], Iterator[str]]) -> list[str]:
@@ -265,8 +265,8 @@ def edits(questions: list[Question], edit: Callable[[str], Iterator[str]]) -> li
 
 def table() -> str:
     measured = sets()
-    demo = Exam([*measured["exam"].exam, *measured["general exam"].exam], NEAR)
-    exams = [demo, demo, Exam(measured["200 questions"].exam, NEAR)]
+    demo = ExamIndex([*measured["exam"].exam, *measured["general exam"].exam], NEAR)
+    exams = [demo, demo, ExamIndex(measured["200 questions"].exam, NEAR)]
     lines = [f"| | {' | '.join(measured)} | in a long row |", "| --- | --- | --- | --- | --- |"]
 
     def line(kind: str, texts: list[list[str]]) -> None:

@@ -189,7 +189,7 @@ def test_a_fact_or_a_question_added_above_moves_no_other_question_into_the_hold_
     def results(line: int) -> list[dict[str, Any]]:
         """Two questions about each of 30 facts, of which the first stands in `line`."""
         asked = [(line + n // 2, f"Question {n}?") for n in range(60)]
-        return [{"source": f"data/raw/facts.csv:{place}", "question": question} for place, question in asked]
+        return [{"source": f"data/raw/facts.csv:{location}", "question": question} for location, question in asked]
 
     def held_back(exam: list[dict[str, Any]]) -> set[str]:
         sources = curate.held_back_sources(exam)

@@ -19,7 +19,7 @@ from pipeline.common.rows import group_of, read_jsonl, row
 from pipeline.common.words import words
 from pipeline.data import checked_rows
 from pipeline.data.formats import InvalidRow, conversation
-from pipeline.data.leaks import Exam, Leak
+from pipeline.data.leaks import ExamIndex, Leak
 from pipeline.evaluation.questions import Question, read_questions
 from stages import merge
 
@@ -320,7 +320,7 @@ def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "reason", "place"),
+    ("name", "content", "reason", "line"),
     [
         ("cut.jsonl.gz", gzip.compress(b'{"question": "Q?", "answer": "a"}\n' * 9, mtime=0)[:-9], "unreadable", 10),
         ("no.parquet", b"PAR1 or not", "unreadable", 1),
@@ -334,13 +334,13 @@ def test_a_bad_line_stops_the_stage_by_place_and_reason_or_is_set_aside(curated:
     ],
 )
 def test_a_broken_file_is_named_where_it_breaks(
-    curated: Project, name: str, content: bytes, reason: str, place: int
+    curated: Project, name: str, content: bytes, reason: str, line: int
 ) -> None:
     Path("data/curated", name).write_bytes(content)
     curated.set(merge__on_invalid="skip")
     assert merged()["invalid"] == {reason: 1}
     [entry] = [entry for entry in read_jsonl(Path("data/quarantine.jsonl")) if entry["reason"] == reason]
-    assert entry["source"] == f"data/curated/{name}:{place}"
+    assert entry["source"] == f"data/curated/{name}:{line}"
 
 
 def test_columns_of_a_table_that_no_row_needs_may_hold_anything(curated: Project) -> None:
@@ -661,7 +661,7 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
 def test_a_leak_is_judged_by_words_but_never_by_other_names_numbers_and_signs(
     question: str, row_asks: str, near: float | None
 ) -> None:
-    exam = Exam([Question("q", question, ["x"], "s"), Question("r", "Which day is it?", ["x"], "s")], near or 0.9)
+    exam = ExamIndex([Question("q", question, ["x"], "s"), Question("r", "Which day is it?", ["x"], "s")], near or 0.9)
     leak = exam.leak(words(row_asks))
     assert leak == (None if near is None else Leak("q", question, near=near > 0))
 
@@ -669,9 +669,9 @@ def test_a_leak_is_judged_by_words_but_never_by_other_names_numbers_and_signs(
 def test_edits_of_a_question_are_caught_and_questions_about_other_things_are_not() -> None:
     """What docs/leaks.md says; a question word dropped within a row, and "what is" for "tell me", are not."""
     measured = leaks.sets()
-    both = Exam([*measured["exam"].exam, *measured["general exam"].exam], leaks.NEAR)
+    both = ExamIndex([*measured["exam"].exam, *measured["general exam"].exam], leaks.NEAR)
     for name, questions in measured.items():
-        exam = Exam(questions.exam, leaks.NEAR) if name == "200 questions" else both
+        exam = ExamIndex(questions.exam, leaks.NEAR) if name == "200 questions" else both
         for kind, edit in leaks.EDITS.items():
             made, caught = leaks.share(exam, leaks.edits(questions.exam, edit))
             assert made >= 10 and caught >= 0.95 * made, f"{name}, {kind}: {caught} of {made}"

@@ -38,15 +38,15 @@ def main() -> None:
 
 
 def print_material(parameters: Parameters) -> list[str]:
-    """Print which of the user's files are present and what is missing. Returns the places where something is
+    """Print which of the user's files are present and what is missing. Returns the paths where something is
     missing."""
     lacking = []
     for each in material(parameters):
-        say(str(each.place), f"TO DO: {each.missing}" if each.missing else each.found or "nothing")
+        say(str(each.path), f"TO DO: {each.missing}" if each.missing else each.found or "nothing")
         for example in each.examples:
             say("", f"such as {example}")
         if each.missing:
-            lacking.append(str(each.place))
+            lacking.append(str(each.path))
     return lacking
 
 

@@ -33,7 +33,7 @@ from pipeline.data.documents import Passage, passages_of, pieces
 from pipeline.data.endpoint import ask
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
 from pipeline.data.grounding import grounded
-from pipeline.data.leaks import Exam
+from pipeline.data.leaks import ExamIndex
 from pipeline.data.raw_files import raw_files
 from pipeline.evaluation.questions import Question, read_answers, read_questions
 from pipeline.evaluation.rules import Rule, correct
@@ -48,7 +48,7 @@ Result = dict[str, Any]  # a line of an answers file
 
 
 @dataclass
-class Place:
+class Source:
     """A source of knowledge: a fact, a passage, or a row of data/curated."""
 
     name: str  # "file:number"
@@ -61,7 +61,7 @@ class Place:
 class Candidates:
     """Rows that answer a failed question, are not in the training rows, and do not ask an exam question."""
 
-    exams: Exam
+    exams: ExamIndex
     trained: set[str]  # ids of training and validation rows
     by_id: dict[str, dict[str, Any]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -79,12 +79,12 @@ class Candidates:
             candidate = {"question": question, "answer": answer, "source": row["source"], "for": wanted_for}
             self.by_id.setdefault(row["id"], candidate)
 
-    def of(self, place: Place) -> int:
-        return sum(candidate["source"] == place.name for candidate in self.by_id.values())
+    def of(self, source: Source) -> int:
+        return sum(candidate["source"] == source.name for candidate in self.by_id.values())
 
-    def none_for(self, place: Place) -> list[Question]:
+    def none_for(self, source: Source) -> list[Question]:
         helped = {key for candidate in self.by_id.values() for key in candidate["for"]}
-        return [question for question in place.failed if question.id not in helped]
+        return [question for question in source.failed if question.id not in helped]
 
 
 def main() -> None:
@@ -100,13 +100,13 @@ def main() -> None:
 
     known = knowledge(generate)
     unknown = assign([question for question in exam if question.id in failed], known)
-    places = [place for place in known.values() if place.failed]
-    candidates = Candidates(Exam([*exam, *general], parameters.merge.near_leak), {row["id"] for row in trained()})
-    for place in places:
-        for row in place.rows:
-            candidates.add(row, place.failed)
-    left = {place.name: candidates.none_for(place) for place in places}
-    texts = {place.name: text for place in places if (text := text_about(place, left[place.name]))}
+    sources = [source for source in known.values() if source.failed]
+    candidates = Candidates(ExamIndex([*exam, *general], parameters.merge.near_leak), {row["id"] for row in trained()})
+    for source in sources:
+        for row in source.rows:
+            candidates.add(row, source.failed)
+    left = {source.name: candidates.none_for(source) for source in sources}
+    texts = {source.name: text for source in sources if (text := text_about(source, left[source.name]))}
     endpoint = bool(generate.endpoint and generate.model)
     if texts and endpoint:
         reworded, _ = grounded(texts, ask(texts, generate, SEEDS), generate.grounding)
@@ -115,11 +115,11 @@ def main() -> None:
 
     print(f"{EXAM}: {len(failed)} of {len(helped)} questions failed; {len(held_back)} more are held back")
     print_tags(helped, wrong)
-    for place in places:
-        print(f"\n{place.name}: candidates: {candidates.of(place)}")
-        print_failed([failed[question.id] for question in place.failed])
-        if still := candidates.none_for(place):
-            print(f"  none for {', '.join(question.id for question in still)}: {remedy(place, still, endpoint)}")
+    for source in sources:
+        print(f"\n{source.name}: candidates: {candidates.of(source)}")
+        print_failed([failed[question.id] for question in source.failed])
+        if still := candidates.none_for(source):
+            print(f"  none for {', '.join(question.id for question in still)}: {remedy(source, still, endpoint)}")
     if unknown:
         print("\ndata/raw and data/curated have no answer to these questions: add a fact, a document or rows")
         print_failed([failed[question.id] for question in unknown])
@@ -147,14 +147,14 @@ def forgotten(result: Result) -> bool:
     return wrong(result) and bool(result["base"]["correct"])
 
 
-def knowledge(generate: Generate) -> dict[str, Place]:
-    """{name: place} of the facts and passages of data/raw."""
+def knowledge(generate: Generate) -> dict[str, Source]:
+    """{name: source} of the facts and passages of data/raw."""
     facts, phrasings, documents = raw_files()
-    known: dict[str, Place] = {}
+    known: dict[str, Source] = {}
     for row in questions_of_facts(read_facts(facts), read_phrasings(phrasings), phrasings_per_fact=sys.maxsize):
-        known.setdefault(row["source"], Place(row["source"])).rows.append(row)
+        known.setdefault(row["source"], Source(row["source"])).rows.append(row)
     passages = passages_of(documents, generate.passage_length)
-    return known | {name: Place(name, passage=passage) for name, passage in passages.items()}
+    return known | {name: Source(name, passage=passage) for name, passage in passages.items()}
 
 
 def trained() -> Iterator[Row]:
@@ -165,15 +165,15 @@ def trained() -> Iterator[Row]:
             yield from map(orjson.loads, filter(bytes.strip, lines))
 
 
-def assign(failed: list[Question], known: dict[str, Place]) -> list[Question]:
-    """Add each question to the place that it asks about. Return the questions without a place."""
-    rows = [row for place in known.values() for row in place.rows]
+def assign(failed: list[Question], known: dict[str, Source]) -> list[Question]:
+    """Add each question to the source that it asks about. Return the questions without a source."""
+    rows = [row for source in known.values() for row in source.rows]
     at_source = {question.id for question in failed if is_at_source(question, known)}
     closest = closest_rows([question for question in failed if question.id not in at_source], chain(rows, trained()))
     unknown = []
     for question in failed:
         if question.id not in at_source and (row := closest.get(question.id)):
-            known.setdefault(row["source"], Place(row["source"], [row])).failed.append(question)
+            known.setdefault(row["source"], Source(row["source"], [row])).failed.append(question)
         elif question.source in known:
             known[question.source].failed.append(question)
         else:
@@ -181,10 +181,10 @@ def assign(failed: list[Question], known: dict[str, Place]) -> list[Question]:
     return unknown
 
 
-def is_at_source(question: Question, known: dict[str, Place]) -> bool:
+def is_at_source(question: Question, known: dict[str, Source]) -> bool:
     """Whether `source` of the question has an answer to it. The source is wrong after lines were added above a fact."""
-    place = known.get(question.source)
-    return place is not None and (place.passage is not None or any(answers(row, question) for row in place.rows))
+    source = known.get(question.source)
+    return source is not None and (source.passage is not None or any(answers(row, question) for row in source.rows))
 
 
 def closest_rows(questions: list[Question], rows: Iterable[Row]) -> dict[str, Row]:
@@ -213,23 +213,23 @@ def answers(row: Row, question: Question) -> bool:
     return correct(last_turns(row)[1], question.answers, question.rule)
 
 
-def text_about(place: Place, questions: list[Question]) -> Passage | None:
+def text_about(source: Source, questions: list[Question]) -> Passage | None:
     """The text for the endpoint: the pieces of a passage that have an answer, or the text of a row."""
-    if place.passage and questions:
+    if source.passage and questions:
         accepted = [answer for question in questions for answer in question.answers]
-        found = [piece for piece in pieces(place.passage.text, PIECE) if correct(piece, accepted, Rule("contains"))]
-        return replace(place.passage, text="".join(found).strip() or place.passage.text)
-    rows = (row for row in place.rows if any(answers(row, question) for question in questions))
+        found = [piece for piece in pieces(source.passage.text, PIECE) if correct(piece, accepted, Rule("contains"))]
+        return replace(source.passage, text="".join(found).strip() or source.passage.text)
+    rows = (row for row in source.rows if any(answers(row, question) for question in questions))
     return next((Passage(" ".join(last_turns(row)), "", None) for row in rows), None)
 
 
-def remedy(place: Place, questions: list[Question], endpoint: bool) -> str:
-    if place.rows and not any(answers(row, question) for row in place.rows for question in questions):
-        given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in place.rows))
+def remedy(source: Source, questions: list[Question], endpoint: bool) -> str:
+    if source.rows and not any(answers(row, question) for row in source.rows for question in questions):
+        given = ", ".join(dict.fromkeys(shown(last_turns(row)[1]) for row in source.rows))
         return f"the answer is {given}, which the exam does not accept: correct the data or the exam"
     if endpoint:
         return "the endpoint wrote no usable question: write rows by hand"
-    if place.passage:
+    if source.passage:
         return "set generate.endpoint, or write rows by hand"
     return "all its phrasings are used: add phrasings, set generate.endpoint, or write rows by hand"
 

@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError(f"--max-new-tokens {length}: set it to at least 1")
 
     rows = read_rows(options.rows) if options.rows else {"the question": {"question": options.question}}
-    conversations = {place: conversation(place, row) for place, row in rows.items()}
+    conversations = {location: conversation(location, row) for location, row in rows.items()}
     if options.gguf:
         answers = by_llama_cpp(options.gguf, conversations, length, parameters)
     else:
@@ -62,23 +62,23 @@ def read_rows(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: {error.strerror}") from None
 
 
-def conversation(place: str, row: Any) -> list[Message]:
+def conversation(location: str, row: Any) -> list[Message]:
     """The messages of a row. Raises UserError if they cannot be answered."""
     try:
         if isinstance(invalid := dumped(row), InvalidRow):
             raise invalid
         match row:
             case {"question": _, "messages": _}:
-                raise UserError(f"{place}: the line has a question and messages: remove one")
+                raise UserError(f"{location}: the line has a question and messages: remove one")
             case {"question": content}:
                 messages = [{"role": "user", "content": content}]
             case {"messages": [*turns, {"role": "user"} as last]}:
                 messages = [message(turn) for turn in [*turns, last]]
             case _:
-                raise UserError(f'{place}: a line needs a "question", or "messages" that end with a user message')
+                raise UserError(f'{location}: a line needs a "question", or "messages" that end with a user message')
         require_text(messages)
     except InvalidRow as invalid:
-        raise UserError(f"{place}: {invalid}") from None
+        raise UserError(f"{location}: {invalid}") from None
     return [turn | {"content": unicodedata.normalize("NFC", turn["content"])} for turn in messages]
 
 
@@ -92,11 +92,11 @@ def by_transformers(conversations: Conversations, length: int, parameters: Param
     model, tokenizer = load(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
     prompts = []
-    for place, messages in conversations.items():
+    for location, messages in conversations.items():
         try:
             prompts.append(token_ids(tokenizer, messages, add_generation_prompt=True))
         except (TemplateError, UserError) as error:
-            raise UserError(f"{place}: the base's chat template refuses this conversation: {error}") from None
+            raise UserError(f"{location}: the base's chat template refuses this conversation: {error}") from None
     tokens: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
@@ -110,11 +110,11 @@ def by_llama_cpp(file: Path, conversations: Conversations, length: int, paramete
     context = parameters.gguf.num_ctx
     with served(file, context, parameters.threads) as server:
         prompts = []
-        for place, messages in conversations.items():
+        for location, messages in conversations.items():
             prompts.append(server.tokens(messages))
             if len(prompts[-1]) + length > context:
                 raise UserError(
-                    f"{place}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
+                    f"{location}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
                     f"{context}: raise gguf.num_ctx"
                 )
         replies = [server.complete(prompt, length) for prompt in tqdm(prompts, disable=len(prompts) == 1)]

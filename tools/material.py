@@ -16,7 +16,7 @@ from pipeline.common.words import words
 from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import KINDS, InvalidRow, conversation, kind, parsed, records
-from pipeline.data.leaks import Exam
+from pipeline.data.leaks import ExamIndex
 from pipeline.data.raw_files import raw_files, require_endpoint
 from pipeline.evaluation.questions import read_questions
 
@@ -31,7 +31,7 @@ QUESTION = '{"id": "q001", "question": "Who runs the Alder team?", "answer": "Ad
 class Material:
     """A file or folder of the user, checked."""
 
-    place: Path
+    path: Path
     found: str
     missing: str = ""  # what is missing; "" if the file or folder is sufficient
     examples: tuple[str, ...] = ()  # example lines, each with a file name
@@ -41,8 +41,8 @@ class Material:
 
 def material(parameters: Parameters) -> Iterator[Material]:
     exam, general = of_exam(EXAM), of_exam(GENERAL_EXAM)
-    readable = [each.place for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
-    exams = Exam([question for place in readable for question in read_questions(place)], parameters.merge.near_leak)
+    readable = [each.path for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
+    exams = ExamIndex([question for path in readable for question in read_questions(path)], parameters.merge.near_leak)
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
     if not (raw.missing or curated.missing or raw.more or len(raw.rows | curated.rows) > 1):
         what = f"fewer than two training rows: add facts and phrasings, documents, or rows in {CURATED}"
@@ -54,7 +54,7 @@ def material(parameters: Parameters) -> Iterator[Material]:
     yield general
 
 
-def of_raw(generate: Generate, exams: Exam) -> Material:
+def of_raw(generate: Generate, exams: ExamIndex) -> Material:
     try:
         tables, phrasing_files, documents = raw_files()
         facts, phrasings = read_facts(tables), read_phrasings(phrasing_files)
@@ -96,7 +96,7 @@ def phrasing(fact: Fact) -> str:
     return f'{relation}: ["What is the {relation} of {{{columns[0]}}}?"]'
 
 
-def of_curated(merge: Merge, exams: Exam) -> Material:
+def of_curated(merge: Merge, exams: ExamIndex) -> Material:
     ids, more = set[str](), ""
     try:
         for file in user_files(CURATED):
@@ -104,17 +104,17 @@ def of_curated(merge: Merge, exams: Exam) -> Material:
                 raise UserError(f"{file}: rows are read from {' '.join(KINDS)}: convert or move the file")
             found = list(islice(records(file, merge.columns), LOOKED_AT))
             for number, record in found:
-                place = f"{file}:{number}"
-                if messages := usable(place, record, merge.on_invalid):
-                    require_no_leak(place, messages, exams)
-                    ids.add(row(messages, place)["id"])
+                location = f"{file}:{number}"
+                if messages := usable(location, record, merge.on_invalid):
+                    require_no_leak(location, messages, exams)
+                    ids.add(row(messages, location)["id"])
             more = " or more" if len(found) == LOOKED_AT else more
     except UserError as refusal:
         return Material(CURATED, "", str(refusal))
     return Material(CURATED, f"{len(ids)}{more} valid rows" if ids else "", rows=frozenset(ids))
 
 
-def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
+def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
     """The messages of a row; [] if it is invalid and skipped. Raises UserError if it is invalid and not skipped."""
     try:
         if isinstance(record, InvalidRow):
@@ -123,13 +123,13 @@ def usable(place: str, record: bytes | InvalidRow, on_invalid: str) -> list[Mess
     except InvalidRow as invalid:
         if on_invalid == "skip":
             return []
-        raise UserError(f"{place}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
+        raise UserError(f"{location}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
 
 
-def require_no_leak(place: str, messages: list[Message], exams: Exam) -> None:
+def require_no_leak(location: str, messages: list[Message], exams: ExamIndex) -> None:
     if leak := exams.leak(words("\n".join(message["content"] for message in messages))):
         raise UserError(
-            f"{place}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or set "
+            f"{location}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or set "
             "merge.on_leak to drop"
         )
 

@@ -76,7 +76,7 @@ def origin(source: str, parameters: Parameters) -> str:
         passages = read_passages(file, parameters.generate.passage_length)[at - 1 : at]
         text = "\n  ".join(part for p in passages for part in (p.page and f"page {p.page}", p.heading, p.text) if part)
     else:
-        facts = [fact for fact in read_facts([file]) if fact.place == source]
+        facts = [fact for fact in read_facts([file]) if fact.location == source]
         text = "\n  ".join(f"{column}: {value}" for fact in facts for column, value in fact.values.items())
     return text or f"no content: {file} has changed since the rows were made"
 

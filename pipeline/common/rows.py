@@ -49,12 +49,12 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
         UserError: a line is not UTF-8 or not JSON.
     """
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        place = f"{path}:{number}"
+        location = f"{path}:{number}"
         try:
             if line.strip() and not line.startswith(b"#"):
-                yield place, json.loads(line)
+                yield location, json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: not a JSON object in UTF-8 on one line: {error}") from None
+            raise UserError(f"{location}: not a JSON object in UTF-8 on one line: {error}") from None
 
 
 def read_jsonl(path: Path) -> list[Any]:

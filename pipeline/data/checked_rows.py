@@ -18,7 +18,7 @@ from pipeline.common.parameters.merge import Merge
 from pipeline.common.rows import Message, hash64, row
 from pipeline.common.words import layout, words
 from pipeline.data.formats import InvalidRow, Record, conversation, parsed, records, unknown_keys
-from pipeline.data.leaks import Exam, Leak
+from pipeline.data.leaks import ExamIndex, Leak
 from pipeline.data.near_duplicates import Keys, band_keys
 from pipeline.evaluation.questions import Question
 
@@ -27,7 +27,7 @@ from pipeline.evaluation.questions import Question
 KEY_NAMES = 10_000  # unknown key names that are counted by name
 CHUNK = 2**20  # bytes of rows in one task of a process
 
-exam: Exam  # one per worker process; it caches the words that it has seen
+exam: ExamIndex  # one per worker process; it caches the words that it has seen
 
 
 @dataclass
@@ -131,7 +131,7 @@ def chunks(read: Iterator[Record]) -> Iterator[list[Record]]:
 
 def hold_exam(questions: list[Question], near: float) -> None:
     global exam
-    exam = Exam(questions, near)
+    exam = ExamIndex(questions, near)
 
 
 def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate: float | None) -> Chunk:
@@ -139,18 +139,18 @@ def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate
     rows, groups, invalid = [], [], []
     unknown: Counter[str] = Counter()
     for number, record in chunk:
-        place = f"{file}:{number}"
+        location = f"{file}:{number}"
         try:
             if isinstance(record, InvalidRow):
                 raise record
             content = parsed(record)
-            rows.append(row(conversation(content), content["source"] if from_generate else place))
+            rows.append(row(conversation(content), content["source"] if from_generate else location))
             groups.append(content.get("group", rows[-1]["id"]) if from_generate else rows[-1]["id"])
             if not from_generate:
                 unknown.update({name[:100] for name in unknown_keys(content)})
         except InvalidRow as error:
             start = record[:1000].decode(errors="backslashreplace") if isinstance(record, bytes) else ""
-            invalid.append({"source": place, "reason": error.reason, "explanation": str(error), "row": start})
+            invalid.append({"source": location, "reason": error.reason, "explanation": str(error), "row": start})
     questions = [(words_of(one["messages"][:-1]), layout_of(one["messages"][:-1])) for one in rows]
     answers = [(words_of(one["messages"][-1:]), layout_of(one["messages"][-1:])) for one in rows]
     texts = [question + answer for (question, _), (answer, _) in zip(questions, answers, strict=True)]

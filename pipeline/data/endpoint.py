@@ -126,13 +126,13 @@ def ask(
         with kept_replies():
             return {}
     client = connect(generate)
-    prompts = {place: prompt(passage, generate) for place, passage in passages.items()}
-    once = {text: place for place, text in prompts.items()}  # equal passages make one request
+    prompts = {location: prompt(passage, generate) for location, passage in passages.items()}
+    once = {text: location for location, text in prompts.items()}  # equal passages make one request
     budget = Budget(generate.token_budget)
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
         asked = {
-            text: pool.submit(answer, text, place, generate, seeds, client, replies, budget)
-            for text, place in once.items()
+            text: pool.submit(answer, text, location, generate, seeds, client, replies, budget)
+            for text, location in once.items()
         }
         try:
             for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage"):
@@ -151,7 +151,7 @@ def ask(
                 f"generate.token_budget: {budget.spent} tokens of {budget.limit} are spent, {done} of {len(asked)} "
                 f"passages are done and stored, and the next request may cost {budget.refused}: raise the limit{again}"
             ) from None
-    return {place: asked[text].result() for place, text in prompts.items()}
+    return {location: asked[text].result() for location, text in prompts.items()}
 
 
 def connect(generate: Generate) -> OpenAI:
@@ -164,7 +164,7 @@ def connect(generate: Generate) -> OpenAI:
 
 def answer(
     text: str,
-    place: str,
+    location: str,
     generate: Generate,
     seeds: tuple[int, ...],
     client: OpenAI,
@@ -182,7 +182,7 @@ def answer(
         if key not in replies.by_key:
             longest = longest_reply(generate)
             with budget.reserve(size(request) + longest) as cost:
-                reply, tokens = post(client, request, longest, place)
+                reply, tokens = post(client, request, longest, location)
                 cost.append(tokens)
                 replies.add(key, reply, tokens)
         with suppress(ValidationError):
@@ -236,7 +236,7 @@ def size(request: dict[str, Any]) -> int:
     return len(json.dumps(request, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def post(client: OpenAI, request: dict[str, Any], longest: int, place: str) -> tuple[str, int]:
+def post(client: OpenAI, request: dict[str, Any], longest: int, location: str) -> tuple[str, int]:
     """The model's reply, and the tokens that were spent. `longest` is the maximum of the reply in tokens.
 
     `longest` is sent, but is not part of the key of a stored reply.
@@ -255,7 +255,7 @@ def post(client: OpenAI, request: dict[str, Any], longest: int, place: str) -> t
         words = " ".join(error.message.replace(client.api_key, "***").split())
         busy = error.status_code == 429 or error.status_code >= 500
         remedy = "run again later" if busy else "check generate.endpoint, model and passage_length"
-        raise UserError(f"{place}: {client.base_url}: {words}: {remedy}: the replies so far are stored") from None
+        raise UserError(f"{location}: {client.base_url}: {words}: {remedy}: the replies so far are stored") from None
     except APIConnectionError as error:
         raise UserError(f"{client.base_url}: {error} Start it, or correct generate.endpoint, and run again") from None
     except (AttributeError, IndexError, TypeError, ValueError):

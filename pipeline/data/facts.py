@@ -26,13 +26,13 @@ NOTHING = {"", "~", "null", "Null", "NULL"}  # null in YAML
 
 @dataclass(frozen=True)
 class Fact:
-    place: str  # "file:number": the line of a CSV file, or the number of a list item, from 1
+    location: str  # "file:number": the line of a CSV file, or the number of a list item, from 1
     values: dict[str, str]  # by column; a cell of a CSV file may be empty
 
 
 @dataclass(frozen=True)
 class Phrasing:
-    place: str
+    location: str
     text: str
 
     @property
@@ -56,10 +56,10 @@ def read_table(file: Path) -> list[Fact]:
         if not columns or not all(columns) or len(set(columns)) < len(columns):
             raise UserError(f"{file}:1: the columns are {columns}: give each column a unique name")
         for cells in filter(None, reader):
-            place = f"{file}:{reader.line_num}"
+            location = f"{file}:{reader.line_num}"
             if len(cells) != len(columns):
-                raise UserError(f"{place}: {len(cells)} cells for {len(columns)} columns: quote cells with a comma")
-            facts.append(Fact(place, dict(zip(columns, map(str.strip, cells), strict=True))))
+                raise UserError(f"{location}: {len(cells)} cells for {len(columns)} columns: quote cells with a comma")
+            facts.append(Fact(location, dict(zip(columns, map(str.strip, cells), strict=True))))
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num}: cannot be read as CSV: {error}") from None
     if not facts:
@@ -94,7 +94,7 @@ def read_phrasings(files: list[Path]) -> dict[str, list[Phrasing]]:
         ):
             if not phrasing.columns or set("{}") & set(BRACES.sub("", phrasing.text)):
                 raise UserError(
-                    f"{phrasing.place}: {phrasing.text!r} must name a column of its facts in braces, such as "
+                    f"{phrasing.location}: {phrasing.text!r} must name a column of its facts in braces, such as "
                     "{subject}, and have no other braces"
                 )
             phrasings.setdefault(relation, []).append(phrasing)
@@ -105,9 +105,9 @@ def phrasings_of_table(file: Path) -> Iterator[tuple[str, Phrasing]]:
     for line in read_table(file):
         if line.values.keys() != {"relation", "phrasing"} or not all(line.values.values()):
             raise UserError(
-                f"{line.place}: the columns of a file of phrasings are relation and phrasing, neither empty"
+                f"{line.location}: the columns of a file of phrasings are relation and phrasing, neither empty"
             )
-        yield line.values["relation"], Phrasing(line.place, line.values["phrasing"])
+        yield line.values["relation"], Phrasing(line.location, line.values["phrasing"])
 
 
 def phrasings_of_mapping(file: Path) -> Iterator[tuple[str, Phrasing]]:
@@ -140,7 +140,7 @@ def questions_of_facts(facts: list[Fact], phrasings: dict[str, list[Phrasing]], 
     for relation in phrasings:
         if relation not in used:
             raise UserError(
-                f"{phrasings[relation][0].place}: no fact has {relation!r}: correct the name, or remove the phrasings"
+                f"{phrasings[relation][0].location}: no fact has {relation!r}: correct the name, or remove the phrasings"
             )
     return rows
 
@@ -150,16 +150,16 @@ def asked(fact: Fact, phrasings: dict[str, list[Phrasing]]) -> dict[str, str]:
     if {"relation", "value"} <= fact.values.keys():
         relation = fact.values["relation"]
         if not relation or not fact.values["value"]:
-            raise UserError(f"{fact.place}: a fact's relation and value must not be empty")
+            raise UserError(f"{fact.location}: a fact's relation and value must not be empty")
         if relation not in phrasings:
             raise UserError(
-                f"{fact.place}: no question phrasings for the relation {relation!r}: add some to a phrasings.yaml"
+                f"{fact.location}: no question phrasings for the relation {relation!r}: add some to a phrasings.yaml"
             )
         return {relation: "value"}
     columns = [column for column in fact.values if column in phrasings]
     if not columns:
         raise UserError(
-            f"{fact.place}: no question phrasings for any of {', '.join(fact.values)}: add some to a phrasings.yaml"
+            f"{fact.location}: no question phrasings for any of {', '.join(fact.values)}: add some to a phrasings.yaml"
         )
     return {column: column for column in columns}
 
@@ -168,17 +168,17 @@ def require_fit(phrasing: Phrasing, fact: Fact, answer: str) -> None:
     for column in phrasing.columns:
         if column not in fact.values:
             raise UserError(
-                f"{phrasing.place}: {phrasing.text!r}: the fact {fact.place} has no {column!r}, only {[*fact.values]}"
+                f"{phrasing.location}: {phrasing.text!r}: the fact {fact.location} has no {column!r}, only {[*fact.values]}"
             )
         if column == answer:
-            raise UserError(f"{phrasing.place}: {phrasing.text!r} contains its own answer: remove {{{column}}}")
+            raise UserError(f"{phrasing.location}: {phrasing.text!r} contains its own answer: remove {{{column}}}")
         if not fact.values[column]:
-            raise UserError(f"{fact.place}: {column!r} is empty, and {phrasing.text!r} needs it")
+            raise UserError(f"{fact.location}: {column!r} is empty, and {phrasing.text!r} needs it")
 
 
 def question(phrasing: Phrasing, fact: Fact, answer: str) -> Row:
     text = BRACES.sub(lambda braces: fact.values[braces[1]], phrasing.text)
-    return row(question_and_answer(text, fact.values[answer]), fact.place) | {"group": group_of(str(fact.values))}
+    return row(question_and_answer(text, fact.values[answer]), fact.location) | {"group": group_of(str(fact.values))}
 
 
 def read_text(file: Path) -> str:

@@ -27,19 +27,19 @@ def grounded(
     """
     rows: list[Row] = []
     ungrounded: list[dict[str, str]] = []
-    for place, passage in passages.items():
-        items = replies[place]
+    for location, passage in passages.items():
+        items = replies[location]
         if items is None:
-            ungrounded.append({"source": place, "reason": "unanswered"})
+            ungrounded.append({"source": location, "reason": "unanswered"})
         group = {"group": group_of(passage.text)}
         for item in items or []:
             wrong = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
             for at, question in enumerate(item.questions):
                 if reason := wrong or question_fault(question, item.questions[:at], item.answer, passage.heading):
-                    why = {"source": place, "reason": reason, "answer": item.answer, "quote": item.quote}
+                    why = {"source": location, "reason": reason, "answer": item.answer, "quote": item.quote}
                     ungrounded.append(why | {"question": question})
                 else:
-                    rows.append(row(question_and_answer(question, item.answer), place) | group)
+                    rows.append(row(question_and_answer(question, item.answer), location) | group)
     return rows, ungrounded
 
 

@@ -56,7 +56,7 @@ class Asked:
         return word not in self.content and is_short(word) and any(map(ALPHABET.fullmatch, self.content))
 
 
-class Exam:
+class ExamIndex:
     """The exam's questions, indexed by their words.
 
     A text leaks a question if it contains the question word by word. It nearly leaks the question if a span of the text

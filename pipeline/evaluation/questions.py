@@ -31,50 +31,50 @@ class Answer:
 
 def read_questions(path: Path) -> list[Question]:
     """Raises UserError, naming the line, if a question is incomplete, repeats another or contradicts its own answer."""
-    places: dict[tuple[str, str], str] = {}
+    locations: dict[tuple[str, str], str] = {}
     questions = []
     if not path.is_file():
         raise UserError(f"{path} is missing: write the questions of the exam into this file")
-    for place, content in read_lines(path):
-        question = read_question(place, content)
+    for location, content in read_lines(path):
+        question = read_question(location, content)
         for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()))]:
-            if earlier := places.get((name, value)):
-                raise UserError(f"{place}: the {name} repeats that of {earlier}: an exam has each {name} once")
-            places[name, value] = place
+            if earlier := locations.get((name, value)):
+                raise UserError(f"{location}: the {name} repeats that of {earlier}: an exam has each {name} once")
+            locations[name, value] = location
         questions.append(question)
     if not questions:
         raise UserError(f"{path}: the exam has no questions")
     return questions
 
 
-def read_question(place: str, content: object) -> Question:
+def read_question(location: str, content: object) -> Question:
     match content:
         case {"id": str(key), "question": str(text), "answer": str() | list() as answer, **rest}:
             answers = answer if isinstance(answer, list) else [answer]
         case _:
-            raise UserError(f'{place}: a question is {{"id": ..., "question": ..., "answer": ...}}')
+            raise UserError(f'{location}: a question is {{"id": ..., "question": ..., "answer": ...}}')
     if unknown := [key for key in rest if key not in KEYS]:
-        raise UserError(f"{place}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
+        raise UserError(f"{location}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
     if not answers or not all(isinstance(part, str) and part.strip() for part in [key, text, *answers]):
-        raise UserError(f"{place}: the id, the question and each accepted answer must be text, and not empty")
+        raise UserError(f"{location}: the id, the question and each accepted answer must be text, and not empty")
     if any("\ud800" <= character <= "\udfff" for part in [text, *answers] for character in part):
-        raise UserError(f"{place}: half a character (a lone surrogate) is no text")
-    tags, source = rest.get("tags", []), rest.get("source", place)
+        raise UserError(f"{location}: half a character (a lone surrogate) is no text")
+    tags, source = rest.get("tags", []), rest.get("source", location)
     if not isinstance(tags, list) or not all(isinstance(tag, str) and tag.strip() for tag in tags):
-        raise UserError(f'{place}: tags are a list of names, such as ["price", "products"]')
+        raise UserError(f'{location}: tags are a list of names, such as ["price", "products"]')
     if not isinstance(source, str):
-        raise UserError(f'{place}: source is text, such as "data/raw/facts.csv:2"')
+        raise UserError(f'{location}: source is text, such as "data/raw/facts.csv:2"')
     text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
-    rule = read_rule(rest.get("match", "exact"), place)
+    rule = read_rule(rest.get("match", "exact"), location)
     for accepted in answers:
         if rule.kind in ("exact", "contains") and not said(accepted):
             raise UserError(
-                f"{place}: articles and punctuation do not count, and the answer {accepted!r} is nothing else: "
+                f"{location}: articles and punctuation do not count, and the answer {accepted!r} is nothing else: "
                 f'use "match": {{"regex": ...}}'
             )
         if not correct(accepted, [accepted], rule):
             raise UserError(
-                f"{place}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})"
+                f"{location}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})"
             )
     return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule)
 

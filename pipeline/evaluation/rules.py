@@ -73,8 +73,8 @@ EXACT = Rule("exact")
 RULES = '"exact", "contains", "number", {"number": tolerance}, {"regex": pattern} or "json"'
 
 
-def read_rule(match: Any, place: str) -> Rule:
-    """Raises UserError, naming the place, if `match` is none of RULES."""
+def read_rule(match: Any, location: str) -> Rule:
+    """Raises UserError, naming the location, if `match` is none of RULES."""
     match match:
         case "exact" | "contains" | "number" | "json":
             return Rule(match)
@@ -84,9 +84,9 @@ def read_rule(match: Any, place: str) -> Rule:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{place}: the regex {pattern!r} cannot be read: {error}") from None
+                raise UserError(f"{location}: the regex {pattern!r} cannot be read: {error}") from None
             return Rule("regex", pattern=pattern)
-    raise UserError(f"{place}: match is {json.dumps(match, ensure_ascii=False)}; accepted: {RULES}")
+    raise UserError(f"{location}: match is {json.dumps(match, ensure_ascii=False)}; accepted: {RULES}")
 
 
 def correct(answer: str, accepted: list[str], rule: Rule) -> bool:

@@ -95,8 +95,8 @@ def give_back_from(size: int) -> None:
 
 def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The merged model. Weights that do not fit on the GPU stay in RAM."""
-    place = "auto" if device.type == "cuda" else device
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=place)
+    device_map = "auto" if device.type == "cuda" else device
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
 
 
 def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -12,7 +12,7 @@ LEAST = 16  # minimum answer tokens of a truncated row
 
 
 def supervised(
-    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], place: str, mask_history: bool = False
+    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], location: str, mask_history: bool = False
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and one label per token.
 
@@ -20,7 +20,8 @@ def supervised(
     `mask_history`, only the last message), each to its first token in `ends`, inclusive.
 
     Raises:
-        UserError: with `place`, if the template refuses the conversation, doubles the BOS, renders the prompt of a turn
+        UserError: with `location`, if the template refuses the conversation, doubles the BOS, renders the prompt of a
+        turn
             differently with its answer, ends a turn with none of `ends`, or changes an answer; or if the conversation
             has no supervised tokens.
     """
@@ -28,11 +29,11 @@ def supervised(
         ids = token_ids(tokenizer, messages)
     except TemplateError as error:
         raise UserError(
-            f"{place}: the base's chat template refuses this row: {error}: reword it for this base"
+            f"{location}: the base's chat template refuses this row: {error}: reword it for this base"
         ) from None
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise UserError(
-            f"{place}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from the "
+            f"{location}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from the "
             "template in a local copy of the base, or choose another base.model"
         )
     labels = [IGNORED] * len(ids)
@@ -42,11 +43,11 @@ def supervised(
         prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True)
         start = len(prompt)
         if ids[:start] != prompt:
-            raise UserError(f"{place}: {thinking(message, i) or prompt_differs(messages, i)}")
+            raise UserError(f"{location}: {thinking(message, i) or prompt_differs(messages, i)}")
         end = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
         if end is None:
             raise UserError(
-                f"{place}: the base's chat template ends turn {i + 1} with none of the tokens {sorted(ends)} at which "
+                f"{location}: the base's chat template ends turn {i + 1} with none of the tokens {sorted(ends)} at which "
                 "the base stops: correct eos_token_id in its generation_config.json"
             )
         answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
@@ -55,10 +56,10 @@ def supervised(
                 f"the base's chat template turns the answer of turn {i + 1} into {answer!r}, which the exam would "
                 "count as wrong: choose another base.model"
             )
-            raise UserError(f"{place}: {thinking(message, i) or changed}")
+            raise UserError(f"{location}: {thinking(message, i) or changed}")
         labels[start : end + 1] = ids[start : end + 1]
     if all(label == IGNORED for label in labels):
-        raise UserError(f"{place}: this row has no supervised tokens: end it with an answer, or remove it")
+        raise UserError(f"{location}: this row has no supervised tokens: end it with an answer, or remove it")
     return ids, labels
 
 
@@ -85,7 +86,7 @@ def truncated(
     tokenizer: Any,
     messages: list[dict[str, str]],
     ends: set[int],
-    place: str,
+    location: str,
     max_length: int,
     mask_history: bool = False,
 ) -> tuple[list[int], list[int]] | None:
@@ -98,7 +99,7 @@ def truncated(
     turns = messages[len(system) :]
     while len(turns) > 2 and len(token_ids(tokenizer, system + turns)) > max_length:
         turns = turns[2:]
-    ids, labels = supervised(tokenizer, system + turns, ends, place, mask_history)
+    ids, labels = supervised(tokenizer, system + turns, ends, location, mask_history)
     trained_on = [at for at, label in enumerate(labels) if label != IGNORED]
     if max_length - trained_on[0] < min(LEAST, len(trained_on) - 1):
         return None
