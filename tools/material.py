@@ -129,8 +129,8 @@ def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> list[M
 def require_no_leak(location: str, messages: list[Message], exams: ExamIndex) -> None:
     if leak := exams.leak(words("\n".join(message["content"] for message in messages))):
         raise UserError(
-            f"{location}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or set "
-            "merge.on_leak to drop"
+            f"{location}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or "
+            "set merge.on_leak to drop"
         )
 
 

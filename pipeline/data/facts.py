@@ -140,7 +140,7 @@ def questions_of_facts(facts: list[Fact], phrasings: dict[str, list[Phrasing]], 
     for relation in phrasings:
         if relation not in used:
             raise UserError(
-                f"{phrasings[relation][0].location}: no fact has {relation!r}: correct the name, or remove the phrasings"
+                f"{phrasings[relation][0].location}: no fact has {relation!r}: correct the name, or remove them"
             )
     return rows
 
@@ -168,7 +168,7 @@ def require_fit(phrasing: Phrasing, fact: Fact, answer: str) -> None:
     for column in phrasing.columns:
         if column not in fact.values:
             raise UserError(
-                f"{phrasing.location}: {phrasing.text!r}: the fact {fact.location} has no {column!r}, only {[*fact.values]}"
+                f"{phrasing.location}: {phrasing.text!r}: {fact.location} has no {column!r}, only {[*fact.values]}"
             )
         if column == answer:
             raise UserError(f"{phrasing.location}: {phrasing.text!r} contains its own answer: remove {{{column}}}")

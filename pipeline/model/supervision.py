@@ -33,8 +33,8 @@ def supervised(
         ) from None
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise UserError(
-            f"{location}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from the "
-            "template in a local copy of the base, or choose another base.model"
+            f"{location}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from "
+            "the template in a local copy of the base, or choose another base.model"
         )
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
@@ -47,8 +47,8 @@ def supervised(
         end = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
         if end is None:
             raise UserError(
-                f"{location}: the base's chat template ends turn {i + 1} with none of the tokens {sorted(ends)} at which "
-                "the base stops: correct eos_token_id in its generation_config.json"
+                f"{location}: the base's chat template ends turn {i + 1} with none of the tokens {sorted(ends)}, at "
+                "which the base stops: correct eos_token_id in its generation_config.json"
             )
         answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
         if answer.strip() != message["content"].strip():
