@@ -120,7 +120,7 @@ def goes_on_from(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
     return reported
 
 
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint_to_the_same_bytes(
+def test_a_killed_run_continues_from_its_last_complete_checkpoint_to_the_same_bytes(
     train: Callable[..., str], project: Project, goes_on_from: Callable[[], str]
 ) -> None:
     changes = {"train__epochs": 2, "train__eval_steps": 2, "lora__dropout": 0.1}

@@ -1,6 +1,6 @@
-"""Restores the outputs of a stage after a failed run: what the stages use of DVC beyond its documentation.
+"""Restores the outputs of a stage after a failed run. The stages use DVC here in a way that DVC does not document.
 
-tests/test_library_internals.py tests the use, for DVC 3.67. What the tools use is in tools/dvc_internals.py.
+tests/test_library_internals.py tests this use, for DVC 3.67. The uses of the tools are in tools/dvc_internals.py.
 """
 
 import subprocess
@@ -10,8 +10,8 @@ def put_back_outputs(stage: str) -> None:
     """Restore the stage's outputs from DVC's cache; a metric that is not in the cache, from git.
 
     `dvc checkout` cannot do this, because the running `dvc repro` holds the lock
-    (https://github.com/iterative/dvc/blob/main/dvc/rwlock.py); `dvc.api` copies instead of linking, and may download. A
-    persistent output is not restored: DVC has not deleted it, and the additions of the failed run are kept.
+    (https://github.com/iterative/dvc/blob/main/dvc/rwlock.py). `dvc.api` copies files instead of linking them, and can
+    download files. A persistent output is not restored: DVC has not deleted it, and it keeps what the failed run added.
     """
     from dvc.repo import Repo
 

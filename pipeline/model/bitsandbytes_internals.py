@@ -1,6 +1,6 @@
-"""What this project uses of bitsandbytes beyond its documentation. tests/test_library_internals.py tests each use.
+"""Uses of bitsandbytes that its documentation does not cover. tests/test_library_internals.py tests each use.
 
-pipeline/common/printing.py, which every stage imports, has one more: a warning of bitsandbytes by its words.
+pipeline/common/printing.py, which every stage imports, has another use: it matches the text of a warning.
 """
 
 import bitsandbytes as bnb
@@ -8,8 +8,10 @@ import torch
 
 
 def never_repack(model: torch.nn.Module) -> None:
-    """Keep NF4 weights as they are. On a CPU with AVX512-BF16 the first evaluation repacks the weights for inference,
-    and training from then on has no gradients:
+    """Prevent bitsandbytes from repacking NF4 weights.
+
+    On a CPU with AVX512-BF16 the first evaluation repacks the weights for inference. Training after that has no
+    gradients:
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py (Linear4bit.forward)
     """
     for module in model.modules():

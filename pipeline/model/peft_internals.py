@@ -1,4 +1,4 @@
-"""What this project uses of PEFT beyond its documentation. tests/test_library_internals.py tests each use."""
+"""Uses of PEFT that its documentation does not cover. tests/test_library_internals.py tests each use."""
 
 from functools import partial
 
@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 
 
 def targets_parameters(config: LoraConfig, model: PreTrainedModel) -> bool:
-    """Whether PEFT trains parameters that are no layers, as where a base has the experts of a block in one tensor.
+    """Whether PEFT trains parameters that are not layers, for example if one tensor has all experts of a block.
 
-    `get_peft_model` finds out when it builds the adapter, which for a large base is too late. PEFT documents no way to
-    ask before: https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
+    `get_peft_model` finds this when it builds the adapter. For a large base that is too late. PEFT documents no way to
+    find it earlier: https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
     """
     try:
         convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
-    except ValueError:  # gate_proj is named without up_proj, which are one tensor
+    except ValueError:  # `config` names gate_proj without up_proj, but both are one tensor
         return True
     return bool(config.target_parameters)
 
 
 def give_head_a_bias(model: PeftModel) -> None:
-    """TRL reads the head's bias. PEFT's wrapper of a head with trained tokens has no such attribute.
+    """Give the head a `bias` of None, which TRL reads. PEFT's wrapper of a head with trained tokens has no `bias`.
 
     https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py (add_fused_lm_head)
     https://github.com/huggingface/peft/blob/main/src/peft/utils/other.py (TrainableTokensWrapper)
@@ -33,8 +33,10 @@ def give_head_a_bias(model: PeftModel) -> None:
 
 
 def load_adapters_as_saved(model: PeftModel) -> None:
-    """Keep the type of a checkpoint's adapter. PEFT loads an adapter in float32 unless `autocast_adapter_dtype` is
-    false, and Transformers' trainer, which loads checkpoints, does not pass the argument on.
+    """Make `model` load an adapter in the type of its checkpoint.
+
+    PEFT loads an adapter in float32 unless `autocast_adapter_dtype` is false. Transformers' trainer loads checkpoints
+    without this argument.
 
     https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py (_load_from_checkpoint)
     """
@@ -42,8 +44,11 @@ def load_adapters_as_saved(model: PeftModel) -> None:
 
 
 def adapter_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    """What is trained, but for DoRA's magnitudes, which stay in float32. PEFT documents no way to tell the two apart
-    but their names: https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/dora.py"""
+    """Return the trained weights by name, without DoRA's magnitudes, which stay in float32.
+
+    PEFT documents no other way to recognize the magnitudes than their names:
+    https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/dora.py
+    """
     return {
         name: weight
         for name, weight in model.named_parameters()

@@ -1,6 +1,6 @@
-"""What this project uses of Transformers beyond its documentation. tests/test_library_internals.py tests each use.
+"""Uses of Transformers that its documentation does not cover. tests/test_library_internals.py tests each use.
 
-Transformers, which takes seconds to import, is imported where a function needs it.
+An import of Transformers takes seconds. Only the functions that need Transformers import it.
 """
 
 from pathlib import Path
@@ -8,23 +8,30 @@ from typing import Any
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The blocks of the model, which FSDP splits one by one. Each architecture names its own for `device_map`:
-    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (_no_split_modules)"""
+    """Return the blocks of the model, which FSDP splits one by one.
+
+    Each architecture names the classes of its blocks for `device_map`:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (_no_split_modules)
+    """
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
 def attention_of(model: Any) -> str:
-    """Which attention the model computes with, `sdpa` or `eager` or another. The argument `attn_implementation` sets
-    it, and nothing documented reads it:
+    """Return the name of the model's attention implementation, such as `sdpa` or `eager`.
+
+    The argument `attn_implementation` sets the name. No documented function reads the name:
     https://github.com/huggingface/transformers/blob/main/src/transformers/configuration_utils.py
     """
     return model.config._attn_implementation
 
 
 def names_in_4_bits(base: Path) -> set[str]:
-    """The names of the layers that `load_in_4bit` quantizes. Asked of the quantizer, which leaves out the head, what is
-    tied to the head, and all that is no plain linear layer; from_pretrained would load the weights:
-    https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/auto.py"""
+    """Return the names of the layers that `load_in_4bit` quantizes.
+
+    The quantizer decides: it leaves out the head, layers that are tied to the head, and all that are not plain linear
+    layers. The documented way, from_pretrained, would load the weights:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/auto.py
+    """
     import torch
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -37,7 +44,9 @@ def names_in_4_bits(base: Path) -> set[str]:
 
 
 def ended(state: Any) -> bool:
-    """Whether training had ended, also early, when a checkpoint with this TrainerState was saved. The documented
-    attributes have only the number of steps, and early stopping takes fewer:
-    https://github.com/huggingface/transformers/blob/main/src/transformers/trainer_callback.py (TrainerControl.state)"""
+    """Whether training had ended, also by early stopping, when a checkpoint with this TrainerState was saved.
+
+    The documented attributes have only the planned number of steps, and early stopping takes fewer steps:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/trainer_callback.py (TrainerControl.state)
+    """
     return state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]

@@ -1,8 +1,10 @@
-"""Checkpoints of a training run: a killed run goes on from the last whole one, on a CPU to the same adapter in bytes.
+"""Checkpoints of a training run: a killed run continues from the last complete checkpoint.
 
-They are no output of DVC: it deletes a stage's outputs before it starts, or would go on from those of other parameters.
-They lie in the repository's .dvc/tmp/checkpoints, which git ignores and experiments in folders of their own share, in a
-folder for each fingerprint of a run.
+On a CPU, the continued run ends with the same adapter, byte by byte, as an uninterrupted run.
+
+The checkpoints are not an output of DVC. DVC deletes the outputs of a stage before the stage starts. If DVC kept the
+checkpoints, a run could continue from those of other parameters. The repository's .dvc/tmp/checkpoints has a folder for
+each fingerprint of a run. Git ignores it, and DVC experiments that run in other folders share it.
 """
 
 import fcntl
@@ -26,16 +28,19 @@ from pipeline.model.transformers_internals import ended
 FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")
 STAGE = "train_qlora"
 WORKSPACE = Path(f".dvc/tmp/{STAGE}.lock")
-PATIENCE = 10.0  # seconds that a killed run is given to be gone
-BUDGET = 10 * 2**30  # bytes that the checkpoints of other unfinished runs may keep; the oldest go first
-CHECKSUMS = "checksums.json"  # the last file of a checkpoint
+PATIENCE = 10.0  # seconds to wait until a killed run has ended
+BUDGET = 10 * 2**30  # maximum bytes of the checkpoints of other unfinished runs; the oldest are removed first
+CHECKSUMS = "checksums.json"  # the file of a checkpoint that is written last
 
 
 def fingerprint(parameters: Parameters, device: str) -> str:
-    """A hash of all that makes a run: the device, the location of the checkpoints, and what the stage declares in
-    dvc.yaml: its parameters, the versions of its libraries, and the contents of its dependencies (data, base, code)."""
+    """Return a hash of everything that determines a run, as 16 hexadecimal digits.
+
+    It covers the device, the location of the checkpoints, and what the stage declares in dvc.yaml: its parameters, the
+    versions of its libraries, and the contents of its dependencies (data, base, code).
+    """
     stage = read_yaml(Path("dvc.yaml"))["stages"][STAGE]
-    of_files = [entry for entry in stage["params"] if isinstance(entry, dict)]  # as {"libraries.yaml": ["peft", ...]}
+    of_files = [entry for entry in stage["params"] if isinstance(entry, dict)]  # {"libraries.yaml": ["peft", ...]}
     versions = [read_yaml(Path(file))[key] for entry in of_files for file, keys in entry.items() for key in keys]
     deps = [Path(dep) for dep in stage["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
@@ -46,13 +51,14 @@ def fingerprint(parameters: Parameters, device: str) -> str:
 
 @contextmanager
 def checkpoint_folder(run: str, first: bool) -> Iterator[Path]:
-    """The folder of the run with the fingerprint `run`; it goes when the block ends without error. Of several processes
-    the `first` sees to that, and to the locks.
+    """Yield the folder of the run with the fingerprint `run`. Remove the folder if the block ends without an error.
+
+    If several processes train, only the `first` one takes the locks and removes the folder.
 
     Raises:
-        UserError: another process trains in this working directory, or the same run in another one.
+        UserError: another process trains in this working directory, or trains the same run in another directory.
     """
-    folder = (FOLDER / run).absolute()  # Transformers notes where the best checkpoint lies
+    folder = (FOLDER / run).absolute()  # Transformers records the path of the best checkpoint
     if not first:
         yield folder
         return
@@ -67,10 +73,10 @@ def checkpoint_folder(run: str, first: bool) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, patience: float) -> Iterator[None]:
-    """Hold the lock `path` until the block or the process ends.
+    """Hold the lock file `path` until the block or the process ends.
 
     Raises:
-        UserError: another process holds the lock for `patience` seconds.
+        UserError: another process still holds the lock after `patience` seconds.
     """
     with open(path, "a+", encoding="utf-8") as lock:
         deadline = time.monotonic() + patience
@@ -84,7 +90,7 @@ def locked(path: Path, patience: float) -> Iterator[None]:
                     pid = lock.read()
                     raise UserError(
                         f"process {pid} is training already, in this folder or with the same parameters and data: wait "
-                        f"for it, or end it with: kill {pid}"
+                        f"until the process ends, or end it with: kill {pid}"
                     ) from None
                 time.sleep(0.1)
         lock.truncate(0)
@@ -94,7 +100,10 @@ def locked(path: Path, patience: float) -> Iterator[None]:
 
 
 def prune(budget: int, keep: str) -> None:
-    """Remove the oldest unfinished runs but `keep` until the rest have `budget` bytes; those at work do not count."""
+    """Remove the oldest unfinished runs until the rest have at most `budget` bytes.
+
+    The run `keep` and runs that are training now are not removed, and their bytes are not counted.
+    """
     runs = [run for run in FOLDER.iterdir() if run.is_dir() and run.name != keep]
     for run in sorted(runs, key=lambda run: run.stat().st_mtime, reverse=True):
         with suppress(UserError), locked(run.with_suffix(".lock"), 0):
@@ -104,20 +113,22 @@ def prune(budget: int, keep: str) -> None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as whole."""
+    """Mark a checkpoint as complete."""
     write_json(checkpoint / CHECKSUMS, checksums_of(checkpoint))
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint to go on from. Those after it are removed: half-written, damaged, of a run whose best one
-    is damaged, or the last of a run that had ended but for its outputs, which Transformers would train a step longer.
+def last_complete(folder: Path) -> Path | None:
+    """Return the newest checkpoint to continue from, or None. Remove later checkpoints.
+
+    A checkpoint is removed if it, or the best checkpoint that it refers to, is incomplete or damaged. It is also
+    removed if training had ended when it was saved, because Transformers would train one more step.
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        if is_whole(checkpoint):
+        if is_complete(checkpoint):
             state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
             best = state.best_model_checkpoint
-            # One that is gone made way for a later and better one, which training comes to again.
-            if not ended(state) and (best is None or not Path(best).exists() or is_whole(Path(best))):
+            # If the best checkpoint no longer exists, a later and better one replaced it. Training will make that again.
+            if not ended(state) and (best is None or not Path(best).exists() or is_complete(Path(best))):
                 return checkpoint
         remove(checkpoint)
     return None
@@ -127,7 +138,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     checksums = checkpoint / CHECKSUMS
     return checksums.exists() and json.loads(checksums.read_text(encoding="utf-8")) == checksums_of(checkpoint)
 

@@ -1,4 +1,4 @@
-"""metrics/mask.md: a few rows as the model reads them, and their supervised tokens."""
+"""Makes metrics/mask.md: a few rows as the model reads them, with their supervised tokens marked."""
 
 import re
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from pipeline.common.rows import file_of
 from pipeline.model.supervision import IGNORED
 
 FILES = 8  # maximum number of files with a shown row
-LONGEST = 2000  # maximum characters shown of consecutive supervised, or unsupervised, tokens
+LONGEST = 2000  # maximum number of characters shown of a sequence of supervised, or of unsupervised, tokens
 
 
 @dataclass
 class Shown:
-    """The rows to show: the first of each of the first FILES files, and the first with several answers."""
+    """The rows to show: the first row of each of the first FILES files, and the first row with several answers."""
 
     rows: list[tuple[dict[str, Any], list[int], list[int]]] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
     several_answers: bool = False
 
     def see(self, row: dict[str, Any], ids: list[int], labels: list[int]) -> None:
-        """Keep the row if it is one to show. `ids` and `labels` are those of training, one per token."""
+        """Keep the row if the page must show it. `ids` and `labels` are the training input, one of each per token."""
         file = file_of(row["source"])
         answers = sum(message["role"] == "assistant" for message in row["messages"])
         of_new_file = file not in self.files and len(self.files) < FILES
@@ -35,7 +35,7 @@ class Shown:
 
 
 def mask_page(shown: Shown, tokenizer: Any) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     return "\n".join(
         [
             "# Supervised tokens",
@@ -51,7 +51,7 @@ def mask_page(shown: Shown, tokenizer: Any) -> str:
 def section(row: dict[str, Any], ids: list[int], labels: list[int], tokenizer: Any) -> Iterator[str]:
     supervised = sum(label != IGNORED for label in labels)
     lines = list(marked(ids, labels, tokenizer))
-    fence = "`" * (1 + max([2, *map(len, re.findall("`+", "\n".join(lines)))]))  # longer than any in the row
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", "\n".join(lines)))]))  # longer than any fence in the row
     yield from [
         f"## {row['source']}",
         "",

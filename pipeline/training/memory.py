@@ -1,5 +1,8 @@
-"""How much memory training needs, told before it: the base's architecture, made of config.json alone, takes one step on
-torch's meta device, where tensors have shapes and types but no bytes."""
+"""Estimates how much memory training needs, before training starts.
+
+The architecture of the base, built from config.json alone, takes one step on torch's meta device. Tensors on the meta
+device have shapes and types, but no bytes.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,40 +25,43 @@ from pipeline.model.transformers_internals import attention_of
 from pipeline.training.processes import is_sharded, share_of_step
 from pipeline.training.torch_internals import Alive, fused_on_meta
 
-# Bytes a weight: 4 bits, and with double quantization 8 bits for each 64 weights, 32 for each 256 of those.
+# Bytes per weight: 4 bits, and with double quantization an 8-bit scale per 64 weights and 32 bits per 256 scales.
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
-# What a process has before it has a model: libraries, on a GPU CUDA's context too. Measured.
+# Bytes of a process before it has a model: libraries, and on a GPU also the CUDA context. Measured.
 PROCESS = {"cpu": 600 * 2**20, "cuda": 1400 * 2**20}
-# glibc keeps holes where tensors under KEPT bytes were. Measured: this share of all that a forward pass makes of such.
+# glibc does not give back all memory of freed tensors below KEPT bytes. Measured: it keeps this share of the bytes of
+# all such tensors that a forward pass makes.
 HOLES = 0.25
 
 
 def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in `folder` without weights, on the meta device.
+    """Return the base in `folder` without weights, on the meta device.
 
     Raises:
-        UserError: config.json is of no causal language model that Transformers knows.
+        UserError: config.json does not describe a causal language model that Transformers knows.
     """
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"base.model: Transformers makes no language model of {folder}/config.json: {reason}") from None
+        raise UserError(
+            f"base.model: Transformers cannot build a language model from {folder}/config.json: {reason}"
+        ) from None
 
 
 def saved_dtype(folder: Path) -> torch.dtype:
-    """The type of the base's weights in their files, as config.json has it."""
+    """Return the type of the weights in the base's files, as config.json declares it."""
     return AutoConfig.from_pretrained(folder).dtype or torch.float32
 
 
 def training(
     folder: Path, lora: Lora, train: Train, tokens: list[int], length: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Bytes on `device` at the peak of training with rows of `length` tokens, by what needs them; of one process.
+    """Return the bytes on `device` of one process at the peak of training, by purpose. Rows have `length` tokens.
 
-    `tokens` are the ids of tokens whose embeddings are trained, `dtype` is that of all arithmetic. On a CPU the
-    weights' files, in memory while they are loaded, count as activations if they need more than those.
+    `tokens` are the ids of tokens whose embeddings are trained. `dtype` is the type of all arithmetic. On a CPU, the
+    weights' files are in memory while they are loaded. They count as activations if they need more memory than these.
     """
     model = skeleton(folder, dtype)
     base = kept_bytes(model, train)
@@ -66,7 +72,7 @@ def training(
         base -= tuned.get_input_embeddings().weight.nbytes
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     kept = getattr(torch, train.adapter_dtype)
-    for weight in trained:  # under autocast it computes in bfloat16, whatever it is kept in
+    for weight in trained:  # under autocast, arithmetic is in bfloat16, whatever the stored type is
         weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
     rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     optimizer = pick_optimizer(train.optimizer, device)
@@ -86,19 +92,23 @@ def training(
 
 
 def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The weights that are quantized: those of all linear layers but the head."""
+    """Return the weights that are quantized: those of all linear layers except the head."""
     head = model.get_output_embeddings()
     return [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
 
 
 def nf4_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the base in NF4."""
     quantized = sum(weight.numel() for weight in linear_weights(model))
     return int(quantized * NF4) + (model.num_parameters() - quantized) * model.dtype.itemsize
 
 
 def kept_bytes(model: PreTrainedModel, train: Train) -> int:
-    """Of the base, by one process. Under FSDP that is its share, what is not shared (the scales of NF4, and embeddings
-    that are the head too), and whole: the layer that computes, the next one, and the head."""
+    """Return the bytes of the base in one process.
+
+    Under FSDP a process keeps its share of the base, and all of what is not split: the scales of NF4, and an embedding
+    that is tied to the head. It also gathers the layer that computes, the next layer, and the head.
+    """
     if not is_sharded(train.processes, train.strategy):
         return nf4_bytes(model)
     scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8)
@@ -106,27 +116,33 @@ def kept_bytes(model: PreTrainedModel, train: Train) -> int:
     not_shared = scales + (head if model.config.tie_word_embeddings else 0)
     shared = nf4_bytes(model) - not_shared
     two_layers = 2 * shared / model.config.get_text_config().num_hidden_layers
-    whole = two_layers + (0 if model.config.tie_word_embeddings else head)
-    return int(not_shared + shared / train.processes + whole)
+    gathered = two_layers + (0 if model.config.tie_word_embeddings else head)
+    return int(not_shared + shared / train.processes + gathered)
 
 
 def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: bool) -> int:
-    """Bytes of AdamW's two moments of a weight that is kept as `kept`, as torch keeps them too. bitsandbytes keeps 8
-    bits, but 32 of small tensors, and Transformers has it keep 32 of embeddings."""
+    """Return the bytes of AdamW's two moments of a weight that is stored as `kept`.
+
+    torch stores the moments in the type of the weight. bitsandbytes stores a moment in 8 bits, and in 32 bits for a
+    small tensor. Transformers makes bitsandbytes use 32 bits for embeddings.
+    """
     if optimizer == "adamw_torch":
         return 2 * weight.numel() * kept.itemsize
     return weight.numel() * (2 if optimizer == "paged_adamw_8bit" and weight.numel() >= 4096 and not embedding else 8)
 
 
 def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
-    """Bytes that TRL's fused head needs for a loss: logits of 4096 tokens x 32768 words at most (on a GPU that many
-    words, be there fewer), on a CPU eight more such tiles in 32 bits, and in 32 bits the gradients of its input and, if
-    any of it is trained, of all of it."""
+    """Return the bytes that TRL's fused head needs to compute a loss.
+
+    It needs the logits of at most 4096 tokens x 32768 words; on a GPU always of 32768 words, even if there are fewer.
+    On a CPU it needs about eight more tiles of this size, in 32 bits. In 32 bits it also needs the gradient of its
+    input, and that of the complete head if any part of the head is trained.
+    """
     head = model.get_output_embeddings()
     rows, words = min(tokens, 4096), model.config.get_text_config().vocab_size
     tile = rows * (32768 if device.type == "cuda" else min(words, 32768)) * model.dtype.itemsize
     more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(words, 32768)
-    weight = head.weight  # with trained tokens, a copy of the whole matrix with their rows in it
+    weight = head.weight  # with trained tokens, a copy of the complete matrix, with the trained rows in it
     copied = 0 if isinstance(weight, torch.nn.Parameter) else weight.nbytes
     trained = weight.numel() if weight.requires_grad else 0
     return int(tile + more) + copied + 4 * (tokens * model.config.get_text_config().hidden_size + trained)
@@ -134,15 +150,15 @@ def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
 
 @dataclass
 class StepBytes:
-    """Of the tensors that a forward and a backward pass make."""
+    """Bytes of the tensors that a forward and a backward pass make."""
 
-    saved: int  # by the one for the other
-    peak: int  # alive at once
-    small: int  # of all under KEPT that the forward pass makes
+    saved: int  # by the forward pass, for the backward pass
+    peak: int  # maximum that is alive at one time
+    small: int  # sum of all tensors below KEPT bytes that the forward pass makes
 
 
 def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offloading: bool) -> StepBytes:
-    """A forward and a backward pass of `model` without its head; it lies on the meta device."""
+    """Measure a forward and a backward pass of `model` without its head. `model` is on the meta device."""
     if attention_of(model) == "sdpa":
         model.set_attn_implementation("fused_on_meta")
     if checkpointing:
@@ -156,7 +172,7 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offl
     ids = torch.zeros(batch_size, length, dtype=torch.long, device="meta")
     eager = attention_of(model) == "eager"
     mask = None
-    if eager or batch_size > 1:  # a single row is not padded, and SDPA makes its own mask of it
+    if eager or batch_size > 1:  # a single row has no padding, and SDPA makes its mask itself
         mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
     saving = saved_tensors_hooks(moved_away, brought_back) if offloading else nullcontext()
     with Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT) as alive, saving:
@@ -167,7 +183,7 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offl
 
 
 def moved_away(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
-    """What is left on the device of a tensor that the backward pass needs: weights alone."""
+    """Return a weight itself, because it stays on the device; for another tensor, a function that makes it again."""
     if isinstance(saved, torch.nn.Parameter):
         return saved
     shape, dtype = saved.shape, saved.dtype
@@ -182,9 +198,11 @@ AttentionInterface.register("fused_on_meta", fused_on_meta)
 
 
 def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch.device) -> int:
-    """Bytes of the machine's own memory that training on GPUs needs, of all its processes: under FSDP the base in NF4,
-    which each makes there; else the embedding; and each layer's input, which torch rounds up to a power of two where it
-    pins it."""
+    """Return the bytes of RAM that all processes of a training on GPUs need together; 0 on a CPU.
+
+    Under FSDP each process makes the base in NF4 in RAM. Without FSDP the embedding can be in RAM. If activations are
+    offloaded, the input of each layer is in pinned memory, whose size torch rounds up to a power of two.
+    """
     if device.type != "cuda":
         return 0
     config = model.config.get_text_config()
@@ -201,19 +219,19 @@ def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch
 
 
 def evaluating_gguf(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of the machine's own memory that evaluate_gguf needs; with `gguf.imatrix` convert_gguf too.
+    """Return the bytes of RAM that evaluate_gguf needs. With `gguf.imatrix`, convert_gguf needs as much.
 
-    `dtype` is that of arithmetic on `device`.
+    `dtype` is the type of arithmetic on `device`.
     """
     parameters = model.num_parameters()
     merged = parameters * dtype.itemsize
-    if device.type == "cuda":  # what the GPU has no room for stays here
+    if device.type == "cuda":  # the part that does not fit on the GPU stays in RAM
         merged = max(0, merged - free(device))
-    return PROCESS["cpu"] + max(merged, parameters * 2)  # llama.cpp has the f16 file in memory after it
+    return PROCESS["cpu"] + max(merged, parameters * 2)  # later, llama.cpp has the f16 file in memory
 
 
 def free(device: torch.device) -> int:
-    """Bytes that a new process can have on `device`; a container's limit counts (control groups, version 2)."""
+    """Return the bytes that a new process can use on `device`, within a container's limit (control groups, version 2)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     available = psutil.virtual_memory().available

@@ -1,4 +1,4 @@
-"""Training by several processes, one a GPU: each runs the same stage, started by `accelerate launch`."""
+"""Training with several processes, one per GPU. `accelerate launch` starts them, and each runs the same stage."""
 
 import os
 import sys
@@ -19,11 +19,13 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
 from pipeline.model.transformers_internals import layers_of
 from pipeline.training.accelerate_internals import end_as_failed, place_on
-from pipeline.training.checkpoints import last_whole, step_of
+from pipeline.training.checkpoints import last_complete, step_of
 
 
 def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -> tuple[int, int]:
-    """(rows at once, batches of a step) of each process, so that together they take the rows of a step that one takes.
+    """Return the rows per batch and the batches per step of each process.
+
+    In a step, all processes together train on as many rows as one process would.
 
     Raises:
         UserError: the rows of a step cannot be shared evenly.
@@ -32,8 +34,8 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -
     if rows % processes:
         fitting = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
         raise UserError(
-            f"train.processes: {processes} cannot share the {rows} rows of a step evenly: set it to one of {fitting}, "
-            "or change train.batch_size or train.gradient_accumulation"
+            f"train.processes: {processes} processes cannot share the {rows} rows of a step evenly: set it to one of "
+            f"{fitting}, or change train.batch_size or train.gradient_accumulation"
         )
     share = rows // processes
     at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)
@@ -41,23 +43,23 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -
 
 
 def is_sharded(processes: int, strategy: Literal["ddp", "fsdp"]) -> bool:
-    """Whether each process keeps no more of the base than its share."""
+    """Whether each process keeps only its share of the base."""
     return processes > 1 and strategy == "fsdp"
 
 
 def is_launched() -> bool:
-    """Whether this is one of several processes, and a launcher waits for it."""
+    """Whether a launcher started this process, as one of several, and waits for it."""
     return "LOCAL_RANK" in os.environ
 
 
 def on_this_machine() -> int:
-    """How many processes train on this machine."""
+    """Return the number of processes that train on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def newest_common(folder: Path, process: PartialState) -> Path | None:
-    """The newest checkpoint in `folder` that is whole on every machine. Later ones are removed."""
-    here = [last_whole(folder)] if process.is_local_main_process else []
+    """Return the newest checkpoint in `folder` that is complete on every machine, or None. Remove later checkpoints."""
+    here = [last_complete(folder)] if process.is_local_main_process else []
     step = min(step_of(checkpoint) if checkpoint else 0 for checkpoint in gather_object(here))
     if process.is_local_main_process:
         for checkpoint in folder.glob("checkpoint-*"):
@@ -68,21 +70,24 @@ def newest_common(folder: Path, process: PartialState) -> Path | None:
 
 @contextmanager
 def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
-    """This one of so many `processes`, with a GPU of its own if `device` is one. Only the first prints anything.
+    """Yield the state of this process, one of `processes`; on a GPU, each process has its own GPU.
 
-    What ends one of several is told by their launcher, once.
+    Only the first process prints. If one of several processes fails, the launcher prints the error once.
+
+    Raises:
+        UserError: the number of processes or of GPUs is wrong.
     """
     if not is_launched():
         require_gpus(1, device)
         yield PartialState(cpu=device.type == "cpu")
         return
     if os.environ["RANK"] != "0":
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.dup2(nowhere, sys.stderr.fileno())
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, sys.stderr.fileno())
     try:
         if (started := int(os.environ["WORLD_SIZE"])) != processes:
-            raise UserError(f"train.processes is {processes}, and {started} were started: set it to {started}")
+            raise UserError(f"train.processes is {processes}, but {started} were started: set it to {started}")
         require_gpus(on_this_machine(), device)
         process = PartialState(cpu=device.type == "cpu")
         yield process
@@ -92,41 +97,50 @@ def one_of(processes: int, device: torch.device) -> Iterator[PartialState]:
 
 
 def require_gpus(processes: int, device: torch.device) -> None:
-    """Raises UserError: this machine has not one GPU for each of its `processes`, or has several for one."""
+    """Check that this machine has enough GPUs for its `processes`, and only one GPU for one process.
+
+    Raises:
+        UserError: it has too few GPUs, or several GPUs for one process.
+    """
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and processes > gpus:
-        raise UserError(f"train.processes: each needs a GPU, and torch sees {gpus} for {processes}: set it to {gpus}")
+        raise UserError(
+            f"train.processes: {processes} processes need a GPU each, but torch sees {gpus}: set it to {gpus}"
+        )
     if device.type == "cuda" and processes == 1 < gpus:
         raise UserError(
-            f"torch sees {gpus} GPUs and train.processes is 1: set it to {gpus}, or choose a GPU, as with "
+            f"torch sees {gpus} GPUs, but train.processes is 1: set it to {gpus}, or choose one GPU, for example with "
             "CUDA_VISIBLE_DEVICES=0"
         )
 
 
 def shard(model: PeftModel, device: torch.device) -> None:
-    """Leave each process its share of each layer of the base (FSDP2), on its `device`; a layer is whole only while it
-    computes. What is trained stays whole, and so do embeddings of which any is, or that are one matrix with the head.
+    """Split the base with FSDP2: each process keeps its share of each layer on its `device`.
+
+    A layer is gathered only while it computes. Every process has a full copy of all trained weights, of an embedding or
+    head with trained tokens, and of an embedding that is tied to the head.
 
     https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    whole = {weight for weight in model.parameters() if weight.requires_grad}
+    copied = {weight for weight in model.parameters() if weight.requires_grad}
     ends = []
     for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        # FSDP needs tied ones in one group, and then waits for a call of the head itself; PEFT adds to trained ones.
-        if model.config.tie_word_embeddings or whole & set(end.parameters()):
-            whole |= set(end.parameters())
+        # FSDP needs tied embeddings in one group, and then waits for a call of the head itself. PEFT adds weights to
+        # embeddings with trained tokens.
+        if model.config.tie_word_embeddings or copied & set(end.parameters()):
+            copied |= set(end.parameters())
         else:
             ends.append(end)
-    for weight in whole:
+    for weight in copied:
         weight.data = weight.data.to(device)
     for module in [*layers_of(model), *ends, model]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=copied)
     place_on(model, device)
 
 
 def average_gradients(model: torch.nn.Module) -> None:
-    """Over all processes, as DDP does."""
+    """Average the gradients over all processes, as DDP does."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in weights:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad

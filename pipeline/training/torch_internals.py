@@ -1,4 +1,4 @@
-"""What this project uses of torch beyond its documentation. tests/test_library_internals.py tests each use."""
+"""Uses of torch that its documentation does not cover. tests/test_library_internals.py tests each use."""
 
 import weakref
 from typing import Any
@@ -9,10 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of tensors: those alive `now`, their `peak`, and all that there ever were of fewer than `large`
-    bytes, as `small`.
+    """Counts the bytes of tensors.
 
-    torch documents memory counters for a GPU alone. This base class sees each operation, on the meta device too:
+    `now` counts the tensors that are alive, and `peak` is the maximum of `now`. `small` is the sum over all tensors
+    below `large` bytes that were ever made.
+
+    torch documents memory counters for GPUs only. This base class receives each operation, also on the meta device:
     https://github.com/pytorch/pytorch/blob/main/torch/utils/_python_dispatch.py
     """
 
@@ -50,11 +52,13 @@ def fused_on_meta(
     attention_mask: torch.Tensor | None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as SDPA's fused kernels do it: heads repeated, the mask of padded rows in the queries' type, and no
-    scores kept. On meta tensors SDPA itself keeps the scores, and its documented function has no other kernel there:
+    """Compute attention with the memory of SDPA's fused kernels, on meta tensors.
+
+    The kernels repeat the heads, convert the mask of padded rows to the type of the queries, and keep no scores. On
+    meta tensors SDPA itself keeps the scores, and its documented function has no other kernel there:
     https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/attention.cpp
 
-    Shapes: batch, heads, length, width of a head.
+    The shape of `query`, `key` and `value` is (batch, heads, length, width of a head).
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:

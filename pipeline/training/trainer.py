@@ -1,4 +1,4 @@
-"""TRL's trainer as this project sets it up."""
+"""TRL's trainer with the settings of this project."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -36,10 +36,11 @@ REMEDY = "lower train.learning_rate, or raise train.warmup_share"
 
 
 class Trainer(TokenCountingTrainer):
-    """Ends the run at the first step whose loss is no number; Transformers would log another and go on.
+    """Ends the run at the first step whose loss is not finite; Transformers would log another value and continue.
 
-    Several processes take the same rows in each step as one. Accelerate would give them some rows of an epoch twice, to
-    have as many for each: https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
+    In each step, several processes together take the same rows as one process. Accelerate would repeat some rows of an
+    epoch, so that each process has the same number of rows:
+    https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
     """
 
     def get_train_dataloader(self) -> DataLoader:
@@ -62,13 +63,16 @@ class Trainer(TokenCountingTrainer):
         return super().get_eval_dataloader(self.shared(eval_dataset or self.eval_dataset))
 
     def shared(self, rows: Dataset) -> Dataset:
-        """`rows`, with as many for each process."""
+        """Return `rows` with blank rows added, so that each process has the same number of rows."""
         if self.args.world_size == 1:
             return rows
         return filled(rows, self.args.per_device_train_batch_size * self.args.world_size)
 
     def evaluation_loop(self, dataloader: DataLoader, *_: Any, **__: Any) -> EvalLoopOutput:
-        """The mean over all tokens; Transformers' mean of the batches' means depends on who has which rows."""
+        """Return the mean loss over all supervised tokens.
+
+        Transformers averages the means of the batches. Its result depends on which process has which rows.
+        """
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -87,12 +91,15 @@ class Trainer(TokenCountingTrainer):
 
 
 def lengths(rows: Dataset) -> np.ndarray:
-    """Tokens of each row."""
+    """Return the number of tokens of each row."""
     return list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
 
 
 def filled(rows: Dataset, share: int) -> Dataset:
-    """`rows`, with blank ones at the end, from which nothing is learnt, up to a multiple of `share`."""
+    """Return `rows` with blank rows added at the end, up to a multiple of `share`.
+
+    Blank rows have no supervised tokens.
+    """
     missing = -len(rows) % share
     if not missing:
         return rows
@@ -101,14 +108,17 @@ def filled(rows: Dataset, share: int) -> Dataset:
 
 
 class StepsByLength(Sampler[int]):
-    """The rows of an epoch in a random order that the seed and the epoch alone make, but those of a step by length, so
-    that each of its batches has rows of like length, and little padding. At the end the blank ones up to `size`."""
+    """Yields the rows of an epoch in a random order, which depends only on the seed and the epoch.
+
+    The rows of a step are sorted by length, so that each batch has rows of similar length and little padding. Blank
+    rows come last; `size` is the number of rows with the blank ones.
+    """
 
     def __init__(self, lengths: np.ndarray, step: int, size: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths, self.step, self.size, self.seed, self.epoch = lengths, step, size, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        # Accelerate's set_epoch does not reach a sampler whose first batches are skipped, so `epoch` is asked.
+        # Accelerate's set_epoch does not reach a sampler whose first batches are skipped. `epoch` does not need it.
         order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
         for start in range(0, len(order), self.step):
             rows = order[start : start + self.step]
@@ -127,7 +137,7 @@ def build_trainer(
     valid_rows: Dataset,
     checkpoints: Path,
 ) -> Trainer:
-    """A trainer of `model`'s adapter that writes to the folder `checkpoints`; the rows have input_ids and labels."""
+    """Return a trainer of `model`'s adapter that writes to the folder `checkpoints`. Rows have input_ids and labels."""
     load_adapters_as_saved(model)
     callbacks: list[TrainerCallback] = [Losses(), Seal()]
     if parameters.train.early_stopping_patience is not None:
@@ -160,7 +170,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
         bf16=pick_dtype(parameters.base.compute_dtype, device) == torch.bfloat16,
-        max_length=None,  # TRL would cut longer rows in silence; the tokenize stage has seen to them
+        max_length=None,  # TRL would truncate longer rows silently; the tokenize stage has handled them
         learning_rate=parameters.train.learning_rate,
         num_train_epochs=parameters.train.epochs,
         per_device_train_batch_size=batch_size,
@@ -181,18 +191,20 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         eval_strategy="steps",
         eval_steps=parameters.train.eval_steps,
         save_steps=parameters.train.eval_steps,
-        save_on_each_node=True,  # to go on from: machines share no disk
-        save_total_limit=3,  # the best, the last, and the one before it, in case the last is only half written
+        save_on_each_node=True,  # machines share no disk, and each continues from its own checkpoint
+        save_total_limit=3,  # the best, the last, and the one before the last, in case the last is incomplete
         load_best_model_at_end=parameters.train.load_best_model_at_end,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,  # early stopping counts on
+        restore_callback_states_from_checkpoint=True,  # early stopping keeps its count
     )
 
 
 class Losses(TrainerCallback):
-    """The training loss is told after the last step too, as Transformers measures the validation loss there. One that
-    rises well above the untrained base's ends the run."""
+    """Logs the training loss after the last step too, because Transformers measures the validation loss there.
+
+    Ends the run if the validation loss rises more than 1 nat per token above the validation loss before training.
+    """
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -203,15 +215,15 @@ class Losses(TrainerCallback):
         if not losses[-1] <= losses[0] + 1:
             raise UserError(
                 f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
-                f"before training: {REMEDY}, or end it earlier with train.early_stopping_patience"
+                f"before training: {REMEDY}, or end training earlier with train.early_stopping_patience"
             )
 
 
 class LossesInBar(ProgressCallback):
-    """The newest losses stand in the bar's line; a line for each point of the curve would show the bar again."""
+    """Shows the newest losses in the line of the progress bar; a line per measurement would print the bar again."""
 
     def on_log(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
-        if self.training_bar is not None:  # of the first process, while it trains
+        if self.training_bar is not None:  # only the first process has a bar, and only while it trains
             logged = {name: value for entry in state.log_history for name, value in entry.items()}
             losses = {name: logged[name] for name in ("loss", "eval_loss") if name in logged}
             self.training_bar.set_postfix(losses, refresh=False)
@@ -219,6 +231,6 @@ class LossesInBar(ProgressCallback):
 
 class Seal(TrainerCallback):
     def on_save(self, args: SFTConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        args.distributed_state.wait_for_everyone()  # each process writes the state of its random numbers
+        args.distributed_state.wait_for_everyone()  # each process writes the state of its random number generators
         if state.is_local_process_zero:
             seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))

@@ -1,5 +1,7 @@
-"""What this project uses of TRL, and of Transformers' trainer below TRL's, beyond their documentation.
-tests/test_library_internals.py tests each use."""
+"""Uses of TRL, and of Transformers' trainer below TRL's, that their documentation does not cover.
+
+tests/test_library_internals.py tests each use.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +15,9 @@ from pipeline.model.peft_internals import adapter_weights
 
 
 class TokenCountingTrainer(SFTTrainer):
-    """Counts no token of a row that supervises none: `num_input_tokens_seen` is the same for any number of processes.
+    """Does not count rows without supervised tokens: `num_input_tokens_seen` is the same for any number of processes.
 
-    Transformers counts by the attention mask alone, and documents no way to count otherwise:
+    Transformers counts by the attention mask alone, and documents no other way to count:
     https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py (_track_num_input_tokens)
     """
 
@@ -25,10 +27,11 @@ class TokenCountingTrainer(SFTTrainer):
 
 
 def loss_and_tokens(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The sum of the losses of a batch, and the number of its supervised tokens.
+    """Return the sum of the losses of a batch and the number of its supervised tokens; shape (2,).
 
-    SFTTrainer replaces the model's forward by one that never has the logits of all tokens in memory. Its own losses are
-    means over a batch: https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py (add_fused_lm_head)
+    SFTTrainer replaces the model's forward function by one that never has the logits of all tokens in memory.
+    SFTTrainer's own losses are means over a batch:
+    https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py (add_fused_lm_head)
     """
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     return torch.stack([-outputs.log_probs.sum(), outputs.label_mask.sum()])
@@ -36,8 +39,9 @@ def loss_and_tokens(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor
 
 @contextmanager
 def adapter_kept_as(dtype: torch.dtype, model: PeftModel) -> Iterator[None]:
-    """The adapter of `model` after the block is the one before it, as `dtype`. SFTTrainer, made in the block, rounds an
-    adapter on a quantized base to bfloat16, and has no option against this:
+    """After the block, give the adapter of `model` its values from before the block, as `dtype`.
+
+    The block makes an SFTTrainer, which rounds an adapter on a quantized base to bfloat16. No option prevents this:
     https://github.com/huggingface/trl/blob/main/trl/trainer/sft_trainer.py ("When using QLoRA")
     """
     initial = {name: weight.detach().clone() for name, weight in adapter_weights(model).items()}
