@@ -1,4 +1,4 @@
-"""Real repositories to run the real pipeline in."""
+"""Fixtures: real repositories in which the tests run the real pipeline."""
 
 import atexit
 import fcntl
@@ -25,11 +25,11 @@ import yaml
 import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
 from pipeline.export.llama_cpp import run_script
 
-DEMO = Path(__file__).parent / "demo"  # where make start puts it
+DEMO = Path(__file__).parent / "demo"  # make start moves the demo here
 
 
 def with_demo(project: Path) -> Path:
-    """The repository; of a project that was started, a copy in which the demo is in its place again."""
+    """Return the repository. If `make start` has moved the demo, return a copy with the demo in its original place."""
     if not DEMO.exists():
         return project
     copy = Path(tempfile.mkdtemp())
@@ -45,7 +45,7 @@ def with_demo(project: Path) -> Path:
 
 
 def copy_files(repository: Path, folder: Path) -> None:
-    """All files that git tracks or would."""
+    """Copy all files that git tracks or does not ignore."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=repository,
@@ -60,7 +60,10 @@ def copy_files(repository: Path, folder: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Without the variables by which a git hook or a running DVC stage would point a clone back at this repository."""
+    """Return the environment for commands in a clone, with a name and address for commits.
+
+    It lacks the variables by which a git hook or a running DVC stage would point a clone to this repository.
+    """
     own = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "DVC_"))}
     identity = {
         f"GIT_{who}_{what}": "test@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
@@ -83,13 +86,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all else that pytest prints
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # print after everything else that pytest prints
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
     yield
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
     skipped = Counter(
         (Path(report.fspath).name, report.longrepr[2].removeprefix("Skipped: "))
-        for report in (reporter.getreports("skipped") if reporter else [])  # xdist's workers have none
+        for report in (reporter.getreports("skipped") if reporter else [])  # xdist's workers have no reporter
     )
     if skipped:
         named = "; ".join(f"{number} of {file} ({why})" for (file, why), number in skipped.items())
@@ -97,7 +100,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]
 
 
 class Project:
-    """A clone of this repository, its working tree committed, with a DVC cache of its own."""
+    """A clone of this repository with the working tree committed and its own DVC cache."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -109,8 +112,11 @@ class Project:
         return done
 
     def kill(self, *command: str, step: int, victim: str = "all", how: int = signal.SIGKILL) -> str:
-        """Start what trains, and when there is a whole checkpoint of `step` or a later one, send a signal to all of its
-        processes, or to the first or last alone; its output. None outlives this."""
+        """Start a command that trains; at a complete checkpoint of `step` or later, send it the signal `how`.
+
+        The signal goes to all processes of the command, or only to the first or the last. Return the output, when all
+        processes have ended.
+        """
         printed = self.folder.with_name(f"{self.folder.name}.log")
         with open(printed, "w", encoding="utf-8") as log:
             own = environment() | self.env
@@ -121,7 +127,7 @@ class Project:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                # A shell's background job ignores it, and so would what it starts.
+                # A background job of a shell ignores SIGINT, and the processes that it starts inherit this.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             while not any(int(path.name[11:]) >= step for path in self.checkpoints()):
@@ -134,16 +140,16 @@ class Project:
                 {"first": first, "last": children[-1]}[victim].send_signal(how)
             first.wait()
             _, alive = psutil.wait_procs(children, timeout=10)
-        assert not alive, f"{command} was killed, and its children go on"
+        assert not alive, f"{command} was killed, but its children still run"
         return printed.read_text(encoding="utf-8")
 
     def checkpoints(self) -> list[Path]:
-        """Those that are whole, by their steps."""
+        """Return the complete checkpoints, sorted by step."""
         sealed = self.folder.glob(".dvc/tmp/checkpoints/*/checkpoint-*/checksums.json")
         return sorted((path.parent for path in sealed), key=lambda path: int(path.name[11:]))
 
     def set(self, **values: object) -> None:
-        """Set parameters, named with two underscores for the dot: `set(lora__r=2)`."""
+        """Set parameters; two underscores in a name mean a dot: `set(lora__r=2)` sets lora.r."""
         path = self.folder / "params.yaml"
         parameters = yaml.safe_load(path.read_text(encoding="utf-8"))
         for name, value in values.items():
@@ -162,7 +168,7 @@ def clone(folder: Path) -> Project:
 
 
 class Terminal:
-    """A program at a terminal, and what it shows there."""
+    """A program that runs in a terminal, and what it shows there."""
 
     def __init__(self, folder: Path, *command: str) -> None:
         self.screen, program_side = pty.openpty()
@@ -174,12 +180,12 @@ class Terminal:
             stdout=program_side,
             stderr=program_side,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C sends a signal
         )
         os.close(program_side)
 
     def shows(self, expected: str) -> str:
-        """All that comes up to `expected`."""
+        """Wait until the terminal shows `expected`; return everything that it showed up to then."""
         shown = b""
         while expected not in shown.decode(errors="ignore"):
             assert select.select([self.screen], [], [], 60)[0], f"no {expected!r} in {shown!r}"
@@ -197,7 +203,7 @@ class Terminal:
 
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """The URL of tools/serve.py at work. Ctrl-C ends it, and leaves no process."""
+    """Run tools/serve.py and yield its URL; then check that Ctrl-C ends it and all its processes."""
     with socket.create_server(("127.0.0.1", 0)) as any_free:
         port = str(any_free.getsockname()[1])
     command = [sys.executable, "-m", "tools.serve", "--port", port, *arguments]
@@ -222,7 +228,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in base as f16."""
+    """The built-in base as a GGUF file in f16."""
     file = tmp_path_factory.mktemp("gguf") / "base-f16.gguf"
     run_script("convert.py", "hf", ROOT / "models/tiny-base", "--outtype", "f16", "--outfile", file)
     return file
@@ -230,15 +236,15 @@ def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
-    """A clone that is also the working directory, in which nothing has run yet."""
+    """A clone in which nothing has run yet. It is the working directory."""
     monkeypatch.chdir(tmp_path)
     return clone(tmp_path)
 
 
 @pytest.fixture
 def tokenized(project: Project) -> Project:
-    """A clone with 107 rows to train on: with 16 rows a step, seven steps an epoch, the last of fewer rows."""
-    from stages import generate, merge, prepare_base, tokenize  # imports Transformers, which few files need
+    """A clone with 107 tokenized training rows: with 16 rows per step, seven steps per epoch, the last one smaller."""
+    from stages import generate, merge, prepare_base, tokenize  # imports Transformers, which few test files need
 
     prepare_base.main()
     generate.main()
@@ -252,13 +258,13 @@ def tokenized(project: Project) -> Project:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Project:
-    """A clone in which `dvc repro` has run with the default parameters. Tests that change it put it back.
+    """A clone in which `dvc repro` has run with the default parameters. Tests that change the clone restore it.
 
-    `make test` gives a file's tests to one of two workers, and each of these makes its own: keep such tests in
-    test_end_to_end.py.
+    `make test` runs all tests of a file in one of two workers, and each worker makes its own clone. Therefore use this
+    fixture only in test_end_to_end.py.
     """
     project = clone(tmp_path_factory.mktemp("finished"))
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\nthe whole pipeline, in a clone (minutes):", flush=True)
+        print("\nthe complete pipeline, in a clone (minutes):", flush=True)
         subprocess.run(["dvc", "repro"], cwd=project.folder, env=environment(), check=True)
     return project

@@ -1,4 +1,4 @@
-"""Tiny bases of random weights with the tokenizers, chat templates and layers of the families that people tune."""
+"""Tiny bases with random weights, and the tokenizers, chat templates and layers of common model families."""
 
 import io
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-# What the tokenizers are trained on, and the models learn by heart.
+# The tokenizers are trained on this text, and tests train the models until they answer these questions.
 FACTS = {
     f"Who leads {team}?": leader
     for team, leader in {
@@ -65,7 +65,7 @@ QWEN2 = (
     "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-# The last answer gets a block of its thoughts, empty if it has none; earlier ones lose theirs.
+# The last answer has a block of thoughts, possibly empty. The template removes the thoughts of earlier answers.
 QWEN3 = (
     "{%- for m in messages %}"
     "{%- set thoughts, content = '', m['content'] %}"
@@ -96,7 +96,7 @@ GEMMA3 = (
     "{% set first = messages[0]['content'] + '\\n\\n' if has_system and loop.first else '' %}" + GEMMA_TURNS
 )
 
-SPLIT = (  # of Llama 3 with three digits a token, of Qwen with one
+SPLIT = (  # the pattern of Llama 3 (at most three digits per token) and of Qwen (one digit per token)
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}|"
     r" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -116,7 +116,7 @@ SHAPE = {
 
 
 def llama2(folder: Path) -> None:
-    """Its tokenizer puts a space before a text, which Transformers and llama.cpp do at different places."""
+    """Llama 2, whose tokenizer adds a space before a text; Transformers and llama.cpp add it in different places."""
     ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
     vocabulary, merges = sentencepiece_bpe(folder, **ids, add_dummy_prefix=True)
     tokenizer = LlamaTokenizer(vocabulary, merges, chat_template=LLAMA2)
@@ -136,7 +136,7 @@ def qwen2(folder: Path) -> None:
 
 
 def qwen2_5(folder: Path) -> None:
-    """As narrow as the real 0.5B: its rows are no multiple of 256 weights, which quantization likes."""
+    """Qwen2.5, narrow like the real 0.5B: its rows are not a multiple of 256 weights, which K-quants need."""
     narrow = SHAPE | {"hidden_size": 320, "num_attention_heads": 5, "num_key_value_heads": 1}
     save(folder, qwen(QWEN2), Qwen2Config(**narrow, tie_word_embeddings=True))
 
@@ -208,7 +208,7 @@ def gemma(template: str, folder: Path) -> PreTrainedTokenizerBase:
 
 
 def sentencepiece_bpe(folder: Path, **options: Any) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary and merges of a BPE over bytes, which is in tokenizer.model for llama.cpp."""
+    """Return the vocabulary and merges of a BPE with byte fallback. Write it to tokenizer.model, for llama.cpp."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text()),
@@ -240,7 +240,7 @@ def text() -> list[str]:
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
-    """With random weights, the same in every run."""
+    """Save a model with random weights, which are the same in every run, and its tokenizer."""
     ends = [tokenizer.eos_token_id]
     if "<end_of_turn>" in tokenizer.get_vocab():  # Gemma's turns do not end with its EOS
         ends.append(tokenizer.convert_tokens_to_ids("<end_of_turn>"))

@@ -136,7 +136,7 @@ def test_runs_that_cannot_be_sent_are_refused_in_one_line(
         push_runs.main()
 
 
-def test_runs_that_are_not_whole_are_counted(
+def test_missing_files_of_runs_are_counted(
     first: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     branch(first, "smaller", lora__r=8)
@@ -144,4 +144,4 @@ def test_runs_that_are_not_whole_are_counted(
     first.run("git", "checkout", "-q", "main")
     monkeypatch.chdir(first.folder)
     push_runs.main()
-    assert "are gone (dvc gc), their runs would run again" in capsys.readouterr().out
+    assert "files are missing (removed by dvc gc): their stages would run again" in capsys.readouterr().out

@@ -158,7 +158,7 @@ def test_a_step_is_shared_by_fewer_batches_first_and_then_by_smaller_ones() -> N
     assert share_of_step(2, 8, 4) == (2, 2)
     assert share_of_step(2, 8, 16) == (1, 1)
     assert share_of_step(4, 3, 2) == (3, 2)
-    with pytest.raises(UserError, match=r"^train\.processes: 3 processes cannot share the 16 .* one of 1, 2, 4, 8, 16, or"):
+    with pytest.raises(UserError, match=r"^train\.processes: 3 processes cannot share the 16 .* of 1, 2, 4, 8, 16, or"):
         share_of_step(2, 8, 3)
 
 

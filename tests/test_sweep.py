@@ -104,7 +104,7 @@ def test_a_killed_worker_loses_what_it_was_at_and_the_same_command_goes_on(small
     [worker] = running.children()
     stage = worker.children(recursive=True)[-1]
     refused = sweep(small, "lora.r=4")
-    assert refused.returncode == 1 and refused.stderr.startswith("sweep: workers are at work on the queue: wait")
+    assert refused.returncode == 1 and refused.stderr.startswith("sweep: workers of the queue are running: wait")
     worker.kill()
     printed = running.communicate()[0].decode()
     assert running.returncode == 1 and "sweep: 1 failed: " in printed and printed.endswith("-lora.r=2\n"), printed
@@ -124,7 +124,7 @@ def test_the_worker_of_a_killed_sweep_keeps_others_off_the_queue_till_it_ends(sm
     running.kill()
     running.wait()
     refused = sweep(small, "lora.r=2")
-    assert worker.is_running() and refused.returncode == 1 and "workers are at work on the queue" in refused.stderr
+    assert worker.is_running() and refused.returncode == 1 and "workers of the queue are running" in refused.stderr
     worker.kill()
     psutil.wait_procs([worker], timeout=10)
     again = sweep(small, "lora.r=2")
@@ -202,7 +202,7 @@ def test_a_change_that_is_not_committed_is_refused(small: Project, file: str) ->
         text.write("# more\n")
     refused = sweep(small, "lora.r=8")
     assert refused.returncode == 1
-    assert refused.stderr == "sweep: there are changes that are not committed: a sweep is of a commit\n"
+    assert refused.stderr == "sweep: there are uncommitted changes, and a sweep runs a commit: commit them first\n"
 
 
 def test_when_every_member_fails_each_is_named(small: Project) -> None:

@@ -1,4 +1,7 @@
-"""DVC's command line, whose Python side is no public interface: https://dvc.org/doc/command-reference"""
+"""Runs DVC's command line, because most of DVC's Python code is not a public interface.
+
+https://dvc.org/doc/command-reference
+"""
 
 import subprocess
 import sys
@@ -9,10 +12,10 @@ DVC = [sys.executable, "-m", "dvc"]
 
 
 def dvc(*arguments: str) -> str:
-    """What the command prints.
+    """Run `dvc` with `arguments` and return what it prints.
 
     Raises:
-        UserError: the command failed, for the reason that DVC gives.
+        UserError: the command failed; the message is DVC's.
     """
     done = subprocess.run([*DVC, *arguments], capture_output=True, text=True, encoding="utf-8")
     if done.returncode:

@@ -1,6 +1,6 @@
-"""What the tools use of DVC beyond its documentation. tests/test_library_internals.py tests each use, for DVC 3.67.
+"""Uses of DVC that its documentation does not cover. tests/test_library_internals.py tests each use, for DVC 3.67.
 
-What stages use is in pipeline/common/dvc_outputs.py.
+The tools use this module. The use of the stages is in pipeline/common/dvc_outputs.py.
 """
 
 import os
@@ -16,17 +16,18 @@ from hydra.errors import HydraException
 
 from tools.dvc_command import DVC
 
-WORKERS = Path(".dvc/tmp/exps/celery")  # where DVC's own workers log
+WORKERS = Path(".dvc/tmp/exps/celery")  # DVC's own workers write their logs here
 
 
 def combinations(settings: list[str]) -> list[list[str]]:
-    """["lora.r=8,16", "train.epochs=2"] as [["lora.r=8", "train.epochs=2"], ["lora.r=16", "train.epochs=2"]].
+    """Return every combination of the values in `settings`.
 
-    `dvc exp run --queue -S` makes the same combinations, but queues each before it looks at the next, and chooses the
+    ["lora.r=8,16", "train.epochs=2"] becomes [["lora.r=8", "train.epochs=2"], ["lora.r=16", "train.epochs=2"]].
+    `dvc exp run --queue -S` makes the same combinations, but queues each one before it checks the next, and chooses the
     names: https://github.com/iterative/dvc/blob/main/dvc/utils/hydra.py
 
     Raises:
-        ValueError: a setting is none.
+        ValueError: an entry is not a valid setting.
     """
     try:
         return [member["params.yaml"] for member in get_hydra_sweeps({"params.yaml": settings})]
@@ -35,10 +36,10 @@ def combinations(settings: list[str]) -> list[list[str]]:
 
 
 def override(file: Path, settings: list[str]) -> None:
-    """Write the settings into a YAML file of parameters, as `dvc exp run -S` will.
+    """Write the settings into a YAML file of parameters, as `dvc exp run -S` does.
 
     Raises:
-        ValueError: one of them names no parameter.
+        ValueError: a setting does not name a parameter of the file.
     """
     try:
         apply_overrides(file, settings)
@@ -51,9 +52,9 @@ def reason(error: Exception) -> str:
 
 
 def start_worker(number: int, device: str, lock: int) -> subprocess.Popen[bytes]:
-    """A worker of the queue, with GPUs and the open file `lock` of its own, which ends when nothing is queued.
+    """Start a worker of the queue with its own GPUs and the open file `lock`. It ends when nothing is queued.
 
-    `dvc queue start` gives all workers the same GPUs, and leaves no process to wait for:
+    `dvc queue start` gives all workers the same GPUs, and returns no process to wait for:
     https://github.com/iterative/dvc/issues/4586
     """
     command = [*DVC, "exp", "queue-worker", f"sweep-{number}@localhost"]
@@ -63,10 +64,10 @@ def start_worker(number: int, device: str, lock: int) -> subprocess.Popen[bytes]
 
 
 def fail_lost_tasks() -> None:
-    """End what runs without a worker, and count its task as failed, which DVC calls running for ever. No worker may be
-    alive.
+    """End experiments that run without a worker, and mark their tasks as failed. Call it only if no worker is running.
 
-    `dvc queue kill` ends whatever process has the number now:
+    Without this, DVC shows such a task as running forever. `dvc queue kill` ends any process that now has the number of
+    the experiment's process:
     https://github.com/iterative/dvc/blob/main/dvc/repo/experiments/queue/celery.py (kill)
     """
     with Repo() as repo:
@@ -79,11 +80,12 @@ def fail_lost_tasks() -> None:
 
 
 def push_runs() -> tuple[int, int, int, int]:
-    """Send the runs that DVC remembers to the remote. Returns the numbers of runs, of their files, of files that are
-    gone, and of files that are not sent.
+    """Send all runs in DVC's run cache to the remote, with all their files.
 
-    `dvc push --run-cache` sends the records of all runs, but of their files those of this commit alone, and never the
-    metrics that git keeps: https://github.com/iterative/dvc/blob/main/dvc/stage/cache.py
+    Return the number of runs, of their files, of files that the cache no longer has, and of files that were not sent.
+
+    `dvc push --run-cache` sends the records of all runs, but only the files of this commit, and never the metrics that
+    git keeps: https://github.com/iterative/dvc/blob/main/dvc/stage/cache.py
     """
     with Repo() as repo:
         runs = repo.stage_cache.push(remote=None)

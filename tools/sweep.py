@@ -1,10 +1,11 @@
-"""Run a grid of experiments by DVC's queue, one worker a GPU, and compare them, best first.
+"""Run a grid of experiments with DVC's queue, one worker per GPU, and compare the experiments, best first.
 
     python -m tools.sweep -S lora.r=8,16,32 [-S train.learning_rate=1e-3,2e-3 ...]
 
--S is that of `dvc exp run`. Every combination is an experiment of the last commit, run up to the exams; `dvc exp apply
-NAME && dvc repro` merges and converts the one that is chosen. One that is there already is not run again: after a
-failure, a kill or Ctrl-C, the same command goes on. Exit status 1, naming those that failed, if any did.
+-S is the option -S of `dvc exp run`. Every combination of values is an experiment of the last commit, which runs up to
+the stage `evaluate`. `dvc exp apply NAME && dvc repro` merges and converts the experiment that you choose. An existing
+experiment is not run again: after a failure, a kill or Ctrl-C, the same command continues the sweep. If experiments
+failed, the exit status is 1, and the message names them.
 """
 
 import argparse
@@ -46,10 +47,14 @@ def main() -> None:
 
 
 def sweep(members: dict[str, list[str]], devices: list[str], lock: int) -> list[str]:
-    """Run what is new of the grid, and what is queued already; the names of those that failed."""
+    """Run the new experiments of the grid and those already queued; return the names of those that failed.
+
+    Raises:
+        UserError: there are uncommitted changes, or a worker failed.
+    """
     if git("status", "--porcelain"):
-        raise UserError("there are changes that are not committed: a sweep is of a commit")
-    commit = git("rev-parse", "HEAD")  # the next may come while they run
+        raise UserError("there are uncommitted changes, and a sweep runs a commit: commit them first")
+    commit = git("rev-parse", "HEAD")  # read once, because HEAD can change while the experiments run
     named = {f"{commit[:7]}-{name}": member for name, member in members.items()}
     fail_lost_tasks()
     tasks = queue()
@@ -60,7 +65,7 @@ def sweep(members: dict[str, list[str]], devices: list[str], lock: int) -> list[
     print(f"{len(to_run)} to run, {len(devices)} at once; dvc queue logs --follow NAME shows one", flush=True)
     if to_run:
         work(devices, lock)
-    wide = os.environ | {"COLUMNS": str(max(160, shutil.get_terminal_size().columns))}  # no column is cut
+    wide = os.environ | {"COLUMNS": str(max(160, shutil.get_terminal_size().columns))}  # so that no column is cut off
     subprocess.run([*DVC, "exp", "show", "--no-pager", "--hide-failed", "--rev", commit, *SORTED, *COLUMNS], env=wide)
     done = experiments()
     failed = [name for name in to_run if name not in done]
@@ -70,10 +75,10 @@ def sweep(members: dict[str, list[str]], devices: list[str], lock: int) -> list[
 
 
 def require_alone(lock: IO[str]) -> None:
-    """Workers inherit the lock, so that it is held till the last of them ends, even if the sweep is killed.
+    """Take the lock. Workers inherit the lock and hold it until the last worker ends, even if the sweep is killed.
 
     Raises:
-        UserError: another sweep has it, or workers of `dvc queue start` are at work.
+        UserError: another sweep holds the lock, or workers of `dvc queue start` are running.
     """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,11 +86,11 @@ def require_alone(lock: IO[str]) -> None:
     except BlockingIOError:
         busy = True
     if busy:
-        raise UserError("workers are at work on the queue: wait till they end (dvc queue status)")
+        raise UserError("workers of the queue are running: wait until they end (dvc queue status)")
 
 
 def queue() -> list[tuple[str, str]]:
-    """(name, status) of each task. The columns of `dvc queue status` are Task, Name, Created, Status."""
+    """Return (name, status) of each task. The columns of `dvc queue status` are Task, Name, Created, Status."""
     rows = [line.split() for line in dvc("queue", "status").splitlines()]
     return [(row[1], row[-1]) for row in rows if row and re.fullmatch("[0-9a-f]{7}", row[0])]
 
@@ -95,7 +100,7 @@ def queued(tasks: list[tuple[str, str]]) -> list[str]:
 
 
 def experiments() -> list[str]:
-    """The names of those that are done, of any commit."""
+    """Return the names of the finished experiments of all commits."""
     return dvc("exp", "list", "--all-commits", "--name-only").split()
 
 
@@ -104,11 +109,11 @@ def git(*arguments: str) -> str:
 
 
 def devices_of_workers(processes: int) -> list[str]:
-    """CUDA_VISIBLE_DEVICES of each worker, whose trainings have so many processes; one worker if there is no GPU."""
+    """Return CUDA_VISIBLE_DEVICES for each worker: `processes` GPUs. Without a GPU, there is one worker."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         gpus = visible.split(",")
     else:
-        import torch  # takes seconds
+        import torch  # the import takes seconds
 
         gpus = [str(number) for number in range(torch.cuda.device_count())]
     groups = range(0, len(gpus) - processes + 1, processes)
@@ -116,10 +121,10 @@ def devices_of_workers(processes: int) -> list[str]:
 
 
 def grid(settings: list[str]) -> dict[str, list[str]]:
-    """{"lora.r=8,train.epochs=2": ["lora.r=8", "train.epochs=2"], ...}: every combination by its name.
+    """Return every combination by its name: {"lora.r=8,train.epochs=2": ["lora.r=8", "train.epochs=2"], ...}.
 
     Raises:
-        UserError: a parameter is unknown, or one of its values wrong.
+        UserError: a parameter is unknown, one of its values is wrong, or two combinations are the same.
     """
     asked = f"-S {' -S '.join(settings)}"
     with scratch(PARAMETERS) as folder:
@@ -137,12 +142,12 @@ def grid(settings: list[str]) -> dict[str, list[str]]:
     varied = [setting.partition("=")[0] for setting in settings]
     named = {re.sub(r"[^\w.,=+-]+|\.{2,}", "_", ",".join(member)): member for member in members}
     if len({*varied}) < len(varied) or len(named) < len(members):
-        raise UserError(f"{asked}: two are the same: name each parameter and value once")
+        raise UserError(f"{asked}: two are the same: give each parameter and value once")
     return named
 
 
 def put(members: dict[str, list[str]], known: set[str]) -> list[str]:
-    """Queue those that are not `known`, and return their names."""
+    """Queue the experiments whose names are not in `known`, and return their names."""
     new = [name for name in members if name not in known]
     for name in new:
         settings = [word for setting in members[name] for word in ("--set-param", setting)]
@@ -151,7 +156,11 @@ def put(members: dict[str, list[str]], known: set[str]) -> list[str]:
 
 
 def work(devices: list[str], lock: int) -> None:
-    """Run what is queued. A worker that is killed loses what it was at, and nothing else."""
+    """Run the queued experiments. A worker that is killed loses only the experiment that it was running.
+
+    Raises:
+        UserError: a worker failed.
+    """
     left = True
     while left:
         workers = [start_worker(number, device, lock) for number, device in enumerate(devices, 1)]
@@ -159,10 +168,10 @@ def work(devices: list[str], lock: int) -> None:
             codes = [worker.wait() for worker in workers]
         finally:
             for worker in workers:
-                worker.kill()  # after Ctrl-C, which alone would end what runs and begin the next
+                worker.kill()  # Ctrl-C alone would end the running experiment, and the worker would start the next one
             fail_lost_tasks()
         if max(codes) > 0:
-            raise UserError(f"a worker failed: {WORKERS}/sweep-*.out tells why")
+            raise UserError(f"a worker failed: see {WORKERS}/sweep-*.out")
         left = bool(queued(queue()))
 
 

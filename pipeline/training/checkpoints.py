@@ -127,7 +127,7 @@ def last_complete(folder: Path) -> Path | None:
         if is_complete(checkpoint):
             state = TrainerState.load_from_json(checkpoint / "trainer_state.json")
             best = state.best_model_checkpoint
-            # If the best checkpoint no longer exists, a later and better one replaced it. Training will make that again.
+            # If the best checkpoint no longer exists, a later, better one replaced it. Training will make that again.
             if not ended(state) and (best is None or not Path(best).exists() or is_complete(Path(best))):
                 return checkpoint
         remove(checkpoint)

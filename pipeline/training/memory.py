@@ -231,7 +231,7 @@ def evaluating_gguf(model: PreTrainedModel, device: torch.device, dtype: torch.d
 
 
 def free(device: torch.device) -> int:
-    """Return the bytes that a new process can use on `device`, within a container's limit (control groups, version 2)."""
+    """Return the bytes that a new process can use on `device`. A container's limit (cgroups, version 2) counts."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     available = psutil.virtual_memory().available
