@@ -1,14 +1,14 @@
-"""The exam by this pipeline beside what people use instead: the same model, questions and references.
+"""Compare the exam of this pipeline with two alternatives, on the same model, questions and references.
 
     python -m bench.evaluate tiny     # the built-in base with outputs/adapter, the complete exam: a minute on two cores
-    python -m bench.evaluate wide     # a random one of 100 M parameters, answers of 64 tokens: some minutes
+    python -m bench.evaluate wide     # a random model of 100 M parameters, answers of 64 tokens: some minutes
 
-bench/README.md has what it printed. `tiny` needs the adapter that `dvc repro train_qlora` makes; both need EleutherAI's
-lm-evaluation-harness, which no requirements.txt has.
+bench/README.md has the output. `tiny` needs the adapter that `dvc repro train_qlora` makes. Both need EleutherAI's
+lm-evaluation-harness, which no requirements.txt contains.
 
-All answer every question greedily and measure the negative log-likelihood of every reference, with one loaded model in
-one process. The loop takes one question at a time, as tutorials do; the harness gets the exam as a task of its kind
-generate_until and one of its kind loglikelihood. Loading is not counted, nor what only a first call does.
+Each alternative answers every question greedily and measures the negative log-likelihood of every reference, with one
+loaded model in one process. The loop takes one question at a time, as tutorials do. The harness gets the exam as a
+generate_until task and a loglikelihood task. Loading and the extra work of a first call are not measured.
 """
 
 import argparse
@@ -78,13 +78,13 @@ def main() -> None:
 
 
 def longer(questions: list[Question], i: int) -> Question:
-    """The i-th question; every fourth has twelve others in front, a line each."""
+    """Return the i-th question. Every fourth question is extended by the next twelve questions, one per line."""
     lines = [question.question for question in questions[i : i + 13]] if i % 4 == 0 else [questions[i].question]
     return replace(questions[i], question="\n".join(lines))
 
 
 def show(name: str, run: ExamRun, loop: ExamRun | None = None) -> ExamRun:
-    """Print the line of `run`, with how many answers are those of the loop, and by how much an NLL differs at most."""
+    """Print the line of `run`: times, number of answers equal to the loop's, and the largest difference of an NLL."""
     loop = loop or run
     parts = [f"{seconds:.1f}" for seconds, _ in run.took] if len(run.took) == 2 else ["", ""]
     (seconds, cpu), (of_loop, _) = np.sum(run.took, axis=0), np.sum(loop.took, axis=0)
@@ -97,7 +97,7 @@ def show(name: str, run: ExamRun, loop: ExamRun | None = None) -> ExamRun:
 
 
 def clock() -> np.ndarray:
-    """Now, in seconds: on the wall, and of processors, which other processes do not lengthen."""
+    """Return the current wall-clock time and the CPU time of this process, in seconds."""
     return np.array([time.monotonic(), time.process_time()])
 
 
@@ -139,7 +139,7 @@ def harness(exam: Setup, batch_size: int = 1) -> ExamRun:
     rows = [{"question": question.question, "answer": question.answers[0] + end} for question in exam.questions]
 
     def replies(kind: str, **task: Any) -> tuple[list[Any], np.ndarray]:
-        """What the model says to each question in a task of that kind, and the seconds that it took."""
+        """Return the model's reply to each question in a task of type `kind`, and the seconds that it took."""
         started = clock()
         task |= {
             "task": kind,

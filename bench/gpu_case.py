@@ -1,4 +1,4 @@
-"""One case of `bench.gpu_qlora`, in a process of its own: it prints what it measured as a line of JSON.
+"""Run one case of `bench.gpu_qlora` in its own process, and print the measurements as one line of JSON.
 
 python -m bench.gpu_case RECIPE MODEL --length TOKENS [--steps N] [--cap GIB] [--saved FOLDER]
 python -m bench.gpu_case save MODEL --saved FOLDER      # the random model, for a recipe that loads a folder
@@ -109,9 +109,13 @@ def main() -> None:
 
 
 def measured(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Tokens a second after the first steps; bytes of the peak that torch allocated and reserved, and `outside`: what
-    the process has on the card beside them (CUDA's context, libraries, the pages of a paged optimizer); the card, and
-    the floating point operations a second of its own peak."""
+    """Return the measurements of one training.
+
+    - Tokens per second, after the first steps.
+    - Peak bytes that torch allocated and reserved. `outside`: all other bytes of the process on the card (CUDA context,
+      libraries, pages of a paged optimizer).
+    - The name of the card, and its measured peak in floating point operations per second.
+    """
     on_gpu = device.type == "cuda"
     clock = Clock(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +134,7 @@ def measured(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
-    """As stages.train_qlora trains, with params.yaml's values, but for one row a step and a large model's rate."""
+    """Return a trainer like that of stages.train_qlora, with one row per step and the learning rate of a large model."""
     parameters = of_params_yaml(device)
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))
@@ -155,7 +159,7 @@ def of_params_yaml(device: torch.device) -> Parameters:
 
 
 def trl_defaults(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
-    """The same model and LoRA; all else is the default of SFTTrainer, except the batch and the full length."""
+    """Return a trainer with the same model and LoRA, and SFTTrainer's defaults except the batch and the full length."""
     lora = check(ROOT / "params.yaml").lora
     return SFTTrainer(
         model=random_nf4((MODELS | TINY)[asked.model], device, pick_dtype("auto", device)),
@@ -167,7 +171,7 @@ def trl_defaults(asked: argparse.Namespace, device: torch.device, folder: Path) 
 
 
 def unsloth_recipe(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
-    """As Unsloth documents it (https://docs.unsloth.ai), from the folder that `save` made."""
+    """Return a trainer as Unsloth documents it (https://docs.unsloth.ai), from the folder that the case `save` made."""
     lora = check(ROOT / "params.yaml").lora
     model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
         str(asked.saved), max_seq_length=asked.length, load_in_4bit=True
@@ -208,7 +212,7 @@ RECIPES = {"this pipeline": this_pipeline, "TRL's defaults": trl_defaults, "Unsl
 
 
 def rows(asked: argparse.Namespace) -> Dataset:
-    """Random tokens, one row a step, all supervised."""
+    """Return rows of random tokens, one row per step; all tokens are supervised."""
     generator = torch.Generator().manual_seed(1)
     vocabulary = (MODELS | TINY)[asked.model].vocab_size
     ids = torch.randint(vocabulary, (asked.steps, asked.length), generator=generator).tolist()
@@ -240,9 +244,12 @@ def save(folder: Path, shape: PreTrainedConfig, device: torch.device) -> None:
 
 
 def cap_memory(gib: float) -> None:
-    """Let torch reserve what a card of `gib` GiB has beside CUDA's context: that is what is taken of an idle card once
-    it has multiplied two matrices, and not reserved by torch. Not under the cap: what libraries load later, and a paged
-    optimizer's states, which CUDA moves to RAM where the card is full. `outside` counts both."""
+    """Limit torch to the memory that a card of `gib` GiB has without the CUDA context.
+
+    The context is the memory in use on an idle card after one matrix product, minus the memory that torch reserved. The
+    cap does not include what libraries load later, nor a paged optimizer's states. CUDA moves these to RAM when the
+    card is full. `outside` counts both.
+    """
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device="cuda")
     torch.mm(ones, ones)
     free, total = torch.cuda.mem_get_info()
@@ -251,7 +258,7 @@ def cap_memory(gib: float) -> None:
 
 
 def matmul_peak(device: torch.device) -> float:
-    """Floating point operations a second of a large product of bf16 matrices: the fastest of ten."""
+    """Return the floating point operations per second of a large bf16 matrix product, the fastest of ten."""
     size = 8192 if device.type == "cuda" else 256
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     seconds = []

@@ -1,14 +1,14 @@
-"""Speed, memory and the longest context of training on a GPU: this pipeline, TRL's defaults, and Unsloth's recipe.
+"""Measure speed, memory and the longest context of training on a GPU: this pipeline, TRL's defaults, Unsloth's recipe.
 
     python -m bench.gpu_qlora speed [MODEL ...]      # all four by default; some minutes each
     python -m bench.gpu_qlora context [MODEL ...] [--caps GIB ...]
-    python -m bench.gpu_qlora speed --tiny           # on a CPU, with tiny shapes: to see that it runs
+    python -m bench.gpu_qlora speed --tiny           # on a CPU, with tiny shapes: a test of the benchmark itself
 
-bench/README.md explains the output. Nothing is downloaded: models of the true shapes get random weights, straight in
-NF4. Each case is a process of its own (bench.gpu_case), so that no memory is left over from the one before.
+bench/README.md explains the output. Nothing is downloaded: models have the real shapes and random weights, made
+directly in NF4. Each case runs in its own process (bench.gpu_case), so that no memory of an earlier case remains.
 
-Unsloth wants other versions than requirements.txt. In an environment of its own: `pip install unsloth pydantic
-ruamel.yaml`; `--unsloth` names that environment's Python.
+Unsloth needs other versions than requirements.txt. Install it in a separate environment: `pip install unsloth pydantic
+ruamel.yaml`. Give the Python of that environment with `--unsloth`.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def case(python: str, *arguments: str) -> dict[str, Any]:
-    """What a case measured; {"failed": why} if it did not."""
+    """Return the measurements of a case, or {"failed": reason}."""
     command = [python, "-m", "bench.gpu_case", *arguments]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
@@ -80,7 +80,7 @@ def case(python: str, *arguments: str) -> dict[str, Any]:
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a process failed, in its own last words; "" if it did not."""
+    """Return the last error line of a failed process, or "" if it did not fail."""
     if not done.returncode:
         return ""
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -104,12 +104,12 @@ def print_speed(model: str, recipe: str, length: int, shape: PreTrainedConfig, r
 
 
 def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
-    """Floating point operations that training needs for a token of a row of `length`: what is computed twice or cast on
-    the way does not count, nor the adapter (below 1 %).
+    """Return the floating point operations that training needs per token of a row of `length` tokens.
 
-    PaLM, appendix B (https://arxiv.org/abs/2204.02311), has 6 for each weight, 2 of them for the weight's gradient,
-    which a frozen one has not, and 12 x layers x heads x width of a head x length for attention, which needs half
-    of that where a token attends to those before it alone.
+    Recomputation, casts and the adapter (below 1 %) are not counted. PaLM, appendix B
+    (https://arxiv.org/abs/2204.02311), counts 6 operations per weight, of which 2 are for the weight's gradient; a
+    frozen weight has no gradient. For attention it counts 12 x layers x heads x width of a head x length; causal
+    attention needs half.
     """
     width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     queries, keys = shape.num_attention_heads * width, shape.num_key_value_heads * width
@@ -119,7 +119,7 @@ def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
 
 
 def estimate(shape: PreTrainedConfig, length: int) -> int:
-    """Bytes that torch has on the GPU, as `make check` foretells: without CUDA's own and the paged optimizer's."""
+    """Return the bytes that `make check` estimates for torch on the GPU, without CUDA and the paged optimizer."""
     gpu = torch.device("cuda")
     parameters = of_params_yaml(gpu)
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +129,7 @@ def estimate(shape: PreTrainedConfig, length: int) -> int:
 
 
 def print_contexts(model: str, recipe: str, caps: list[float], run: Callable[..., dict[str, Any]]) -> None:
-    """The longest row that fits under each cap, from a guess: memory grows evenly with the length."""
+    """Print the longest row that fits under each cap. The first guess assumes that memory is linear in the length."""
     short, long = (run("--length", str(length), "--steps", "2") for length in (2048, 8192))
     for cap in caps:
         guess = 2048
@@ -152,7 +152,10 @@ def fits(run: Callable[..., dict[str, Any]], cap: float, results: dict[int, dict
 
 
 def longest(fits: Callable[[int], bool], guess: int) -> int:
-    """The longest length that fits, or 3 % less; 0 if none does. From `guess` on by growing strides, then by halves."""
+    """Return the longest length that fits, at most 3 % too low; 0 if none fits.
+
+    The search starts at `guess`, takes growing steps, and then halves the interval.
+    """
     low, high = 0, 0  # the longest that fitted, the shortest that did not; 0 for none yet
     stride = max(MULTIPLE, guess // 16 // MULTIPLE * MULTIPLE)
     length = max(MULTIPLE, guess // MULTIPLE * MULTIPLE)

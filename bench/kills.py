@@ -1,8 +1,8 @@
-"""Kill training at random moments, let `dvc repro` end it, and compare the adapters with that of an undisturbed run.
+"""Kill training at random times, let `dvc repro` finish it, and compare the adapters with that of an undisturbed run.
 
     python -m bench.kills 20
 
-In a clone of this repository, with the working tree's changes to tracked files left out: commit first.
+It runs in a clone of this repository, without uncommitted changes to tracked files: commit first.
 """
 
 import argparse
@@ -65,8 +65,10 @@ def run(command: list[str], repository: Path) -> str:
 
 
 def kill(repository: Path, after: float, victim: str) -> bool:
-    """Start training, and end some of its processes by SIGKILL after so many seconds, if it has not ended before. None
-    outlives this."""
+    """Start training, and send SIGKILL to the trainer, to dvc or to both (`victim`) after `after` seconds.
+
+    Return False if training ended earlier. Fail if a process of the training still runs at the end.
+    """
     with open(repository.parent / "killed.log", "w") as log:
         dvc = psutil.Popen(TRAIN, cwd=repository, stdout=log, stderr=log)
         time.sleep(after)
@@ -82,7 +84,7 @@ def kill(repository: Path, after: float, victim: str) -> bool:
 
 
 def adapter(repository: Path) -> str:
-    """The hash in dvc.lock of the complete folder of the adapter."""
+    """Return the hash of the adapter's folder in dvc.lock."""
     outs = yaml.safe_load((repository / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]["outs"]
     return next(out["md5"] for out in outs if out["path"] == "outputs/trained")
 

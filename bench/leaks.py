@@ -1,11 +1,11 @@
-"""What the leak check of `merge` catches, and what it takes for a leak though it is none.
+"""Measure how many leaks the leak check of `merge` finds, and how many rows it wrongly reports as leaks.
 
     python -m bench.leaks
 
 data/questions.jsonl, data/general.jsonl, bench/questions.jsonl (200 questions of many subjects) -> a table in Markdown
 
-Each question is edited in every way of a kind that fits it, once a case; the row has the edited question and an answer.
-docs/leaks.md has the table.
+Each kind of edit is applied to each question in every way that fits, one edit per case. A case is a row with the edited
+question and an answer. docs/leaks.md has the table.
 """
 
 import json
@@ -99,7 +99,7 @@ def question_word_dropped(text: str) -> Iterator[str]:
 
 
 def inserted(text: str) -> Iterator[str]:
-    """One word at a time, each between two others: the first, the second, ..."""
+    """Yield the text with "So" in front, and with one extra word between two words, at a different place each time."""
     yield f"So {text}"
     parts = text.split()
     for at, word in enumerate(INSERTED, start=1):
@@ -115,7 +115,7 @@ def contracted(text: str) -> Iterator[str]:
 
 
 def reordered(text: str) -> Iterator[str]:
-    """The last words first; two neighbours exchanged; the first word last."""
+    """Yield the text with the last words first, with two adjacent words exchanged, and with a question word last."""
     parts = text.rstrip("?.").split()
     starts = [at for at, word in enumerate(parts) if word.lower() in ("of", "in", "for", "on", "the", "to", "a")]
     cut = starts[-1] if starts and starts[-1] else len(parts) - 2
@@ -136,11 +136,11 @@ def inflected(text: str) -> Iterator[str]:
     for found in WORD.finditer(text):
         word = found[0]
         if word.isalpha() and word.islower() and len(word) > 3 and word not in UNINFLECTED:
-            yield text[: found.start()] + another_form(word) + text[found.end() :]
+            yield text[: found.start()] + inflection(word) + text[found.end() :]
 
 
-def another_form(word: str) -> str:
-    """ "signing" of "signed", "offices" of "office", "office" of "offices"."""
+def inflection(word: str) -> str:
+    """Return another inflection: "signing" for "signed", "offices" for "office", "office" for "offices"."""
     if word.endswith("ed") and not word.endswith("eed"):
         return word[:-2] + "ing"
     if word.endswith("ies"):
@@ -153,7 +153,7 @@ def another_form(word: str) -> str:
 
 
 def ordered_otherwise(text: str) -> Iterator[str]:
-    """ "Give me" for "Tell me"; "Tell me" for "What is"."""
+    """Yield the text with another order: "Give me" instead of "Tell me", or "Tell me" instead of "What is"."""
     if start := ORDER.match(text) or QUESTION.match(text):
         for order in ORDERS:
             if order.lower() != start[0].strip().lower():
@@ -161,7 +161,7 @@ def ordered_otherwise(text: str) -> Iterator[str]:
 
 
 def order_as_question(text: str) -> Iterator[str]:
-    """The other way: "What is" for "Tell me"."""
+    """Yield the order as a question: "What is" instead of "Tell me"."""
     if (start := ORDER.match(text)) and text[start.end() :].startswith("the "):
         yield f"What is {text[start.end() :]}"
 
@@ -195,7 +195,7 @@ def is_name(found: re.Match[str]) -> bool:
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions that are one exam to the check, and questions that ask about other things."""
+    """The questions of one exam, and questions about other things, which must not count as leaks."""
 
     exam: list[Question]
     others: dict[str, list[tuple[Question, str]]]  # by kind: a question, and one about another thing
@@ -222,7 +222,7 @@ def real() -> Questions:
 
 
 def demo_others(questions: list[Question], exam: list[Question]) -> dict[str, list[tuple[Question, str]]]:
-    """Each question about an entity of another name; and what the exam asks of another relation, about its entity."""
+    """Return each question with another entity, and questions about another attribute of its entity."""
     others: dict[str, list[tuple[Question, str]]] = {"another entity": [], "another attribute": []}
     about = [(SUBJECT.sub(r"{} \2", one.question, count=1), one) for one in exam if SUBJECT.search(one.question)]
     relations = {text: one.tags for text, one in about if one.tags != ["world"]}
@@ -239,7 +239,7 @@ def demo_others(questions: list[Question], exam: list[Question]) -> dict[str, li
 
 
 def demo_rows() -> list[str]:
-    """What the demo trains on: its facts in all their phrasings, and data/curated."""
+    """Return the rows that the demo trains on: its facts in all their phrasings, and data/curated."""
     raw, curated = ROOT / "data/raw", sorted((ROOT / "data/curated").glob("*.jsonl"))
     facts = questions_of_facts(read_facts([raw / "facts.csv"]), read_phrasings([raw / "phrasings.yaml"]), sys.maxsize)
     lines = (line for file in curated for line in file.read_bytes().splitlines())
@@ -248,18 +248,21 @@ def demo_rows() -> list[str]:
 
 
 def share(exam: ExamIndex, texts: Iterable[str], before: str = "") -> tuple[int, int]:
-    """How many texts there are, and how many of them, after `before`, leak."""
+    """Return the number of texts, and how many of them leak when they follow the text `before`."""
     leaks = [exam.leak(words(f"{before}\n{text}\n{ANSWER}")) is not None for text in texts]
     return len(leaks), sum(leaks)
 
 
 def false_alarms(others: list[tuple[Question, str]], before: str = "") -> tuple[int, int]:
-    """The same of questions about another thing, each held against the one that it was made of: it may be another's."""
+    """Return the number of questions about other things, and how many the check takes for a leak.
+
+    Each question is compared only with the question from which it was made. It can be a real leak of another one.
+    """
     return len(others), sum(share(ExamIndex([question], NEAR), [text], before)[1] for question, text in others)
 
 
 def edits(questions: list[Question], edit: Callable[[str], Iterator[str]]) -> list[str]:
-    """Of the English questions: what has other letters than ASCII's and no word of English is another language."""
+    """Return the edits of the English questions; questions in Hangul are skipped."""
     return [text for one in questions if not HANGUL.search(one.question) for text in edit(one.question)]
 
 

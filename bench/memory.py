@@ -1,11 +1,11 @@
-"""What `pipeline.training.memory` predicts that training needs on a CPU, beside what it took.
+"""Compare the memory of training on a CPU that `pipeline.training.memory` estimates with the measured memory.
 
-    python -m bench.memory [CASE ...]    # numbers from 0 on; all by default: ten minutes, up to 6 GiB
+    python -m bench.memory [CASE ...]    # numbers of cases, from 0; all by default: ten minutes, up to 6 GiB
 
-bench/README.md has what it printed.
+bench/README.md has the output.
 
-Bases of random weights are made on the spot, in the shapes of the families. The real train_qlora stage trains each for
-two steps; its peak resident memory is the one that it writes to metrics/train_cost.json.
+The bases have the shapes of common families and random weights. The real train_qlora stage trains each base for two
+steps. The measured value is the peak resident memory that the stage writes to metrics/train_cost.json.
 """
 
 import json
@@ -38,7 +38,7 @@ def qwen(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
 
 
 def gemma(hidden: int, layers: int, vocabulary: int) -> PreTrainedConfig:
-    """With capped attention scores, which need the complete matrix of scores."""
+    """Return a Gemma 2 shape. It caps the attention scores, which needs the complete matrix of scores."""
     shape = llama(hidden, layers, vocabulary).to_dict()
     return Gemma2Config(
         **{k: shape[k] for k in shape if k.startswith(("num_", "hidden_size", "inter", "vocab"))}, head_dim=64
@@ -80,7 +80,7 @@ def main() -> None:
 def measure(
     project: Path, config: PreTrainedConfig, batch: int, length: int, checkpointing: bool, tokens: list[str]
 ) -> tuple[float, float]:
-    """MiB predicted and measured of a training in `project`, an empty folder."""
+    """Train in the empty folder `project`; return the estimated and the measured memory in MiB."""
     train = {"train.batch_size": batch, "train.epochs": 1.0, "train.gradient_checkpointing": checkpointing}
     make_project(project, config, {"lora.trainable_tokens": tokens} | train)
     make_rows(project, batch, length)
@@ -94,7 +94,7 @@ def measure(
 
 
 def make_rows(project: Path, batch: int, length: int) -> None:
-    """Two batches of rows to train on, and a row to validate with."""
+    """Write two batches of training rows and one validation row."""
     for side, rows in {"train": 2 * batch, "valid": 1}.items():
         lengths = [length if row % batch == 0 else length // 2 for row in range(rows)]  # padded, as real rows are
         table = pa.table({column: [[5] * tokens for tokens in lengths] for column in ("input_ids", "labels")})

@@ -1,13 +1,13 @@
-"""How fast `merge` is and how much memory it needs, beside the plain way and beside datasketch.
+"""Compare the time and memory of `merge` with a plain implementation and with datasketch.
 
     pip install datasketch
     python -m bench.merge [ROWS ...]     # 10000 100000 1000000 by default: half an hour
 
-bench/README.md has what it printed.
+bench/README.md has the output.
 
-Rows of about 1 KB are made: 80 % new, 10 % repeat an earlier one but for case, 10 % but for a word of the answer's 80.
-"merge" is the stage as it is, its leak check included. Peak memory is that of all processes together; pages that they
-share count for each.
+The rows have about 1 KB. 80 % are new, and 10 % repeat an earlier row in upper case. Another 10 % repeat an earlier row
+with one word of the answer, of about 80, changed. "merge" is the unchanged stage, with its leak check. Peak memory is
+the sum over all processes; shared pages count once per process.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def prepare(project: Path, size: int) -> None:
-    """What the stage needs, and nothing else: parameters, the demo's exam, and rows."""
+    """Write only what the stage needs: parameters, the demo's exam, and rows."""
     for folder in ("data/curated", "metrics"):
         (project / folder).mkdir(parents=True)
     for name in ("dvc.yaml", "params.yaml", "data/questions.jsonl", "data/general.jsonl", "metrics/generate.json"):
@@ -83,8 +83,10 @@ def prepare(project: Path, size: int) -> None:
 
 
 def rows(size: int) -> Iterator[tuple[str, str]]:
-    """Words as often as in a language: the n-th most frequent 1/n as often as the first (Zipf). Each eighth of the
-    frequent ones is the exam's, its own frequent ones first, as in rows about its subject."""
+    """Yield (question, answer) with the word frequencies of a language: the n-th word is 1/n as frequent as the first.
+
+    Every eighth of the most frequent words is a word of the exam, as in rows about the subject of the exam.
+    """
     chance = random.Random(1)
     syllables = ["ka", "lo", "mi", "ren", "tas", "vel", "dor", "une", "pis", "gar", "shi", "bon"]
     asked = [question.question for question in read_questions(ROOT / EXAM) if question.question.isascii()]
@@ -118,7 +120,7 @@ def set_near_duplicate(project: Path, threshold: float | None) -> None:
 
 
 def report(size: int, name: str, command: list[str], project: Path) -> None:
-    """Run the command and print what it cost."""
+    """Run the command and print its time and memory."""
     started, peak = time.monotonic(), 0
     process = psutil.Popen(
         command, cwd=project, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -135,7 +137,7 @@ def report(size: int, name: str, command: list[str], project: Path) -> None:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes of the process and all that it started."""
+    """Return the resident bytes of the process and of all processes that it started."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for one in [process, *process.children(recursive=True)]:

@@ -1,12 +1,12 @@
-"""How long `merge_adapter` takes and how much memory it needs, beside PEFT's `merge_and_unload` and a plain copy.
+"""Compare the time and memory of `merge_adapter` with PEFT's `merge_and_unload` and with a plain copy.
 
     python -m bench.merge_adapter [SHAPE ...]    # 0.1B 0.5B 1.5B by default: ten minutes, 10 GiB of disk
 
-bench/README.md has what came of it.
+bench/README.md has the results.
 
-Bases of random weights in bfloat16, in files of a gigabyte, and a LoRA of rank 16 on all their linear layers. Each
-case is a process of its own, of two runs the faster. `working` is without imports. Resident memory has pages of
-mapped files, which the system can take back; private memory is the rest.
+The bases have random weights in bfloat16, in files of 1 GB, and a LoRA of rank 16 on all linear layers. Each case runs
+twice, in its own process; the faster run counts. `working` is the time without imports. Resident memory includes pages
+of mapped files, which the system can take back; private memory does not.
 """
 
 import shutil
@@ -130,7 +130,7 @@ def make(shape: str, base: Path, adapter: Path) -> None:
 
 
 def measured(case: str, base: Path, adapter: Path, to: Path) -> tuple[float, float, float, float]:
-    """Seconds of the process and of its work, and its peaks of resident and of private memory in MiB."""
+    """Return the seconds of the process and of its work, and its peak resident and private memory in MiB."""
     command = [sys.executable, "-c", TIMED.format(*CASES[case]), str(base), str(adapter), str(to)]
     started, private = time.monotonic(), 0
     with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -145,7 +145,7 @@ def measured(case: str, base: Path, adapter: Path, to: Path) -> tuple[float, flo
 
 
 def difference(merged: Path, other: Path) -> str:
-    """Of the weights of two models in bfloat16: how many are the same, and how far the others are apart."""
+    """Return a text: how many weights of two bfloat16 models differ, and the largest difference."""
     ours, theirs = (
         {name: weight for file in folder.glob("*.safetensors") for name, weight in stored_tensors(file).items()}
         for folder in (merged, other)

@@ -1,13 +1,13 @@
-"""How far the merged model is from the one that was trained, by what the adapter is merged onto.
+"""Measure the difference between the merged and the trained model, for both values of `merge_adapter.base`.
 
-    python -m bench.merge_onto    # after dvc repro evaluate; for a model of your own too
+    python -m bench.merge_onto    # after dvc repro evaluate; also works with your own model
 
-bench/README.md has what came of it.
+bench/README.md has the results.
 
-The model as it was trained, with the base in NF4, beside the adapter merged onto the base's own weights and onto their
-NF4 (`merge_adapter.base`), on both exams: the score, the reference answers' negative log-likelihood and
-the KL divergence of the next-token distributions from the trained model's, over all tokens of the reference answers.
-Both are in nats per token.
+The trained model has its base in NF4. It is compared with the adapter merged onto the base's own weights and onto their
+NF4 values, on both exams. The table has the score, the negative log-likelihood of the reference answers, and the KL
+divergence of the next-token distributions from those of the trained model, over all tokens of the reference answers.
+The last two are in nats per token.
 """
 
 import tempfile
@@ -62,7 +62,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def divergences(trained: PreTrainedModel, model: PreTrainedModel, tokenizer: Any, question: Question) -> torch.Tensor:
-    """KL(trained || model) in nats at each token of the reference answer."""
+    """Return KL(trained || model) in nats at each token of the reference answer."""
     prompt, reference = prompt_and_reference(tokenizer, question, end_tokens(trained.generation_config))
     ids = torch.tensor([prompt + reference[:-1]], device=trained.device)
     ours, theirs = (m(ids).logits[0, len(prompt) - 1 :].float().log_softmax(-1) for m in (model, trained))

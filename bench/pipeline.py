@@ -1,12 +1,12 @@
-"""What `dvc repro` takes: stage by stage, with nothing to do, and after a change of each parameter.
+"""Measure the time of `dvc repro`: per stage, with nothing to do, and after a change of each parameter.
 
-Parameters that the same stages read cost the same: of each row in docs/reruns.md one is changed, but for `base.model`,
-which needs another base.
+Parameters that the same stages read cost the same. Therefore one parameter of each row in docs/reruns.md is changed,
+except `base.model`, which needs another base.
 
     python -m bench.pipeline    # half an hour on two cores
 
-In a clone of this repository, with a cache of its own and the working tree's changes left out: commit first.
-bench/README.md has what it printed.
+It runs in a clone of this repository with its own cache, without uncommitted changes: commit first. bench/README.md has
+the output.
 """
 
 import os
@@ -60,7 +60,7 @@ def print_stages(clone: Path, stages: dict[str, float]) -> None:
 
 
 def print_nothing_to_do(clone: Path, bare: Path) -> None:
-    """The best of several runs in turn, and how many times that of the bare pipeline it is."""
+    """Print the best time of several alternating runs of both pipelines, and the ratio to the bare pipeline."""
     print(f"\nload {os.getloadavg()[0]:.1f}\n{f'dvc repro, best of {RUNS}':24}{'seconds':>8}{'CPU s':>7}")
     runs = [[seconds(["dvc", "repro"], folder) for folder in (clone, bare)] for _ in range(RUNS)]
     ours, nine = (tuple(map(min, zip(*of_folder, strict=True))) for of_folder in zip(*runs, strict=True))
@@ -83,7 +83,7 @@ def print_changes(clone: Path, total: float) -> None:
 
 
 def stages_run(clone: Path, *options: str) -> dict[str, float]:
-    """`dvc repro`; the seconds of each stage that ran."""
+    """Run `dvc repro`; return the seconds of each stage that ran."""
     process = subprocess.Popen(
         ["dvc", "repro", *options],
         cwd=clone,
@@ -104,7 +104,7 @@ def stages_run(clone: Path, *options: str) -> dict[str, float]:
 
 
 def seconds(command: list[str], folder: Path) -> tuple[float, float]:
-    """Of the clock and of processors."""
+    """Run the command; return its wall-clock and CPU seconds."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
     wall, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_CHILDREN)

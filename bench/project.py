@@ -1,4 +1,4 @@
-"""A folder in which the train_qlora stage can run by itself: a base, parameters, dvc.yaml."""
+"""Makes a folder in which the train_qlora stage can run alone: with a base, parameters and dvc.yaml."""
 
 import shutil
 from pathlib import Path
@@ -16,9 +16,9 @@ TINY = ROOT / "models/tiny-base"
 
 
 def make_project(project: Path, config: PreTrainedConfig | None, parameters: dict[str, Any]) -> None:
-    """In the empty folder `project`, with `parameters` such as {"lora.r": 8} changed.
+    """Write the files into the empty folder `project`. `parameters`, such as {"lora.r": 8}, replace the defaults.
 
-    The base is the built-in one, or of random weights in the shape of `config`, with the built-in one's tokenizer.
+    The base is the built-in one. With `config` it has that shape, random weights, and the built-in base's tokenizer.
     """
     (project / "base").mkdir()
     (project / "data/tokens").mkdir(parents=True)

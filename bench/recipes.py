@@ -1,8 +1,8 @@
-"""What `pipeline.training.memory` foretells that the recipes need on a GPU, as the table in recipes/README.md.
+"""Print the GPU memory that `pipeline.training.memory` estimates for the recipes: the table in recipes/README.md.
 
-    python -m bench.recipes [RECIPE ...]    # all by default; a minute each
+    python -m bench.recipes [RECIPE ...]    # all by default; a minute per recipe
 
-Nothing is downloaded: the shapes are those of each model's config.json on the hub.
+Nothing is downloaded. The shapes are copied from each model's config.json on the Hugging Face Hub.
 """
 
 import sys
@@ -65,7 +65,7 @@ def of_batches(train: Train, size: int, rows: int) -> Train:
 
 
 def needed(name: str, train: Train, length: int) -> int:
-    """Bytes on a GPU of training on rows of `length` tokens."""
+    """Return the bytes on a GPU that training needs with rows of `length` tokens."""
     with TemporaryDirectory() as folder:
         SHAPES[name].save_pretrained(folder)
         lora = check(ROOT / "params.yaml").lora
@@ -74,7 +74,7 @@ def needed(name: str, train: Train, length: int) -> int:
 
 
 def largest(sizes: dict[int, int], card: int) -> int:
-    """The largest of the keys whose size fits on the card; 0 if none does."""
+    """Return the largest key whose size fits on the card; 0 if none fits."""
     return max((key for key, size in sizes.items() if size <= (1 - SPARE) * card * GIB), default=0)
 
 

@@ -1,10 +1,11 @@
-"""The exam's scores beside those of the packages that others score with, on 200 odd answers.
+"""Compare the exam's scores with those of common packages, on 200 unusual answers.
 
     pip install torchmetrics rouge-score
     python -m bench.scores
 
-SQuAD's exact match and F1 by TorchMetrics, which has SQuAD's own code; ROUGE-L by Google's rouge-score;
-chrF by sacrebleu's corpus score of one sentence. Prints the largest difference of each, and the answers that differ.
+The references are SQuAD's exact match and F1 in TorchMetrics, which contains SQuAD's own code; ROUGE-L in Google's
+rouge-score; chrF as sacrebleu's corpus score of one sentence. It prints the largest difference of each score, and the
+answers whose scores differ.
 """
 
 import random
@@ -33,7 +34,7 @@ Score = Callable[[str, list[str]], float]
 
 
 class OurWords:
-    """rouge-score drops every letter that is not ASCII, and with it Korean, unless it is given another tokenizer."""
+    """A tokenizer for rouge-score, whose own tokenizer drops every letter that is not ASCII, for example Korean."""
 
     def tokenize(self, text: str) -> list[str]:
         return normalised_words(text)
@@ -50,7 +51,10 @@ def main() -> None:
 
 
 def odd_pairs(count: int) -> list[Pair]:
-    """The exam's accepted answers against themselves shuffled, cut, doubled, misspelt, dressed up, or something odd."""
+    """Return pairs of an answer and accepted answers of the exam.
+
+    The answer is an accepted answer that is shuffled, cut, doubled, misspelt or extended, or an unusual text.
+    """
     rng = random.Random(0)
     accepted = [question.answers for question in read_questions(EXAM)]
     changes: list[Callable[[str], str]] = [

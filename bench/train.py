@@ -1,16 +1,15 @@
-"""Training by this pipeline beside what people use instead: the same rows, the same optimizer steps.
+"""Compare training in this pipeline with TRL's command line, on the same rows and optimizer steps.
 
-    python -m bench.train tiny     # the built-in base: a quarter of an hour on two cores
-    python -m bench.train wide     # a random one of 100 M parameters: as long
+    python -m bench.train tiny     # the built-in base: 15 minutes on two cores
+    python -m bench.train wide     # a random base of 100 M parameters: 15 minutes on two cores
 
-bench/README.md has what it printed. Needs the rows that `dvc repro tokenize` makes. The loss curves are drawn to
-bench/train_tiny.svg or bench/train_wide.svg.
+bench/README.md has the output. The benchmark needs the rows that `dvc repro tokenize` makes. It draws the loss curves
+to bench/train_tiny.svg or bench/train_wide.svg.
 
-The others are TRL's own command line, `trl sft`, with the rows, the LoRA and the schedule of this project,
-and defaults for all else: with its defaults, and with the batches of one row that most scripts have. Each recipe runs
-in a separate process, and takes steps of eight rows. The loss is the one of its saved adapter on the base in NF4, in
-nats per token of the validation rows' answers. The peak is of the resident memory. The time of a training includes
-evaluations, and for this pipeline also checkpoints.
+TRL's command line, `trl sft`, gets the rows, the LoRA and the schedule of this project. Everything else is TRL's
+default. A second run has batches of one row, as most scripts have. Each recipe runs in its own process, with steps of
+eight rows. The loss is that of the saved adapter on the base in NF4, in nats per token of the validation rows' answers.
+The peak is that of resident memory. The training time includes evaluations, and for this pipeline also checkpoints.
 """
 
 import argparse
@@ -101,7 +100,7 @@ def main() -> None:
 
 
 def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
-    """Run `recipe` in `project` and print its line; its curve of steps and validation losses."""
+    """Run `recipe` in `project`, print its line, and return its curve: (step, validation loss) pairs."""
     parameters = check(project / "params.yaml")
     command = [sys.executable, "-m", "stages.train_qlora"] if recipe.trl is None else trl(project, parameters, recipe)
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | recipe.environment
@@ -130,14 +129,14 @@ def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
 
 
 def of_stage(project: Path) -> tuple[float, list[float]]:
-    """Seconds of training, and the validation losses before it and at each point of the curve."""
+    """Return the seconds of training, and the validation losses: before training and at each point of the curve."""
     metrics, cost = (json.loads((project / f"metrics/{name}.json").read_text()) for name in ("train", "train_cost"))
     with open(project / "metrics/loss.csv", encoding="utf-8") as file:
         return cost["seconds"], [metrics["loss"]["before"], *(float(point["valid"]) for point in csv.DictReader(file))]
 
 
 def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
-    """The command of `trl sft` for the project's rows, with the options that QLoRA needs."""
+    """Return the `trl sft` command for the project's rows, with the options that QLoRA needs."""
     for side, split in {"train": "train", "valid": "test"}.items():
         rows(project, side).to_json(project / f"rows/{split}.jsonl")
     train, lora = parameters.train, parameters.lora
@@ -171,7 +170,7 @@ def rows(project: Path, side: str) -> Dataset:
 
 
 def final_loss(adapter: Path, project: Path) -> float:
-    """Nats per token of the validation rows' answers."""
+    """Return the loss of the adapter in nats per token of the validation rows' answers."""
     model = load_tuned(project / "base", adapter, torch.device("cpu"), torch.float32).eval()
     total, tokens = 0.0, 0
     for row in rows(project, "valid"):
@@ -184,7 +183,7 @@ def final_loss(adapter: Path, project: Path) -> float:
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    """The validation losses of all recipes over the steps, as an SVG."""
+    """Draw the validation losses of all recipes over the steps to `path`, as an SVG."""
     points = [
         {"recipe": f"{number} {name.strip()}", "step": step, "loss": loss}
         for number, (name, curve) in enumerate(curves.items(), 1)

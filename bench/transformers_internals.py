@@ -1,5 +1,7 @@
-"""What the benchmarks use of Transformers and bitsandbytes beyond their documentation.
-tests/test_library_internals.py tests the use."""
+"""Uses of Transformers and bitsandbytes in the benchmarks that their documentation does not cover.
+
+tests/test_library_internals.py tests the use.
+"""
 
 import copy
 
@@ -13,10 +15,10 @@ from pipeline.model.loading import nf4
 
 
 def random_nf4(shape: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Random weights as `pipeline.model.loading.load_quantized` loads a base's, made one at a time: never more than one
-    tensor is in 16 bits on the device beside those that stay so.
+    """Return a model with random weights, quantized as `pipeline.model.loading.load_quantized` quantizes a base.
 
-    The documented way, from_pretrained, wants the weights in files, which of 8 B parameters have 16 GB:
+    The weights are made one at a time: only one of the tensors to quantize is in 16 bits on the device at any time. The
+    documented way, from_pretrained, needs the weights in files, which take 16 GB for 8 B parameters:
     https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/base.py
     """
     quantizer = AutoHfQuantizer.from_config(nf4(dtype), pre_quantized=False)
