@@ -134,7 +134,7 @@ def measured(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
-    """Return a trainer like that of stages.train_qlora, with one row per step and the learning rate of a large model."""
+    """Return a trainer like that of stages.train_qlora, with one row per step and a learning rate for large models."""
     parameters = of_params_yaml(device)
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))

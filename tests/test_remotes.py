@@ -176,7 +176,7 @@ def cache(machine: Project) -> dict[str, Path]:
     return contents(machine.folder / ".dvc/cache")
 
 
-def is_whole(name: str, content: bytes) -> bool:
+def is_complete(name: str, content: bytes) -> bool:
     return hashlib.md5(content).hexdigest() == name.removesuffix(".dir")
 
 
@@ -252,7 +252,7 @@ def test_what_is_pushed_with_the_right_credentials_is_pulled_on_another_machine(
 
     server.admit(first)
     first.run("dvc", "push", "adapter")
-    assert all(is_whole(name, server.read(name)) for name in server.names())
+    assert all(is_complete(name, server.read(name)) for name in server.names())
     second = second_machine(first)
     server.admit(second)
     second.run("dvc", "pull", "adapter")
@@ -269,15 +269,15 @@ def test_a_server_that_dies_in_the_middle_costs_no_more_than_a_repetition(server
     assert "files failed to upload" in said
     server.start()
     server.admit(first)
-    assert len(server.names()) < FILES and all(is_whole(name, server.read(name)) for name in server.names())
+    assert len(server.names()) < FILES and all(is_complete(name, server.read(name)) for name in server.names())
     first.run("dvc", "push", "adapter")
-    assert server.names() == set(cache(first)) and all(is_whole(name, server.read(name)) for name in server.names())
+    assert server.names() == set(cache(first)) and all(is_complete(name, server.read(name)) for name in server.names())
 
     second = second_machine(first)
     server.admit(second)
     said = cut(server, second, "dvc", "pull", "adapter", moved=lambda: len(cache(second)))
     assert "files failed to download" in said
-    assert len(cache(second)) < FILES and all(is_whole(name, file.read_bytes()) for name, file in cache(second).items())
+    assert len(cache(second)) < FILES and all(is_complete(name, file.read_bytes()) for name, file in cache(second).items())
     server.start()
     for machine in (first, second):
         server.admit(machine)
