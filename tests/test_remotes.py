@@ -277,7 +277,9 @@ def test_a_server_that_dies_in_the_middle_costs_no_more_than_a_repetition(server
     server.admit(second)
     said = cut(server, second, "dvc", "pull", "adapter", moved=lambda: len(cache(second)))
     assert "files failed to download" in said
-    assert len(cache(second)) < FILES and all(is_complete(name, file.read_bytes()) for name, file in cache(second).items())
+    assert len(cache(second)) < FILES and all(
+        is_complete(name, file.read_bytes()) for name, file in cache(second).items()
+    )
     server.start()
     for machine in (first, second):
         server.admit(machine)
