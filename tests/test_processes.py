@@ -166,7 +166,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     require_gpus(2, torch.device("cuda"))
     require_gpus(3, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"torch sees 2 GPUs, but train\.processes is 1: set it to 2, or choose one"):
+    with pytest.raises(UserError, match=r"torch finds 2 GPUs, but train\.processes is 1: set it to 2, or choose one"):
         require_gpus(1, torch.device("cuda"))
     with pytest.raises(UserError, match=r"train\.processes: 3 processes need a GPU each, but .* 2: set it to 2"):
         require_gpus(3, torch.device("cuda"))

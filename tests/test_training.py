@@ -86,7 +86,7 @@ def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
             pick_device("cuda")
 
 
-def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_the_knob(train: Callable[..., str]) -> None:
+def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_a_remedy(train: Callable[..., str]) -> None:
     line = r"the validation loss is \d+\.\d\d after step 4, and was 3\.\d\d before training: lower train\.learning_rate"
     with pytest.raises(UserError, match=line):
         train(train__learning_rate=0.1, train__eval_steps=4)

@@ -105,11 +105,11 @@ def require_gpus(processes: int, device: torch.device) -> None:
     gpus = torch.cuda.device_count()
     if device.type == "cuda" and processes > gpus:
         raise UserError(
-            f"train.processes: {processes} processes need a GPU each, but torch sees {gpus}: set it to {gpus}"
+            f"train.processes: {processes} processes need a GPU each, but torch finds {gpus}: set it to {gpus}"
         )
     if device.type == "cuda" and processes == 1 < gpus:
         raise UserError(
-            f"torch sees {gpus} GPUs, but train.processes is 1: set it to {gpus}, or choose one GPU, for example with "
+            f"torch finds {gpus} GPUs, but train.processes is 1: set it to {gpus}, or choose one GPU, for example with "
             "CUDA_VISIBLE_DEVICES=0"
         )
 
