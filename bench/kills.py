@@ -38,13 +38,13 @@ def main() -> None:
         complete = time.monotonic() - started
         expected = adapter(repository)
         print(f"undisturbed: {complete:.0f} s, adapter {expected}\n")
-        print(f"{'kill':>4}  {'after':>6}  {'victim':8}{'goes on from':>14}  adapter")
+        print(f"{'kill':>4}  {'after':>6}  {'victim':8}{'continues at':>14}  adapter")
         same = 0
         for number in range(1, kills + 1):
             victim = VICTIMS[number % 3]
             while not kill(repository, after := chance.uniform(0, complete), victim):
                 pass  # it had ended: this machine is faster now
-            step = re.search(r"going on from checkpoint-(\d+)", run(TRAIN, repository))
+            step = re.search(r"continuing from checkpoint-(\d+)", run(TRAIN, repository))
             same += adapter(repository) == expected
             at = f"step {step[1]}" if step else "the start"
             print(f"{number:>4}  {after:>4.0f} s  {victim:8}{at:>14}  {adapter(repository)}", flush=True)
@@ -79,7 +79,7 @@ def kill(repository: Path, after: float, victim: str) -> bool:
             process.kill()
         dvc.wait()
         _, alive = psutil.wait_procs(trainer, timeout=10)
-        assert not alive, f"{victim} was killed, and training goes on"
+        assert not alive, f"{victim} was killed, and training continues"
         return True
 
 

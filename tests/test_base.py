@@ -192,8 +192,8 @@ def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> Non
         *question_and_answer("누가요?", "김서연"),
     ]
     ids, labels = supervised(tokenizer, messages, {end}, "here")
-    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    assert tokenizer.decode(learnt) == "Ada Adler<|im_end|>김서연<|im_end|>"
+    trained_on = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
+    assert tokenizer.decode(trained_on) == "Ada Adler<|im_end|>김서연<|im_end|>"
     assert all(label in (IGNORED, token) for token, label in zip(ids, labels, strict=True))
     assert supervised(tokenizer, messages, {0, end}, "here") == (ids, labels)  # a base may have several end tokens
 

@@ -85,7 +85,7 @@ def test_the_longest_context_is_found_from_any_guess(limit: int, guess: int) -> 
     assert len(tried) < 25
 
 
-def test_contexts_are_told_for_each_cap_and_so_is_what_stops_them_but_memory(
+def test_contexts_are_printed_for_each_cap_and_what_else_than_memory_stops_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(*options: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_ctrl_c_ends_the_answer_and_what_makes_it_and_keeps_what_was_said(capsys
     assert capsys.readouterr().out == "Ada [stopped]\n"
 
 
-def test_a_full_context_is_said_in_one_line_and_the_chat_goes_on_without_torch(base_gguf: Path) -> None:
+def test_a_full_context_is_said_in_one_line_and_the_chat_continues_without_torch(base_gguf: Path) -> None:
     program = (
         "import sys; from tools import chat; chat.main(); sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     )
@@ -82,9 +82,9 @@ def test_a_full_context_is_said_in_one_line_and_the_chat_goes_on_without_torch(b
 def test_an_answer_comes_in_pieces_and_ends_where_the_room_ends(base_gguf: Path) -> None:
     with served(base_gguf, context=512, threads=1) as server:
         prompt = server.tokens([{"role": "user", "content": "한글 두 글자?"}])
-        whole = server.complete(prompt, 8)
+        complete = server.complete(prompt, 8)
         replies = list(server.stream(prompt, 8, temperature=0))
-        assert "".join(reply["content"] for reply in replies) == whole["content"] and len(replies) > 2
+        assert "".join(reply["content"] for reply in replies) == complete["content"] and len(replies) > 2
         assert [reply["stop_type"] for reply in server.stream(prompt, 1, 0) if reply["stop"]] == ["limit"]
         pieces = server.stream(server.tokenize("8" * 100, parse_special=False), 400, temperature=0)  # eights for ever
         next(pieces)

@@ -27,7 +27,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TINY = ROOT / "models/tiny-base"
 
 
-def test_a_fresh_clone_is_told_what_it_will_make_and_what_that_takes(
+def test_in_a_fresh_clone_the_check_prints_what_is_made_and_what_that_takes(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tool.main()
@@ -97,7 +97,7 @@ def test_a_base_that_takes_no_step_without_weights_is_refused_for_its_experts_al
     assert "no estimate: qwen3_moe takes no step without weights" in capsys.readouterr().out
 
 
-def test_a_typo_is_told_before_torch_is_imported(project: Project) -> None:
+def test_a_typo_is_reported_before_torch_is_imported(project: Project) -> None:
     project.set(lora__r=0)
     code = """
 import sys, tools.check
@@ -185,7 +185,7 @@ def test_training_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("hidden", "kv_heads", "vocabulary", "batch_size", "process", "known"),
     [(14336, 8, 128256, 2, False, 7.4), (11008, 32, 32000, 1, True, 6.5)],
-    ids=["Llama 3.1 8B, allocated by torchtune", "7B, whole"],
+    ids=["Llama 3.1 8B, allocated by torchtune", "7B, complete"],
 )
 def test_what_others_measured_of_8b_and_7b_at_2048_tokens_comes_out(
     tmp_path: Path, hidden: int, kv_heads: int, vocabulary: int, batch_size: int, process: bool, known: float

@@ -68,7 +68,7 @@ def test_a_file_whose_probabilities_are_no_numbers_is_refused(base_gguf: Path, t
         in_llama_cpp(server, [1], [5, 2])
 
 
-def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
+def test_divergence_is_that_of_the_likeliest_tokens_and_all_others_as_one() -> None:
     given = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.125)}
     assert divergence(given, given) == pytest.approx(0, abs=1e-6)
     results = {1: math.log(0.25), 0: math.log(0.25)}
@@ -78,7 +78,7 @@ def test_divergence_is_that_of_the_told_tokens_and_all_others_as_one() -> None:
     assert divergence({7: math.log(0.9)}, given) > 1  # which `given` holds for as likely as its last
 
 
-def test_each_conversion_is_measured_from_the_form_that_it_starts_at() -> None:
+def test_each_conversion_is_measured_from_the_variant_that_it_starts_at() -> None:
     def variant(answer: str, likely: float) -> Variant:
         """A model that answers so, and finds the reference's one token, 0, so likely."""
         rest = {1: math.log(1 - likely)}

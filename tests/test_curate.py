@@ -51,10 +51,10 @@ def examined(*wrong: dict[str, Any], right: int = 1) -> None:
     jsonl(EXAM, *wrong, *known)
     generate.main()
     merge.main()
-    sat({question["id"] for question in wrong})
+    answer_exams({question["id"] for question in wrong})
 
 
-def sat(wrong: set[str], forgotten: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def answer_exams(wrong: set[str], forgotten: set[str] = frozenset()) -> None:  # type: ignore[assignment]
     for path, name in [(EXAM, "answers"), (GENERAL_EXAM, "answers_general")]:
         results = [
             {
@@ -89,19 +89,19 @@ LEADER = question("q0", "Who runs the Ay team?", "Ann Ay", "data/raw/facts.csv:2
 ROOM = question("q1", "Where can I find the Ay team?", "room 1", "data/raw/facts.csv:3", tags=["room"])
 
 
-def test_a_failed_question_brings_the_forms_of_its_fact_that_training_has_not_used(
+def test_a_failed_question_brings_the_phrasings_of_its_fact_that_training_has_not_used(
     workspace: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     examined(LEADER, ROOM)
-    sat({LEADER["id"], ROOM["id"]}, forgotten={"g01"})
+    answer_exams({LEADER["id"], ROOM["id"]}, forgotten={"g01"})
     curate.main()
     assert proposed() == [("Who is in charge of the Ay team?", "Ann Ay", "data/raw/facts.csv:2", [LEADER["id"]])]
-    told = capsys.readouterr().out
-    assert f"{EXAM}: 2 of " in told and "1 of    1  leader" in told
-    assert f'{LEADER["id"]}  "Who runs the Ay team?"\n    expected "Ann Ay", answered "\\u001b[2Jno idea"' in told
-    assert f"none for {ROOM['id']}: all its phrasings are used: add phrasings, set generate.endpoint" in told
-    assert "1 of 60 questions failed, 1 of them forgotten" in told and "g01\n" in told
-    assert told.splitlines()[-1].startswith("edit them, then: mv data/candidates.jsonl data/curated/")
+    printed = capsys.readouterr().out
+    assert f"{EXAM}: 2 of " in printed and "1 of    1  leader" in printed
+    assert f'{LEADER["id"]}  "Who runs the Ay team?"\n    expected "Ann Ay", answered "\\u001b[2Jno idea"' in printed
+    assert f"none for {ROOM['id']}: all its phrasings are used: add phrasings, set generate.endpoint" in printed
+    assert "1 of 60 questions failed, 1 of them forgotten" in printed and "g01\n" in printed
+    assert printed.splitlines()[-1].startswith("edit them, then: mv data/candidates.jsonl data/curated/")
 
 
 def test_kept_candidates_are_trained_on_and_the_leak_gate_stands(workspace: Project) -> None:
@@ -121,7 +121,7 @@ def test_kept_candidates_are_trained_on_and_the_leak_gate_stands(workspace: Proj
         merge.main()
 
 
-def test_a_form_that_asks_a_question_of_either_exam_is_no_candidate(
+def test_a_phrasing_that_asks_a_question_of_either_exam_is_no_candidate(
     workspace: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace.set(merge__near_leak=0.85)
@@ -146,12 +146,12 @@ def test_without_a_source_the_answer_and_the_words_lead_to_the_fact_and_what_not
     examined(found, nobody, fax, hand)
     curate.main()
     assert proposed() == [("Who is in charge of the Boe team?", "Ann Boe", "data/raw/facts.csv:4", [found["id"]])]
-    told = capsys.readouterr().out
-    unanswered = told.partition("data/raw and data/curated have no answer to these questions")[2].partition(
+    printed = capsys.readouterr().out
+    unanswered = printed.partition("data/raw and data/curated have no answer to these questions")[2].partition(
         str(GENERAL_EXAM)
     )[0]
     assert [key for key in ("q0", "q1", "q2", "q3") if f"  {key}  " in unanswered] == [nobody["id"], fax["id"]]
-    assert "data/curated/handbook.jsonl:3: candidates: 0" in told
+    assert "data/curated/handbook.jsonl:3: candidates: 0" in printed
 
 
 def test_a_fact_that_says_otherwise_than_the_exam_is_named(
@@ -159,9 +159,11 @@ def test_a_fact_that_says_otherwise_than_the_exam_is_named(
 ) -> None:
     examined(LEADER | {"answer": "Bo Ek"})
     curate.main()
-    told = capsys.readouterr().out
-    assert f'none for {LEADER["id"]}: the answer is "Ann Ay", which the exam does not accept: correct the data' in told
-    assert told.splitlines()[-1] == "no candidates: correct the data as printed above, then run dvc repro"
+    printed = capsys.readouterr().out
+    assert (
+        f'none for {LEADER["id"]}: the answer is "Ann Ay", which the exam does not accept: correct the data' in printed
+    )
+    assert printed.splitlines()[-1] == "no candidates: correct the data as printed above, then run dvc repro"
     assert not CANDIDATES.exists()
 
 
@@ -180,9 +182,9 @@ def test_a_held_back_question_is_neither_named_nor_helped(
     monkeypatch.setattr(curate, "HELD_BACK", 1)  # every source
     examined(LEADER, right=0)
     curate.main()
-    told = capsys.readouterr().out
-    assert LEADER["question"] not in told and not CANDIDATES.exists()
-    assert "held back: 0 of 1 correct" in told and told.endswith("except held-back ones\n")
+    printed = capsys.readouterr().out
+    assert LEADER["question"] not in printed and not CANDIDATES.exists()
+    assert "held back: 0 of 1 correct" in printed and printed.endswith("except held-back ones\n")
 
 
 def test_a_fact_or_a_question_added_above_moves_no_other_question_into_the_hold_out() -> None:
@@ -221,9 +223,9 @@ def worded(line: str, seed: int) -> str:
         "noon": [f"Till when does the shop sell, {seed}?"],
         "closes": ["What does it do at noon?"],  # no answer to the exam
     }
-    told = [{"questions": asked, "answer": a, "quote": line} for a, asked in questions.items() if a in line]
+    items = [{"questions": asked, "answer": a, "quote": line} for a, asked in questions.items() if a in line]
     wrong = {"questions": ["When does the shop shut?"], "answer": "noon", "quote": "It shuts."}  # which nothing says
-    return json.dumps({"items": [*told, wrong]})
+    return json.dumps({"items": [*items, wrong]})
 
 
 def test_the_endpoint_words_questions_about_a_used_up_fact_and_the_part_of_a_passage_that_holds_the_answer(

@@ -206,7 +206,7 @@ def test_a_stage_that_makes_the_same_again_reruns_no_other(finished: Project) ->
     assert "Stage 'merge' is cached" in done.stdout and not ran(done.stdout)
 
 
-def test_a_queued_experiment_goes_on_where_a_killed_one_was_and_with_less_training_scores_lower(
+def test_a_queued_experiment_continues_a_killed_one_and_with_less_training_scores_lower(
     finished: Project,
 ) -> None:
     less = ["-S", "lora.r=1", "-S", "train.epochs=2", "-S", "gguf.quantize=[]"]

@@ -72,7 +72,7 @@ def metrics(name: str) -> Any:
     return json.loads(Path(f"metrics/{name}.json").read_text(encoding="utf-8"))
 
 
-def test_a_family_learns_and_every_form_of_it_answers_alike(family: str) -> None:
+def test_a_family_learns_and_every_variant_answers_alike(family: str) -> None:
     prepare_base.main()
     tokenize.main()
     train_qlora.main()

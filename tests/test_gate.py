@@ -127,7 +127,7 @@ def test_what_is_deleted_is_not_taken_for_an_absent_output(project: Project, gat
     assert not passed and "data/general.jsonl: deleted" in end
 
 
-def test_a_revision_that_cannot_be_compared_with_is_told_and_fails_nothing(project: Project, gate: Gate) -> None:
+def test_a_revision_that_cannot_be_compared_with_is_named_and_fails_nothing(project: Project, gate: Gate) -> None:
     exam = (project.folder / "data/questions.jsonl").read_text(encoding="utf-8")
     (project.folder / "data/questions.jsonl").write_text(exam.replace("Who runs", "Who leads"), encoding="utf-8")
     project.run("git", "commit", "-qam", "another exam")

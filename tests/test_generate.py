@@ -101,7 +101,7 @@ def test_the_base_has_never_met_the_demos_subjects(project: Project) -> None:
     assert not [subject for subject in subjects if subject.split()[0] in world]
 
 
-def test_facts_of_every_kind_are_asked_in_forms_of_every_kind_and_stay_as_written(workspace: Project) -> None:
+def test_facts_of_every_kind_are_asked_in_phrasings_of_every_kind_and_stay_as_written(workspace: Project) -> None:
     write(
         {
             "a.csv": 'name,price,warranty\nLamp,"1,200",\nFan,7.50,2 years\n',
@@ -347,11 +347,11 @@ def items(body: Any, answer: str | None = None) -> str:
     line = body["messages"][0]["content"].splitlines()[-1]
     schema = body["response_format"]["json_schema"]["schema"]["properties"]["items"]
     wordings = schema["items"]["properties"]["questions"]["maxItems"]
-    told = [
+    items = [
         {"questions": [f"{line} {n}.{m}?" for m in range(wordings)], "answer": answer or line, "quote": line}
         for n in range(schema["maxItems"])
     ]
-    return json.dumps({"items": told})
+    return json.dumps({"items": items})
 
 
 def well(body: Any) -> Answer:
@@ -367,19 +367,19 @@ class Endpoint:
         self.keys: set[str] = set()
         self.at_once = self.most_at_once = 0
         self.lock = Lock()
-        told = self
+        server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with told.lock:
-                    told.requests.append(body)
-                    told.keys.add(self.headers["Authorization"])
-                    told.at_once += 1
-                    told.most_at_once = max(told.most_at_once, told.at_once)
-                status, headers, content = told.script(body)
-                with told.lock:
-                    told.at_once -= 1
+                with server.lock:
+                    server.requests.append(body)
+                    server.keys.add(self.headers["Authorization"])
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                status, headers, content = server.script(body)
+                with server.lock:
+                    server.at_once -= 1
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -478,8 +478,8 @@ def test_questions_that_ask_nothing_of_their_own_are_dropped_and_counted(scripte
         "Is it floor 2 - 1?",
     ]
     line = "The Ay team sits on floor 2."
-    told = json.dumps({"items": [{"questions": wordings, "answer": line, "quote": line}]})
-    scripted.script = lambda body: completion(told)
+    reply = json.dumps({"items": [{"questions": wordings, "answer": line, "quote": line}]})
+    scripted.script = lambda body: completion(reply)
     ask_at(scripted.url, project)
     (project.folder / "data/raw/a.md").write_text(f"# Offices\n\n## Ay\n\n{line}\n", encoding="utf-8")
     generate.main()
@@ -606,7 +606,7 @@ def may_cost(*names: str) -> int:
     return max(map(endpoint.size, requests)) + endpoint.longest_reply(parameters)
 
 
-def test_a_spent_budget_ends_the_run_and_the_next_goes_on(workspace: Project, scripted: Endpoint) -> None:
+def test_a_spent_budget_ends_the_run_and_the_next_continues(workspace: Project, scripted: Endpoint) -> None:
     write({"a.md": teams(*NAMES)})
     budget = 200 + may_cost(*NAMES)
     workspace.set(generate__token_budget=budget, generate__concurrency=1)
@@ -680,7 +680,7 @@ def test_replies_that_were_kept_without_a_limit_are_found(scripted: Endpoint) ->
     assert reply["key"] == hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
 
-def test_a_killed_run_goes_on_where_it_was_and_pays_for_nothing_twice(workspace: Project, scripted: Endpoint) -> None:
+def test_a_killed_run_continues_where_it_was_and_pays_for_nothing_twice(workspace: Project, scripted: Endpoint) -> None:
     def slowly(body: Any) -> Answer:
         time.sleep(0.1)
         return well(body)
@@ -755,11 +755,11 @@ def test_a_model_in_llama_cpp_keeps_to_the_schema_and_its_nonsense_is_dropped(
         workspace.set(generate__questions_per_passage=2, generate__paraphrases=1)
         generate.main()
     kept = read_jsonl(Path("data/replies.jsonl"))
-    told = [json.loads(reply["reply"])["items"] for reply in kept]
-    assert len(told) == 3 and all(1 <= len(of_passage) <= 2 for of_passage in told)
-    assert all(len(item["questions"]) == 2 for of_passage in told for item in of_passage)
+    replies = [json.loads(reply["reply"])["items"] for reply in kept]
+    assert len(replies) == 3 and all(1 <= len(of_passage) <= 2 for of_passage in replies)
+    assert all(len(item["questions"]) == 2 for of_passage in replies for item in of_passage)
     assert all(reply["tokens"] > 0 for reply in kept)
     counts = metrics()["questions"]
-    assert counts["of_documents"] == sum(len(item["questions"]) for of_passage in told for item in of_passage)
+    assert counts["of_documents"] == sum(len(item["questions"]) for of_passage in replies for item in of_passage)
     assert counts["misquoted"] == counts["of_documents"] and counts["kept"] == 0 and rows() == []
     assert metrics()["passages"] == {"read": 3, "unanswered": 0}

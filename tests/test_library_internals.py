@@ -112,7 +112,7 @@ def test_peft_wraps_a_head_with_trained_tokens_without_its_bias() -> None:
     assert model.get_output_embeddings().bias is None
 
 
-def test_peft_loads_an_adapter_in_float32_unless_told_not_to(tmp_path: Path) -> None:
+def test_peft_loads_an_adapter_in_float32_by_default(tmp_path: Path) -> None:
     model = adapted()
     for weight in adapter_weights(model).values():
         weight.data = weight.data.to(BFLOAT16)

@@ -89,7 +89,7 @@ def kept(file: str) -> dict[str, list[dict[str, str]]]:
         ({"question": "Who leads Osk?", "answer": " Ann Lee\n", "topic": "teams", "messages": None}, [Q, A]),
     ],
 )
-def test_every_format_is_told_by_its_keys(content: Any, messages: Any) -> None:
+def test_every_format_is_recognized_by_its_keys(content: Any, messages: Any) -> None:
     assert conversation(content) == messages
 
 

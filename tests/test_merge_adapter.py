@@ -295,7 +295,7 @@ def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) 
         merge_adapter.main()
 
 
-def test_a_disk_without_room_is_told_before_the_work_and_one_that_fills_up_after_it(tmp_path: Path) -> None:
+def test_a_disk_without_room_is_reported_before_the_work_and_one_that_fills_up_after_it(tmp_path: Path) -> None:
     merged, room = tmp_path / "merged", 2 * shutil.disk_usage(tmp_path).free
     with pytest.raises(UserError, match=r"merged needs .* GiB of disk, and .* are free: "), room_for(room, merged):
         pytest.fail("it should not have begun")

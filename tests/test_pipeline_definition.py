@@ -26,7 +26,7 @@ def outputs(stage: dict[str, Any]) -> list[str]:
 
 
 def parameters_read(file: Path) -> set[str]:
-    """Every key that the file reads as `parameters.section.key` or as part of a whole `parameters.section`."""
+    """Every key that the file reads as `parameters.section.key` or as part of a complete `parameters.section`."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
     inner = {node.value for node in nodes if isinstance(node, ast.Attribute)}
     names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute) and node not in inner}

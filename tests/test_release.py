@@ -87,9 +87,9 @@ def test_a_version_is_what_anybody_gets_by_its_stage_and_its_tag_tells_what_chan
     versions = {f"{name}@{version}" for name in ARTIFACTS for version in ("v1.9.0", "v1.10.0")}
     assert tags(project) == {*versions, "adapter#prod#1"}
     for name in ARTIFACTS:
-        told = project.run("git", "for-each-ref", "--format=%(objecttype) %(contents)", f"refs/tags/{name}@v1.10.0")
-        [row] = [line for line in told.stdout.splitlines() if "| tuned.correct " in line]
-        assert told.stdout.startswith("tag ") and row.split()[5:8:2] == [f"{before:.5f}", "0.99"]
+        tag = project.run("git", "for-each-ref", "--format=%(objecttype) %(contents)", f"refs/tags/{name}@v1.10.0")
+        [row] = [line for line in tag.stdout.splitlines() if "| tuned.correct " in line]
+        assert tag.stdout.startswith("tag ") and row.split()[5:8:2] == [f"{before:.5f}", "0.99"]
 
     assert Project(origin).run("git", "tag").stdout == ""  # nothing is pushed unasked
     project.run("git", "push", "-q", "--tags", str(origin))

@@ -159,7 +159,7 @@ def opened(run: Path, browser: Browser) -> Iterator[Callable[..., Page]]:
 
 
 def shown(page: Page) -> list[str]:
-    """The ids of the questions that the filter leaves; the number told must be theirs."""
+    """The ids of the questions that the filter leaves; the displayed number must agree."""
     ids = page.locator("article:not([hidden]) h3 a").all_text_contents()
     expect(page.locator("output")).to_have_text(f"{len(ids)} of {page.locator('article').count()} questions")
     return ids

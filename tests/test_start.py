@@ -72,8 +72,8 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
         return []
 
     assert lacking() == ["data/raw", "data/curated", "data/questions.jsonl"]
-    told = capsys.readouterr().out
-    assert 'such as {"id": "q001"' in told and "such as in data/raw/facts.yaml: - {subject" in told
+    printed = capsys.readouterr().out
+    assert 'such as {"id": "q001"' in printed and "such as in data/raw/facts.yaml: - {subject" in printed
     for name, comment, of in [
         ("data/questions.jsonl", "# ", '{"id"'),
         ("data/raw/facts.yaml", "#   ", "- {subject"),

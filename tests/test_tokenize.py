@@ -229,11 +229,11 @@ def test_rows_become_arrow_files_and_their_lengths_metrics_that_add_up(rows: lis
     tokenizer = load_tokenizer(TINY)
     expected = [supervised(tokenizer, row["messages"], {tokenizer.eos_token_id}, "") for row in rows]
     assert [(row["input_ids"], row["labels"]) for row in read("train") + read("valid")] == expected
-    told = lengths()
-    assert told["tokens"] == {"p50": 60, "p95": 63, "p99": 63, "max": 64, "over_max_length": 0}
-    assert told["answers"] == {"p50": 9, "p95": 47, "p99": 47, "max": 47, "over_max_length": 0}
-    assert told["rows"] == {"read": 5, "kept": 5, "dropped": 0, "truncated": 0}
-    assert {file: (of["rows"], of["p50"], of["max"]) for file, of in told["sources"].items()} == {
+    counts = lengths()
+    assert counts["tokens"] == {"p50": 60, "p95": 63, "p99": 63, "max": 64, "over_max_length": 0}
+    assert counts["answers"] == {"p50": 9, "p95": 47, "p99": 47, "max": 47, "over_max_length": 0}
+    assert counts["rows"] == {"read": 5, "kept": 5, "dropped": 0, "truncated": 0}
+    assert {file: (of["rows"], of["p50"], of["max"]) for file, of in counts["sources"].items()} == {
         "a.csv": (2, 38, 60),
         "b.jsonl": (3, 60, 64),
     }
@@ -278,11 +278,11 @@ def test_rows_over_max_length_are_dropped_or_cut_and_counted(
 ) -> None:
     project.set(tokenize__max_length=40, tokenize__on_overflow=on_overflow)
     tokenize.main()
-    told, kept = lengths(), read("train") + read("valid")
-    assert told["rows"] == {"read": 5, "kept": 5 - dropped, "dropped": dropped, "truncated": truncated}
-    assert told["tokens"]["over_max_length"] == 3 and told["answers"]["over_max_length"] == 2
-    assert told["sources"]["b.jsonl"]["over_max_length"] == 2
-    assert told["sources"]["b.jsonl"]["answers_over_max_length"] == 1
+    counts, kept = lengths(), read("train") + read("valid")
+    assert counts["rows"] == {"read": 5, "kept": 5 - dropped, "dropped": dropped, "truncated": truncated}
+    assert counts["tokens"]["over_max_length"] == 3 and counts["answers"]["over_max_length"] == 2
+    assert counts["sources"]["b.jsonl"]["over_max_length"] == 2
+    assert counts["sources"]["b.jsonl"]["answers_over_max_length"] == 1
     assert len(kept) == 5 - dropped and max(len(row["input_ids"]) for row in kept) <= 40
     assert all(any(label != IGNORED for label in row["labels"]) for row in kept)
 

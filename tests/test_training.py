@@ -1,4 +1,4 @@
-"""Training, for a few steps: what each parameter changes, what is refused, and how a killed run goes on."""
+"""Training, for a few steps: what each parameter changes, what is refused, and how a killed run continues."""
 
 import hashlib
 import json

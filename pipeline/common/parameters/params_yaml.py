@@ -12,7 +12,7 @@ from pipeline.common.parameters.schema import Parameters
 
 
 def load(stage: str) -> Parameters:
-    """Read and check the whole params.yaml; return only what `stage` declares in dvc.yaml.
+    """Read and check the complete params.yaml; return only what `stage` declares in dvc.yaml.
 
     Reading any other parameter raises AttributeError, so that DVC always knows what a stage depends on.
 
