@@ -14,6 +14,8 @@ from families import FACTS, FAMILIES, LLAMA3
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.common.outputs import read_details
+from pipeline.common.paths import EXAM_DETAILS, GGUF_DETAILS
 from pipeline.common.rows import question_and_answer, row
 from pipeline.model.chat_template import load_tokenizer, token_ids
 from pipeline.model.llama_server import served
@@ -83,14 +85,14 @@ def test_a_family_learns_and_every_variant_answers_alike(family: str) -> None:
 
     evaluate_base.main()
     evaluate.main()
-    exam = metrics("evaluate")
+    exam = read_details(EXAM_DETAILS)["exam"]
     assert exam["base"]["exact_match"] == 0 and exam["tuned"]["exact_match"] >= 0.95
     assert exam["tuned"]["stopped"] == 1
 
     merge_adapter.main()
     convert_gguf.main()
     evaluate_gguf.main()
-    gguf = metrics("gguf")
+    gguf = read_details(GGUF_DETAILS)
     assert set(gguf) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf"}
     assert all(file["exact_match"] >= 0.95 and file["agreement"] >= 0.95 for file in gguf.values())
     assert gguf["adapter-f16.gguf"]["kl"] < 1e-4 and gguf["model-f16.gguf"]["kl"] < 1e-5

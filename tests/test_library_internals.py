@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -163,7 +164,10 @@ def test_transformers_names_the_blocks_of_a_model() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_keeps_the_attention_of_a_model(attention: str) -> None:
-    assert attention_of(AutoModelForCausalLM.from_config(TINY["Llama"], attn_implementation=attention)) == attention
+    assert (
+        attention_of(AutoModelForCausalLM.from_config(deepcopy(TINY["Llama"]), attn_implementation=attention))
+        == attention
+    )
 
 
 def test_transformers_names_the_layers_that_it_loads_in_4_bits() -> None:

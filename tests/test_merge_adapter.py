@@ -297,7 +297,7 @@ def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) 
 
 def test_a_disk_without_room_is_reported_before_the_work_and_one_that_fills_up_after_it(tmp_path: Path) -> None:
     merged, room = tmp_path / "merged", 2 * shutil.disk_usage(tmp_path).free
-    with pytest.raises(UserError, match=r"merged needs .* GiB of disk, and .* are free: "), room_for(room, merged):
+    with pytest.raises(UserError, match=r"merged needs .* GiB of disk, but .* are free: "), room_for(room, merged):
         pytest.fail("it should not have begun")
     with pytest.raises(UserError, match=r"the disk was full before .*merged .* was complete: "), room_for(0, merged):
         Path("/dev/full").write_bytes(bytes(1))

@@ -104,7 +104,7 @@ def test_what_is_no_higher_version_of_something_shared_is_refused_by_name(projec
     for version in ("", "1.0", "v1.0.0", "1.0.0 beta"):
         assert release(version) == f"VERSION is {version!r}: set it to a semantic version such as 1.2.0"
     project.run("gto", "register", "gguf", "--version", "v1.10.0")
-    assert release("1.9.0") == "VERSION is 1.9.0, and gguf@v1.10.0 is registered: choose a higher version"
+    assert release("1.9.0") == "VERSION is 1.9.0, but gguf@v1.10.0 is registered: choose a higher version"
 
     params = Path("params.yaml").read_text(encoding="utf-8")
     project.set(lora__r=3)
@@ -154,7 +154,7 @@ def test_a_version_that_was_taken_back_or_is_in_the_origin_alone_keeps_its_numbe
     project.run("gto", "register", "merged", "--version", "v1.1.0")
     project.run("gto", "deprecate", "merged", "v1.1.0")
     project.run("git", "commit", "-q", "--allow-empty", "-m", "the next")
-    assert release("1.1.0") == "VERSION is 1.1.0, and merged@v1.1.0 is registered: choose a higher version"
+    assert release("1.1.0") == "VERSION is 1.1.0, but merged@v1.1.0 is registered: choose a higher version"
     assert release("1.2.0") == ""
     assert "at adapter@v1.0.0: +0.000 worse" in capfd.readouterr().out
 
