@@ -183,6 +183,7 @@ def test_metrics_plots_and_the_graph_show_what_a_dvc_user_expects(finished: Proj
         "metrics/general.json",
         "metrics/gguf.json",
     } <= set(shown)
+    assert not any(of["data"] for path, of in shown.items() if "details" in path), "DVC shows numbers of a JSON list"
     finished.run("dvc", "plots", "show", "-o", "plots")
     page = (finished.folder / "plots/index.html").read_text(encoding="utf-8")
     titles = ("Loss on the answers", "Lengths of the rows", "Correct answers by tag", "Scores of every variant")

@@ -52,9 +52,9 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def write_details(path: Path, content: Any) -> None:
-    """Write what DVC must not list among the metrics, though dvc.yaml declares the file as one.
+    """Write details beside metrics. The file is a JSON list, in which `dvc metrics` finds no numbers to show.
 
-    DVC lists no number inside a JSON list, and keeps a run in the run cache only if every output that is in git is a
+    dvc.yaml declares the file as a metric nevertheless. DVC remembers a run of a stage only if every output in git is a
     metric or a plot: https://github.com/iterative/dvc/blob/3.67.1/dvc/stage/__init__.py (`no_cache_outs`).
     """
     write_json(path, [content])
