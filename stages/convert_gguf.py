@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from pipeline.common.dvc_lock import locked_hashes
+from pipeline.common.dvc_outputs import output_hash
 from pipeline.common.outputs import atomic_output, scratch, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
@@ -48,7 +48,7 @@ def main() -> None:
         write_json(card, metadata(base))
         adapter_config = json.loads((TRAINED / "adapter_config.json").read_text(encoding="utf-8"))
         if why_not := no_gguf_lora(adapter_config):
-            print(f"models/gguf gets no {LORA}: {why_not}; the merged model holds it all")
+            print(f"models/gguf gets no {LORA}: {why_not}; the merged GGUF files contain the complete adapter")
         else:
             convert_lora(adapter_config, folder, card, aside / LORA)
         convert_merged("f16", card, aside)
@@ -79,7 +79,7 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
         "base_model": name,
         **json.loads(LICENSE.read_text(encoding="utf-8")),
         "qlora_dvc.base": base["fingerprint"],
-        "qlora_dvc.adapter": locked_hashes([str(TRAINED)], reader="convert_gguf")[str(TRAINED)],
+        "qlora_dvc.adapter": output_hash(str(TRAINED)),
         "qlora_dvc.data": file_hash(TRAIN_ROWS),
     }
 
@@ -116,7 +116,7 @@ def quantize(folder: Path, quantization: str, importance: Path | None) -> None:
     weighed: list[str | Path] = ["--importance", importance] if importance else []
     log = run_script("quantize.py", folder / "model-f16.gguf", folder / name, quantization, *weighed)
     if replaced := log.count("falling back to"):
-        print(f"{name}: {replaced} tensors have rows of no multiple of 256 weights, and so a larger type")
+        print(f"{name}: {replaced} tensors get a larger type, because their row length is not a multiple of 256")
 
 
 if __name__ == "__main__":

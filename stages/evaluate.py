@@ -50,8 +50,8 @@ def main() -> None:
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
-    rows = side_by_side(exam, read_answers(BASE_ANSWERS, exam), answers[: len(exam)])
-    general_rows = side_by_side(general, read_answers(BASE_GENERAL_ANSWERS, general), answers[len(exam) :])
+    rows = answer_lines(exam, read_answers(BASE_ANSWERS, exam), answers[: len(exam)])
+    general_rows = answer_lines(general, read_answers(BASE_GENERAL_ANSWERS, general), answers[len(exam) :])
     write_jsonl(ANSWERS, rows)
     write_jsonl(GENERAL_ANSWERS, general_rows)
     details = {"exam": compared(rows), "general": compared(general_rows)}
@@ -60,7 +60,7 @@ def main() -> None:
     write_details(EXAM_DETAILS, details)
 
 
-def side_by_side(questions: list[Question], before: list[Line], answers: list[Answer]) -> list[Line]:
+def answer_lines(questions: list[Question], before: list[Line], answers: list[Answer]) -> list[Line]:
     """One line for each question: the question, both answers, and the scores of both, rounded like the base's."""
     rows = []
     for question, old, answer in zip(questions, before, answers, strict=True):

@@ -63,7 +63,7 @@ def main() -> None:
     ]
     variants["merged"] = Variant(given, along(model, asked))
     del model
-    release_memory()  # nor has a small machine for the merged model and the f16 file
+    release_memory()  # a small machine has no memory for the merged model and the f16 file
 
     cost = {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
@@ -169,9 +169,9 @@ def require_converted(details: dict[str, Any], max_kl: float, merged_onto: str) 
         moved = of["conversion"]["kl"]
         if source(name) == "merged" and of_same_weights(name, merged_onto) and not moved <= max_kl:  # nor NaN
             raise UserError(
-                f"{name}: in the conversion merged → {name} its next-token probabilities moved by {moved:.2g} "
-                f"nats, and evaluate.max_kl allows {max_kl:g}: the file is not the merged model; run dvc repro -f "
-                "convert_gguf, choose another base.model, or raise evaluate.max_kl"
+                f"{name}: in the conversion merged → {name} the KL divergence of the next-token probabilities is "
+                f"{moved:.2g} nats, and evaluate.max_kl allows {max_kl:g}: the file is not the merged model; run "
+                "dvc repro -f convert_gguf, choose another base.model, or raise evaluate.max_kl"
             )
 
 

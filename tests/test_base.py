@@ -183,7 +183,7 @@ def test_an_adapter_of_another_base_is_refused_by_both_names(tmp_path: Path) -> 
         require_same_base(tmp_path, {"model": "other", "revision": None, "fingerprint": "2" * 64})
 
 
-def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_learnt() -> None:
+def test_only_the_assistants_tokens_and_the_end_of_its_turns_are_trained_on() -> None:
     tokenizer = load_tokenizer(ROOT / TINY)
     end = tokenizer.eos_token_id
     messages = [

@@ -17,7 +17,7 @@ from pipeline.model.loading import load_quantized
 CPU = torch.device("cpu")
 
 
-def test_the_benchmark_trains_a_tiny_model_and_tells_what_is_left_out(
+def test_the_benchmark_trains_a_tiny_model_and_names_what_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_qlora", "speed", "Llama", "--tiny"])

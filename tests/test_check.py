@@ -20,7 +20,7 @@ from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.train import Train
 from pipeline.training.memory import PROCESS, beside_gpus, skeleton, training
 from tools import check as tool
-from tools.disk import filled
+from tools.disk import disk_needed
 
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -177,7 +177,7 @@ def test_processes_share_a_step_and_under_fsdp_the_base(needed: Callable[..., in
     assert needed(device=GPU, train__strategy="fsdp") < ddp < alone
 
 
-def test_training_takes_the_memory_that_was_foretold(tmp_path: Path) -> None:
+def test_training_takes_the_memory_that_was_estimated(tmp_path: Path) -> None:
     predicted, measured = measure(tmp_path, llama(256, 4, 2048), 16, 128, False, [])
     assert 0.85 < predicted / measured < 1.25
 
@@ -223,5 +223,5 @@ def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: 
 def test_the_disk_that_gguf_files_fill_comes_out() -> None:
     files = read_details(ROOT / "metrics/details/gguf.json")
     made = sum(scores["bytes"] for scores in files.values() if "bytes" in scores)
-    estimated = filled(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
+    estimated = disk_needed(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
     assert estimated["models/gguf"] == pytest.approx(made, rel=0.1)

@@ -131,7 +131,9 @@ def test_each_conversion_is_measured_from_the_variant_that_it_starts_at() -> Non
 def test_a_conversion_that_loses_more_than_allowed_is_named(name: str, merged_onto: str, refused: bool) -> None:
     metrics = {"model-f16.gguf": {"conversion": {"kl": 1e-6}}} | {name: {"conversion": {"kl": 0.031}}}
     require_converted(metrics, 0.031, merged_onto)
-    why = re.escape(f"{name}: in the conversion merged → {name} its next-token probabilities moved by 0.031 nats")
+    why = re.escape(
+        f"{name}: in the conversion merged → {name} the KL divergence of the next-token probabilities is 0.031 nats"
+    )
     with pytest.raises(UserError, match=why) if refused else nullcontext():
         require_converted(metrics, 0.03, merged_onto)
 

@@ -148,7 +148,7 @@ def test_k_quants_are_real(finished: Project) -> None:
     assert {"Q4_K", "Q6_K"} <= kinds and not kinds & {"Q5_0", "Q5_1", "F16"}
 
 
-def test_every_gguf_file_tells_its_adapter_its_data_and_its_base(finished: Project) -> None:
+def test_every_gguf_file_names_its_adapter_its_data_and_its_base(finished: Project) -> None:
     lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]
     found = {
         "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/trained"),

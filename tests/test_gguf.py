@@ -144,7 +144,7 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_by_file(tmp_path:
 
 
 @pytest.mark.parametrize("name", [name for name in get_args(Quantization) if name != "bf16"])
-def test_every_type_is_made_of_the_f16_file_in_its_foretold_size_and_runs(
+def test_every_type_is_made_of_the_f16_file_in_its_estimated_size_and_runs(
     base_gguf: Path, tmp_path: Path, name: str
 ) -> None:
     run_script("quantize.py", base_gguf, tmp_path / "model.gguf", name)
@@ -155,7 +155,7 @@ def test_every_type_is_made_of_the_f16_file_in_its_foretold_size_and_runs(
     assert bits == pytest.approx(BITS[name], abs=0.3)  # in a model so small, more of the weights are the embeddings'
 
 
-def test_the_size_of_every_type_is_foretold() -> None:
+def test_the_size_of_every_type_is_estimated() -> None:
     assert list(BITS) == list(get_args(Quantization))
 
 
@@ -226,7 +226,7 @@ def test_llama_2s_space_before_a_text_is_where_transformers_puts_it(tmp_path: Pa
         ("/home/me/tiny", None, ["Tiny", None, None]),
     ],
 )
-def test_a_file_tells_where_it_came_from_and_nothing_of_the_machine(
+def test_a_file_names_where_it_came_from_and_nothing_of_the_machine(
     project: Project, model: str, revision: str | None, base_model: list[str | None]
 ) -> None:
     Path("outputs/trained").mkdir(parents=True)

@@ -36,7 +36,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.gpu_case import TINY
 from bench.transformers_internals import random_nf4
-from pipeline.common.dvc_outputs import put_back_outputs
+from pipeline.common.dvc_outputs import output_hash, put_back_outputs
 from pipeline.common.errors import UserError
 from pipeline.common.printing import calm_libraries
 from pipeline.model.bitsandbytes_internals import never_repack
@@ -296,6 +296,15 @@ def test_dvc_puts_deleted_outputs_back_as_dvc_lock_has_them(
     assert Path("metric").stat().st_nlink == 1  # a copy
 
 
+def test_dvc_hashes_an_output_as_it_is_now(repository: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository.folder)
+    recorded = output_hash("out")
+    assert recorded in Path("dvc.lock").read_text(encoding="utf-8")
+    Path("out").unlink()  # a link into the cache
+    Path("out").write_text("another\n", encoding="utf-8")
+    assert output_hash("out") != recorded
+
+
 def test_dvc_makes_combinations_of_parameters_and_writes_them(tmp_path: Path) -> None:
     file = tmp_path / "params.yaml"
     file.write_text("lora: {r: 8, alpha: 1}\n", encoding="utf-8")
@@ -384,7 +393,12 @@ def test_llama_cpps_converter_refuses_a_tokenizer_that_it_does_not_know() -> Non
 
 def test_xllamacpp_takes_every_setting_of_the_server() -> None:
     source = (ROOT / "pipeline/model/llama_server.py").read_text(encoding="utf-8")
-    for names in re.findall(r"^    parameters\.([\w.]+) = ", source, re.MULTILINE):
+    assigned = [
+        target for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign) for target in node.targets
+    ]
+    settings = [ast.unparse(target) for target in assigned if ast.unparse(target).startswith("parameters.")]
+    assert len(settings) > 10 and {"parameters.cache_type_k", "parameters.cache_type_v"} <= set(settings)
+    for names in (setting.removeprefix("parameters.") for setting in settings):
         owner: object = xllamacpp.CommonParams()
         for name in names.split("."):
             assert hasattr(owner, name), names

@@ -1,4 +1,4 @@
-"""From rows as people keep them to rows to train on: nothing is lost in silence, nothing crashes."""
+"""From rows as people keep them to rows to train on: nothing is lost silently, nothing crashes."""
 
 import gzip
 import json
@@ -359,7 +359,7 @@ def test_columns_of_a_table_that_no_row_needs_may_hold_anything(curated: Project
     assert metrics["invalid"] == {"no text": 2} and metrics["rows"]["duplicate"] == 2
 
 
-def test_a_file_that_would_be_left_out_in_silence_is_refused_by_name(curated: Project) -> None:
+def test_a_file_that_would_be_left_out_silently_is_refused_by_name(curated: Project) -> None:
     Path("data/curated/.hidden").mkdir()
     Path("data/curated/.hidden/rows.jsonl").write_text("no rows")
     merged()

@@ -1,4 +1,4 @@
-"""dvc.yaml says the truth: what a stage's code reads is what its entry declares."""
+"""The entry of a stage in dvc.yaml declares what the code of the stage reads."""
 
 import ast
 from pathlib import Path
@@ -9,6 +9,7 @@ import yaml
 from conftest import ROOT, Project
 
 from pipeline.common import paths
+from pipeline.common.errors import UserError
 from tools import deps
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -57,22 +58,54 @@ def test_a_library_is_declared_by_the_stages_that_import_it_alone() -> None:
         return {name for name, stage in STAGES.items() if library in libraries(stage)}
 
     assert users("openai") == users("pydantic") == users("markdownify") == {"generate"}
-    assert users("trl") == users("accelerate") == {"train_qlora"}
+    assert users("trl") == {"train_qlora"}
     assert users("cyllama") == {"convert_gguf"} and users("xllamacpp") == {"evaluate_gguf"}
     assert users("torch") >= {"train_qlora", "evaluate_base", "evaluate", "merge_adapter"}
     assert not users("torch") & {"generate", "merge", "report"}
     assert not users("dvc") and not users("tqdm")  # these make nothing
 
 
-def test_every_shared_path_is_one_that_dvc_yaml_has() -> None:
-    of_stages = {path for stage in STAGES.values() for path in [*stage["deps"], *outputs(stage)]}
-    named = {str(value) for value in vars(paths).values() if isinstance(value, Path)}
-    assert named <= of_stages, "no stage depends on pipeline/common/paths.py, so that it can name these alone"
+def test_what_make_deps_must_not_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of a package, a script whose name is on the next line, entries of other kinds, an unknown library."""
+    for file, text in {
+        "stages/__init__.py": "",
+        "stages/a.py": 'from pipeline.b import c, D\nimport regex\nrun_script(\n    "convert.py", "x")\n',
+        "pipeline/b/__init__.py": "",
+        "pipeline/b/c.py": "import os\n",
+        "llama.cpp/convert.py": "from fetch import CONVERTER\n",
+        "llama.cpp/fetch.py": "",
+        "llama.cpp/source.txt": "",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(deps, "ROOT", tmp_path)
+    entry = "stages:\n  a:\n    cmd: x\n    params:\n      - own.yaml: [key]\n    deps:\n      - stages/list.txt\n"
+    stage = yaml.safe_load(deps.written(entry)[deps.PIPELINE])["stages"]["a"]
+    scripts, modules = ["convert.py", "fetch.py", "source.txt"], ["b/__init__.py", "b/c.py"]
+    code = [*(f"llama.cpp/{name}" for name in scripts), *(f"pipeline/{name}" for name in modules)]
+    assert stage["deps"] == ["stages/list.txt", *code, "stages/__init__.py", "stages/a.py"]
+    assert stage["params"][0] == {"own.yaml": ["key"]} and "regex" in stage["params"][1]["libraries.yaml"]
+    (tmp_path / "pipeline/b/c.py").write_text("import playwright\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"^pipeline/b/c\.py: playwright is of no package in requirements\.txt"):
+        deps.written(entry)
 
 
-@pytest.mark.parametrize("pins", ["llama.cpp/source.txt"])
-def test_another_converter_reruns_what_converts_and_what_runs_gguf_files_alone(pins: str) -> None:
-    assert {name for name in STAGES if pins in STAGES[name]["deps"]} == {"convert_gguf", "evaluate_gguf"}
+@pytest.mark.parametrize("name", STAGES)
+def test_every_shared_path_that_a_stage_names_is_in_its_entry(name: str) -> None:
+    """No stage depends on pipeline/common/paths.py: another path there must be another path in dvc.yaml."""
+    named = {
+        str(getattr(paths, alias.name))
+        for file in deps.files_of(name, STAGES[name])
+        if file.endswith(".py")
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "pipeline.common.paths"
+        for alias in node.names
+    }
+    assert named <= {*STAGES[name]["deps"], *outputs(STAGES[name])}
+
+
+def test_another_converter_reruns_what_converts_and_what_runs_gguf_files_alone() -> None:
+    assert {name for name in STAGES if deps.SOURCE in STAGES[name]["deps"]} == {"convert_gguf", "evaluate_gguf"}
 
 
 @pytest.mark.parametrize("name", STAGES)

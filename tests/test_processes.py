@@ -131,7 +131,7 @@ def test_a_loss_that_is_no_number_ends_all_processes_with_one_reason(
     assert not Path("outputs").exists()
 
 
-def test_what_ended_training_is_told_and_not_what_that_ended(tmp_path: Path) -> None:
+def test_what_ended_training_is_reported_and_not_what_that_ended(tmp_path: Path) -> None:
     def reported(*processes: tuple[int, str | None]) -> str:
         failures = {}
         for number, (exitcode, message) in enumerate(processes):

@@ -73,7 +73,7 @@ def tags(project: Project) -> set[str]:
     return set(project.run("git", "tag").stdout.split())
 
 
-def test_a_version_is_what_anybody_gets_by_its_stage_and_its_tag_tells_what_changed(
+def test_a_version_is_what_anybody_gets_by_its_stage_and_its_tag_names_what_changed(
     project: Project, release: Release, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     origin, elsewhere = tmp_path_factory.mktemp("origin"), Project(tmp_path_factory.mktemp("elsewhere"))
@@ -108,7 +108,7 @@ def test_what_is_no_higher_version_of_something_shared_is_refused_by_name(projec
 
     params = Path("params.yaml").read_text(encoding="utf-8")
     project.set(lora__r=3)
-    assert "changes that are not committed" in release("2.0.0")
+    assert "uncommitted changes" in release("2.0.0")
     project.run("git", "commit", "-qam", "another rank, not trained")
     assert "dvc status names train_qlora, model_card" in release("2.0.0")
     Path("params.yaml").write_text(params, encoding="utf-8")

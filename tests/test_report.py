@@ -327,7 +327,7 @@ def test_the_summary_names_what_broke_first_and_what_was_fixed_up_to_a_few(run: 
     text = Path("metrics/report.md").read_text(encoding="utf-8")
     assert "- `q2` `Question 2?`: `yes` → `no`, expected `yes`" in text
     assert (
-        "differs from chance: a loss of 30.0 points." in text and "## Broken in the general exam: 8" in text
+        "differs from chance: a drop of 30.0 points." in text and "## Broken in the general exam: 8" in text
     )  # 6 of 20: p = 0.03
     assert text.index("## Broken: 1") < text.index("## Fixed: 12")
     assert text.count(": `no` → `yes`\n") == 4 and "- and 7 more" in text

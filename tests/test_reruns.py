@@ -111,7 +111,7 @@ def modified() -> dict[str, set[str]]:
     return dict(found)
 
 
-def test_the_document_tells_what_dvc_does(reruns: Reruns, tmp_path: Path) -> None:
+def test_the_document_names_what_dvc_does(reruns: Reruns, tmp_path: Path) -> None:
     parts = {"parameter": parameter_rows(reruns), "library": library_rows(reruns), "file": file_rows(reruns)}
     tables = (table(part, rows, reruns) for part, rows in parts.items())
     before = DOCUMENT.read_text(encoding="utf-8")

@@ -135,7 +135,7 @@ def test_exact_loses_the_punctuation_of_prose_but_no_sign_and_no_symbol(
         ("json", ["1"], ["1.0"], ["true", "NaN", "1e9999999", "1e99999999999999999999", '"1"', "one", "[" * 5000]),
     ],
 )
-def test_a_match_rule_tells_right_from_wrong(
+def test_a_match_rule_names_right_from_wrong(
     rule: Any, accepted: list[str], right: list[str], wrong: list[str]
 ) -> None:
     assert [answer for answer in right if not correct(answer, accepted, read_rule(rule, ""))] == []
@@ -218,7 +218,7 @@ def test_mcnemar_agrees_with_the_binomial_by_hand() -> None:
     assert mcnemar(1, 7) == mcnemar(7, 1) == pytest.approx(2 * 9 / 256)
 
 
-def test_the_smallest_change_that_can_be_told_from_chance() -> None:
+def test_the_smallest_change_that_can_be_reported_from_chance() -> None:
     assert detectable(against=0, possible=100) == 6  # 6 fixed, 0 broken: p = .031; 5: .063
     assert detectable(against=1, possible=100) == 7  # 8 fixed, 1 broken: p = .039; 7: .070
     assert detectable(against=0, possible=5) is None

@@ -81,7 +81,7 @@ def test_tokens_that_were_added_to_a_base_are_found(tmp_path: Path, mean_resizin
     assert untrained(tmp_path, tokenizer) == ["<|user|>", "<|end|>"]
 
 
-def test_of_a_head_of_its_own_only_what_ends_an_answer_must_be_learnt(tmp_path: Path) -> None:
+def test_of_a_head_of_its_own_only_what_ends_an_answer_must_be_trained_on(tmp_path: Path) -> None:
     for token, found in [(1, []), (2, ["<|im_end|>"])]:
         base = changed_base(tmp_path / str(token), lambda rows: None)
         weights = load_file(base / "model.safetensors")

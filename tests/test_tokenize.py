@@ -1,4 +1,4 @@
-"""Rows as token ids: no content forges a turn, and no row is dropped or cut in silence."""
+"""Rows as token ids: no content forges a turn, and no row is dropped or cut silently."""
 
 import csv
 import json

@@ -75,7 +75,7 @@ def test_a_target_that_is_no_linear_layer_of_the_base_is_refused_before_training
         train(lora__target_modules=["q_porj", "lm_head", "v_proj"])
 
 
-def test_device_and_arithmetic_follow_the_machine_unless_told() -> None:
+def test_device_and_arithmetic_follow_the_machine_unless_reported() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pick_device("cpu") == cpu
     assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("auto", gpu) == torch.bfloat16

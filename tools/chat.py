@@ -44,9 +44,9 @@ def main() -> None:
             server = running.enter_context(served(options.gguf, context, parameters.threads))
             tuned: Speaker = partial(llama_cpp_says, server, context, temperature)
         if options.base or not options.gguf:
-            from tools.tuned import load  # imports torch, which takes seconds
+            from tools.tuned import load_model  # imports torch, which takes seconds
 
-            model, tokenizer = load(parameters, tuned=not options.gguf)
+            model, tokenizer = load_model(parameters, tuned=not options.gguf)
             base: Speaker = partial(transformers_says, model, tokenizer, context)
             if not options.gguf:
                 tuned, base = base, partial(without_adapter, model, base)

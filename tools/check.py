@@ -60,7 +60,7 @@ def examine(parameters: Parameters) -> None:
     from pipeline.model.loading import pick_device, pick_dtype
     from pipeline.training.memory import beside_gpus, evaluating_gguf, free, saved_dtype, skeleton, training
     from pipeline.training.processes import require_gpus, share_of_step
-    from tools.disk import filled
+    from tools.disk import disk_needed
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
@@ -112,7 +112,7 @@ def examine(parameters: Parameters) -> None:
     if not fits("memory: evaluate_gguf", needs, room := free(torch.device("cpu"))):
         refusals.append(f"evaluate_gguf {short(needs, room, 'memory')}: choose a smaller base.model")
     copies = 1 if {"hardlink", "symlink"} & cache_types() else 2
-    files = filled(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
+    files = disk_needed(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
     if not fits("disk", files, room := shutil.disk_usage(".").free):
         refusals.append(f"a run {short(files, room, 'disk')}: free some, or remove files from gguf.quantize")
     if not has_weights(folder):
@@ -196,7 +196,11 @@ def changed() -> bool:
     except UserError as error:
         if "Unable to acquire lock" in str(error):  # a running dvc repro may change the rows
             return True
-        raise UserError(f"{error}: DVC needs the git repository: git clone, or git init and a first commit") from None
+        if "not a git repository" in str(error) or "not inside of a DVC repository" in str(error):
+            raise UserError(
+                f"{error}: DVC needs the git repository: git clone, or git init and a first commit"
+            ) from None
+        raise
     for stage, changes in status.items():
         for change in changes:
             for paths in change.values() if isinstance(change, dict) else []:

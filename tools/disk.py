@@ -7,7 +7,7 @@ from pipeline.export.disk import gguf_bytes
 CHECKPOINTS = 4  # training keeps three, and writes one
 
 
-def filled(
+def disk_needed(
     parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
 ) -> dict[str, int]:
     """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base as GGUF.

@@ -87,9 +87,9 @@ def by_transformers(conversations: Conversations, length: int, parameters: Param
 
     from pipeline.evaluation.answers import text_of
     from pipeline.model.chat_template import end_tokens, token_ids
-    from tools.tuned import greedy, load
+    from tools.tuned import greedy, load_model
 
-    model, tokenizer = load(parameters, tuned)
+    model, tokenizer = load_model(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
     prompts = []
     for location, messages in conversations.items():

@@ -60,7 +60,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def measured_on() -> dict[str, str]:
-    """What noise depends on most, by DVC's locked_hashes: of another base or exam it says nothing."""
+    """The hashes of the exam and the base. Noise that was measured with others is not used."""
     return locked_hashes([str(EXAM), str(BASE)])
 
 

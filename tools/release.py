@@ -20,8 +20,9 @@ from semver import Version
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.paths import EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS
+from tools.dvc_command import dvc
 
-METRICS = [EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS]  # the metrics that the gate compares
+METRICS = [EXAM_METRICS, GENERAL_METRICS, GGUF_METRICS]  # the metrics that the message of a tag compares
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def require_shared() -> None:
 def changelog(last: str) -> str:
     """The metrics that changed since the last version, as a Markdown table."""
     revisions = [last, git("rev-parse", "--short", "HEAD")]
-    return dvc("metrics", "diff", "--md", *revisions, "--targets", *map(str, METRICS))
+    return dvc("metrics", "diff", "--md", *revisions, "--targets", *map(str, METRICS)).strip()
 
 
 def register(artifacts: list[str], version: str, message: str) -> list[str]:
@@ -95,16 +96,8 @@ def register(artifacts: list[str], version: str, message: str) -> list[str]:
 
 
 def git(*arguments: str) -> str:
-    return output("git", *arguments)
-
-
-def dvc(*arguments: str) -> str:
-    return output(sys.executable, "-m", "dvc", *arguments)
-
-
-def output(*command: str) -> str:
-    """The command's output. Raises UserError if the command fails; the command prints its own error."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    """What git prints. Raises UserError if the command fails; git prints its own error."""
+    done = subprocess.run(["git", *arguments], stdout=subprocess.PIPE, text=True, encoding="utf-8")
     if done.returncode:
         raise UserError("release: stopped, see above; nothing is registered")
     return done.stdout.strip()

@@ -18,7 +18,7 @@ from pipeline.data.documents import DOCUMENTS, read_passages
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records
 
-OUTCOMES = {
+OUTCOME_OF_FILE = {
     "data/train_merged.jsonl": "is a training row",
     "data/valid.jsonl": "is a validation row",
     "data/tokens/overflow.jsonl": "was too long",
@@ -38,12 +38,12 @@ def trace(wanted: str) -> None:
     wanted = wanted.removeprefix(f"{Path.cwd()}/").removeprefix("./")
     found = list(rows_of(wanted))
     if not found:
-        missing = [file for file in OUTCOMES if not Path(file).exists()]
+        missing = [file for file in OUTCOME_OF_FILE if not Path(file).exists()]
         hint = f"; {', '.join(missing)} missing: run dvc repro tokenize, or dvc pull" if missing else ""
-        raise UserError(f"no row has the id or source {wanted!r}: look them up in {', '.join(OUTCOMES)}{hint}")
+        raise UserError(f"no row has the id or source {wanted!r}: look them up in {', '.join(OUTCOME_OF_FILE)}{hint}")
     for file, row in found:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
-        print(f"{row.get('id', 'a row')} {OUTCOMES[file]} ({file}){why and f': {why}'}")
+        print(f"{row.get('id', 'a row')} {OUTCOME_OF_FILE[file]} ({file}){why and f': {why}'}")
         for message in row.get("messages", []):
             print(f"  {message['role']}: {message['content']}")
     parameters = check(Path("params.yaml"))
@@ -53,7 +53,7 @@ def trace(wanted: str) -> None:
 
 def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file, row) for every row with this id or source."""
-    for file in OUTCOMES:
+    for file in OUTCOME_OF_FILE:
         if not Path(file).exists():
             continue  # its stage has not run yet
         with open(file, "rb") as lines:

@@ -21,7 +21,7 @@ from pipeline.model.supervision import IGNORED
 from pipeline.model.tensor_files import stored_tensors
 
 
-def load(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
+def load_model(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
     """The base in NF4 as in the exam, with the adapter if `tuned`; and the tokenizer.
 
     Raises:

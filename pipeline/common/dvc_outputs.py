@@ -1,6 +1,6 @@
-"""Restores the outputs of a stage after a failed run. The stages use DVC here in a way that DVC does not document.
+"""What the stages use of DVC beyond its documentation: restoring outputs, and the hash of an output.
 
-tests/test_library_internals.py tests this use, for DVC 3.67. The uses of the tools are in tools/dvc_internals.py.
+tests/test_library_internals.py tests these uses, for DVC 3.67. The uses of the tools are in tools/dvc_internals.py.
 """
 
 import subprocess
@@ -25,3 +25,15 @@ def put_back_outputs(stage: str) -> None:
                 out.unprotect()  # git and `dvc exp apply` write in place, which would change a linked cache file
         elif in_git:
             subprocess.run(["git", "checkout", "--quiet", "--", out.fs_path], stderr=subprocess.DEVNULL, check=False)
+
+
+def output_hash(path: str) -> str:
+    """The MD5 of an output as it is on disk now; of a folder, the MD5 that ends in .dir.
+
+    dvc.lock has the hash of the last `dvc repro`, which a stage that was run alone has not changed:
+    https://github.com/iterative/dvc/blob/main/dvc/output.py (get_hash)
+    """
+    from dvc.repo import Repo
+
+    [output] = Repo().find_outs_by_path(path)
+    return str(output.get_hash().value)

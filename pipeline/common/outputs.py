@@ -68,7 +68,7 @@ def read_details(path: Path) -> Any:
 def read_json(path: Path) -> Any:
     """Raises UserError if the file is missing."""
     if not path.exists():
-        raise UserError(f"{path} is missing: run dvc repro, or dvc pull")
+        raise UserError(f"{path} is missing: run dvc repro, dvc pull, or git restore")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -26,7 +26,7 @@ ADAPTER = Path("outputs/adapter")
 MERGED = Path("models/merged")
 GGUF = Path("models/gguf")
 
-# Metrics of DVC have the few numbers that people compare. The details are plain files, not metrics of DVC.
+# Metrics have the few numbers that people compare. Details are JSON lists, of which DVC shows no numbers.
 GENERATE_METRICS = Path("metrics/generate.json")
 DATA_METRICS, DATA_DETAILS = Path("metrics/data.json"), Path("metrics/details/data.json")
 LENGTHS_METRICS, LENGTHS_DETAILS = Path("metrics/lengths.json"), Path("metrics/details/lengths.json")

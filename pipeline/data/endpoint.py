@@ -41,7 +41,7 @@ Quote the sentence of the passage that proves the answer, word for word.
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
-class Item(BaseModel):
+class AskedItem(BaseModel):
     """A question in several wordings, its answer, and the sentence of the passage that proves it."""
 
     questions: Annotated[list[Text], Field(min_length=1)]
@@ -50,7 +50,7 @@ class Item(BaseModel):
 
 
 class Reply(BaseModel):
-    items: Annotated[list[Item], Field(min_length=1)]
+    items: Annotated[list[AskedItem], Field(min_length=1)]
 
 
 class BudgetSpent(Exception):
@@ -113,7 +113,7 @@ class Budget:
 
 def ask(
     passages: dict[str, Passage], generate: Generate, seeds: tuple[int, ...] = SEEDS
-) -> dict[str, list[Item] | None]:
+) -> dict[str, list[AskedItem] | None]:
     """The questions and answers about each passage, by location; None if no seed gave JSON of the schema.
 
     Other `seeds` make new requests, which cost tokens again.
@@ -170,7 +170,7 @@ def answer(
     client: OpenAI,
     replies: Replies,
     budget: Budget,
-) -> list[Item] | None:
+) -> list[AskedItem] | None:
     """The items for the prompt `text`, from a stored reply or a new request; None if no reply is valid.
 
     Raises:

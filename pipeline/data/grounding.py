@@ -5,7 +5,7 @@ import re
 from pipeline.common.rows import Row, group_of, question_and_answer, row
 from pipeline.common.words import is_sign, joined, plain, words
 from pipeline.data.documents import Passage
-from pipeline.data.endpoint import Item
+from pipeline.data.endpoint import AskedItem
 
 FAULTS = ("misquoted", "wrong_number", "ungrounded", "repeats_answer", "repeats_heading", "repeated")
 MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
@@ -19,7 +19,7 @@ PARTICLE = re.compile(
 
 
 def grounded(
-    passages: dict[str, Passage], replies: dict[str, list[Item] | None], share: float
+    passages: dict[str, Passage], replies: dict[str, list[AskedItem] | None], share: float
 ) -> tuple[list[Row], list[dict[str, str]]]:
     """Rows for the wordings that pass `fault` and `question_fault`; and the dropped wordings, each with the reason.
 

@@ -74,7 +74,7 @@ def detectable(smallest: float | None) -> str:
     """The smallest change that an exam can distinguish from chance."""
     if smallest is None:
         return "none, with so few questions"
-    return f"a {'gain' if smallest > 0 else 'loss'} of {100 * abs(smallest):.1f} points"
+    return f"a {'gain' if smallest > 0 else 'drop'} of {100 * abs(smallest):.1f} points"
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:
