@@ -179,7 +179,7 @@ def test_what_must_run_again(reruns: Reruns) -> None:
         "tokenize",
         "model_card",
         "report",
-    }  # a limit that cuts no row trains not
+    }  # a limit that cuts no row retrains nothing
     assert reruns.of("llama.cpp/source.txt") == {"convert_gguf", "evaluate_gguf"}
     assert reruns.of("data/questions.jsonl") == {"merge", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
     assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}

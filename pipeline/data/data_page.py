@@ -35,7 +35,7 @@ def data_page(
                 ["", "rows", "share", ""], [[key, n, share(n, rows["read"]), MEANING[key]] for key, n in rows.items()]
             ),
             "Of rows that repeat each other, the first is kept: rows of `data/curated` first, then generated rows.",
-            "Every dropped row is in `data/quarantine.jsonl`; `python -m tools.trace ID` follows one to its origin.",
+            "Every dropped row is in `data/quarantine.jsonl`; `python -m tools.trace ID` shows the source of a row.",
             "",
             "## By file",
             "",

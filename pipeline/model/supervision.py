@@ -20,10 +20,9 @@ def supervised(
     `mask_history`, only the last message), each to its first token in `ends`, inclusive.
 
     Raises:
-        UserError: with `location`, if the template refuses the conversation, doubles the BOS, renders the prompt of a
-        turn
-            differently with its answer, ends a turn with none of `ends`, or changes an answer; or if the conversation
-            has no supervised tokens.
+        UserError: names `location`. The template refuses the conversation, doubles the BOS, renders the prompt of a
+            turn differently with its answer, ends a turn with none of `ends`, or changes an answer; or no token is
+            supervised.
     """
     try:
         ids = token_ids(tokenizer, messages)

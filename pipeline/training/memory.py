@@ -134,14 +134,14 @@ def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: 
 def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
     """Return the bytes that TRL's fused head needs to compute a loss.
 
-    It needs the logits of at most 4096 tokens x 32768 words; on a GPU always of 32768 words, even if there are fewer.
+    It needs the logits of at most 4096 tokens x 32768 vocabulary entries; on a GPU always of 32768, even if there are fewer.
     On a CPU it needs about eight more tiles of this size, in 32 bits. In 32 bits it also needs the gradient of its
     input, and that of the complete head if any part of the head is trained.
     """
     head = model.get_output_embeddings()
-    rows, words = min(tokens, 4096), model.config.get_text_config().vocab_size
-    tile = rows * (32768 if device.type == "cuda" else min(words, 32768)) * model.dtype.itemsize
-    more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(words, 32768)
+    rows, vocabulary = min(tokens, 4096), model.config.get_text_config().vocab_size
+    tile = rows * (32768 if device.type == "cuda" else min(vocabulary, 32768)) * model.dtype.itemsize
+    more = 0 if device.type == "cuda" else 8.25 * 4 * rows * min(vocabulary, 32768)
     weight = head.weight  # with trained tokens, a copy of the complete matrix, with the trained rows in it
     copied = 0 if isinstance(weight, torch.nn.Parameter) else weight.nbytes
     trained = weight.numel() if weight.requires_grad else 0
