@@ -124,7 +124,8 @@ def test_the_document_names_what_dvc_does(reruns: Reruns, tmp_path: Path) -> Non
 
 def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
     rows = [marks for _, marks in parameter_rows(reruns)]
-    assert {reruns.marks(key) for key in CHANGES} == set(rows) - {reruns.marks("base.model")}
+    expected = set(rows) - {reruns.marks("base.model")}
+    assert {reruns.marks(key) for key in CHANGES} == expected, "name a parameter of the new row in CHANGES"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def require_up_to_date() -> None:
     deleted = subprocess.run(["git", "ls-files", "--deleted"], capture_output=True, text=True).stdout.splitlines()
     if deleted:  # DVC would treat deleted files as outputs that may be absent
         raise UserError(
-            f"gate: {', '.join(deleted)}: deleted, but part of this commit: git restore them, or commit and dvc repro"
+            f"gate: {', '.join(deleted)}: deleted, but part of this commit: git restore them, or commit the deletion"
         )
     would = subprocess.run([*DVC, "repro", "--dry", "--allow-missing", *MEASURED], capture_output=True, text=True)
     # A stage that would run fails if its dependencies are absent.
@@ -129,7 +130,8 @@ def worse(name: str, before: float, after: float) -> float:
 def metric(metrics: Any, name: str, parameter: str) -> float:
     values = flat(metrics)
     if name not in values:
-        raise UserError(f"params.yaml: {parameter} names {name!r}; {EXAM_DETAILS} has {', '.join(values)}")
+        closest = ", ".join(get_close_matches(name, values, 3, 0))
+        raise UserError(f"params.yaml: {parameter} names {name!r}; {EXAM_DETAILS} has {closest}, ...")
     return values[name]
 
 

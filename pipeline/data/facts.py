@@ -73,7 +73,10 @@ def read_list(file: Path) -> list[Fact]:
     if content is None:
         return []
     if not isinstance(content, list) or not content:
-        raise UserError(f"{file}: facts are a list of mappings such as {{subject: ..., relation: ..., value: ...}}")
+        raise UserError(
+            f"{file}: facts are a list of mappings such as {{subject: ..., relation: ..., value: ...}}; phrasings are "
+            "in files named phrasings..."
+        )
     facts = []
     for number, item in enumerate(content, start=1):
         if not isinstance(item, dict) or not item:

@@ -134,7 +134,7 @@ def moments(weight: torch.Tensor, optimizer: str, kept: torch.dtype, embedding: 
 def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
     """Return the bytes that TRL's fused head needs to compute a loss.
 
-    It needs the logits of at most 4096 tokens x 32768 vocabulary entries; on a GPU always of 32768, even if there are fewer.
+    It needs the logits of at most 4096 tokens x 32768 vocabulary entries (on a GPU always 32768, even if fewer exist).
     On a CPU it needs about eight more tiles of this size, in 32 bits. In 32 bits it also needs the gradient of its
     input, and that of the complete head if any part of the head is trained.
     """
