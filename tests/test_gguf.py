@@ -197,7 +197,7 @@ def test_tensors_that_get_a_larger_type_are_counted(tmp_path: Path, capsys: pyte
     FAMILIES["qwen2_5"](tmp_path)
     run_script("convert.py", "hf", tmp_path, "--outtype", "f16", "--outfile", tmp_path / "model-f16.gguf")
     convert_gguf.quantize(tmp_path, "q4_k_m", None)
-    expected = "model-q4_k_m.gguf: 12 tensors have rows of no multiple of 256 weights, and so a larger type"
+    expected = "model-q4_k_m.gguf: 12 tensors get a larger type, because their row length is not a multiple of 256"
     assert expected in capsys.readouterr().out
 
 
