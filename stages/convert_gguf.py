@@ -16,10 +16,10 @@ from typing import Any
 from safetensors.torch import save_file
 
 from pipeline.common.dvc_outputs import output_hash
-from pipeline.common.outputs import atomic_output, scratch, write_json
+from pipeline.common.outputs import atomic_output, read_json, scratch, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import GGUF, LICENSE, MERGED, TRAIN_ROWS, TRAINED
+from pipeline.common.paths import GGUF, LICENSE, MERGED, TOKENS, TRAIN_ROWS, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.export.disk import gguf_bytes, room_for
 from pipeline.export.importance import mean_squares, some_rows
@@ -46,9 +46,9 @@ def main() -> None:
         aside.mkdir()
         card = temporary / "card.json"
         write_json(card, metadata(base))
-        adapter_config = json.loads((TRAINED / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter_config = read_json(TRAINED / "adapter_config.json")
         if why_not := no_gguf_lora(adapter_config):
-            print(f"models/gguf gets no {LORA}: {why_not}; the merged GGUF files contain the complete adapter")
+            print(f"{GGUF} gets no {LORA}: {why_not}; the merged GGUF files contain the complete adapter")
         else:
             convert_lora(adapter_config, folder, card, aside / LORA)
         convert_merged("f16", card, aside)
@@ -77,7 +77,7 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
     return {
         "model_name": f"{Path(name).name}-qlora",
         "base_model": name,
-        **json.loads(LICENSE.read_text(encoding="utf-8")),
+        **read_json(LICENSE),
         "qlora_dvc.base": base["fingerprint"],
         "qlora_dvc.adapter": output_hash(str(TRAINED)),
         "qlora_dvc.data": file_hash(TRAIN_ROWS),
@@ -107,7 +107,7 @@ def measured_importance(parameters: Parameters, folder: Path) -> Path:
     reproducible(0, parameters.threads)
     device = pick_device(parameters.base.device)
     model = load_merged(MERGED, device, pick_dtype(parameters.base.compute_dtype, device))
-    save_file(mean_squares(model, some_rows(Path("data/tokens/train.arrow"))), file)
+    save_file(mean_squares(model, some_rows(TOKENS / "train.arrow")), file)
     return file
 
 

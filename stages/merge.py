@@ -32,6 +32,9 @@ from pipeline.common.paths import (
     GENERAL_EXAM,
     GENERATE_METRICS,
     GENERATED,
+    QUARANTINE,
+    TRAIN_ROWS,
+    VALID_ROWS,
 )
 from pipeline.common.rows import file_of
 from pipeline.common.user_files import user_files
@@ -55,8 +58,8 @@ def main() -> None:
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryFile(dir="data"))
         train, valid, aside = (
-            stack.enter_context(open(stack.enter_context(atomic_output(f"data/{name}.jsonl")), "wb"))
-            for name in ("train_merged", "valid", "quarantine")
+            stack.enter_context(open(stack.enter_context(atomic_output(path)), "wb"))
+            for path in (TRAIN_ROWS, VALID_ROWS, QUARANTINE)
         )
         quarantine = stack.enter_context(closing(Quarantine(aside)))
         files = [*curated_files(), GENERATED]

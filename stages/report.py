@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.dvc_lock import locked_hashes
-from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output, read_details, read_json
+from pipeline.common.outputs import atomic_output, existing, read_details, read_json
 from pipeline.common.paths import (
     ADAPTER,
     ANSWERS,
@@ -81,12 +80,6 @@ def main() -> None:
 def exam_result(name: str, path: Path, answers: Path, of_files: list[Any], metrics: dict[str, Any]) -> ExamResult:
     questions = read_questions(existing(path))
     return ExamResult(name, metrics, side_by_side(questions, read_answers(answers, questions), of_files))
-
-
-def existing(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"{path} is missing: run dvc repro, or dvc pull")
-    return path
 
 
 def tags(exams: list[ExamResult]) -> Iterable[list[Any]]:

@@ -27,7 +27,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import LOSS_TABLE, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
+from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
 from pipeline.model.adapter import lora_config, require_possible, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.chat_template import load_tokenizer
@@ -72,7 +72,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
         reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
         tokenizer = load_tokenizer(folder)
         model = load_trainable(parameters, folder, tokenizer, device)
-        train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
+        train_rows, valid_rows = (Dataset.from_file(str(TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
         trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, checkpoints)
         cost = timed(trainer, checkpoint)
         cost |= memory(device)

@@ -51,7 +51,10 @@ def test_in_a_fresh_clone_the_check_prints_what_is_made_and_what_that_takes(
         ),
         ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
         ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
-        ({"tokenize__max_length": 20}, r"the longest row has 34 tokens, tokenize\.max_length is 20: raise tokenize"),
+        (
+            {"tokenize__max_length": 20},
+            r"the longest row has 34 tokens, tokenize\.max_length is 20: raise tokenize\.max_length, or set",
+        ),
     ],
 )
 def test_what_a_stage_would_refuse_is_refused_in_one_line(
@@ -129,7 +132,10 @@ def test_a_base_on_the_hub_is_checked_without_its_weights(
     project.set(base__model="someone/tiny")
     printed = project.run("python", "-m", "tools.check").stdout
     hub.shutdown()
-    assert "someone/tiny: llama, 3.9 M parameters" in printed and "dvc repro prepare_base" in printed
+    assert (
+        "someone/tiny: llama, 3.9 M parameters" in printed
+        and "known after dvc repro prepare_base, which downloads the weights" in printed
+    )
     assert list(cache.rglob("config.json")) and not list(cache.rglob("*.safetensors"))
 
 

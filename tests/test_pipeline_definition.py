@@ -111,6 +111,8 @@ def test_another_converter_reruns_what_converts_and_what_runs_gguf_files_alone()
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declares(name: str) -> None:
     entries = [entry for entry in STAGES[name].get("params", []) if isinstance(entry, str)]
+    source = (ROOT / f"stages/{name}.py").read_text(encoding="utf-8")
+    assert bool(entries) == (f'parameters = load("{name}")' in source)
     declared = {key for entry in entries for key in keys(entry)}
     files = [file for file in deps.files_of(name, STAGES[name]) if file.endswith(".py")]
     assert set[str]().union(*(parameters_read(ROOT / file) for file in files)) == declared, (

@@ -158,7 +158,9 @@ def test_a_step_is_shared_by_fewer_batches_first_and_then_by_smaller_ones() -> N
     assert share_of_step(2, 8, 4) == (2, 2)
     assert share_of_step(2, 8, 16) == (1, 1)
     assert share_of_step(4, 3, 2) == (3, 2)
-    with pytest.raises(UserError, match=r"^train\.processes: 3 processes cannot share the 16 .* of 1, 2, 4, 8, 16, or"):
+    with pytest.raises(
+        UserError, match=r"^train\.processes: 3 processes cannot share the 16 rows .* one of 1, 2, 4, 8, 16, or"
+    ):
         share_of_step(2, 8, 3)
 
 
@@ -166,7 +168,11 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     require_gpus(2, torch.device("cuda"))
     require_gpus(3, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"torch finds 2 GPUs, but train\.processes is 1: set it to 2, or choose one"):
+    with pytest.raises(
+        UserError, match=r"torch finds 2 GPUs, but train\.processes is 1: set it to 2, or choose one GPU"
+    ):
         require_gpus(1, torch.device("cuda"))
-    with pytest.raises(UserError, match=r"train\.processes: 3 processes need a GPU each, but .* 2: set it to 2"):
+    with pytest.raises(
+        UserError, match=r"train\.processes: 3 processes need a GPU each, but torch finds 2: set it to 2"
+    ):
         require_gpus(3, torch.device("cuda"))

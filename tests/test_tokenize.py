@@ -266,7 +266,7 @@ def test_rows_over_max_length_are_refused_by_source_and_number_and_nothing_is_wr
     project.set(tokenize__max_length=40)
     line = r"3 rows are longer than tokenize\.max_length 40: a\.csv:2 \(60 tokens\), b\.jsonl:1 \(64 tokens\), "
     with pytest.raises(
-        UserError, match=line + r"b\.jsonl:3 \(60 tokens\): raise tokenize\.max_length \(the longest row has 64"
+        UserError, match=line + r"b\.jsonl:3 \(60 tokens\): raise tokenize\.max_length \(the longest row has 64\), "
     ):
         tokenize.main()
     assert not Path("data/tokens").exists() and not Path("metrics/lengths.csv").exists()

@@ -354,3 +354,11 @@ def test_each_epoch_of_a_run_has_an_order_of_its_own(train: Callable[..., str]) 
     first = list(sampler)
     trainer.state = TrainerState(epoch=1.0)  # as Transformers replaces it when training begins
     assert list(sampler) != first
+
+
+def test_a_killed_run_continues_only_with_the_same_versions_of_the_libraries_that_train(project: Project) -> None:
+    path, parameters = Path("libraries.yaml"), load("train_qlora")
+    text, run = path.read_text(encoding="utf-8"), checkpoints.fingerprint(parameters, "cpu")
+    for library, same in [("openai", True), ("trl", False)]:
+        path.write_text(text.replace(f'{library}: "', f'{library}: "9'), encoding="utf-8")
+        assert (checkpoints.fingerprint(parameters, "cpu") == run) == same

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
+from pipeline.common.outputs import read_json
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.tokenize import Tokenize
@@ -85,12 +86,8 @@ def examine(parameters: Parameters) -> None:
     refusals = []
     try:
         parts = needed(train)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:  # from code that needs values of tensors, such as MoE's
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        # Code that needs the values of tensors, such as that of experts (MoE), fails without weights.
         say(f"{memory}: train_qlora", f"no estimate: {model.config.model_type} takes no step without weights ({error})")
         parts = {"adapter": 0, "optimizer": 0}
     else:
@@ -164,13 +161,13 @@ def longest_row(tokenize: Tokenize) -> int:
     Raises:
         UserError: a row is longer than tokenize.max_length, and the tokenize stage would refuse it.
     """
-    if not LENGTHS_METRICS.exists() or changed():
+    if changed() or not LENGTHS_METRICS.exists():
         say(
             "longest row",
             f"up to {tokenize.max_length} tokens (tokenize.max_length): dvc repro tokenize counts the rows",
         )
         return tokenize.max_length
-    longest = json.loads(LENGTHS_METRICS.read_text(encoding="utf-8"))["tokens"]["max"]
+    longest = read_json(LENGTHS_METRICS)["tokens"]["max"]
     if longest > tokenize.max_length and tokenize.on_overflow == "raise":
         raise UserError(
             f"the longest row has {longest} tokens, tokenize.max_length is {tokenize.max_length}: raise "

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pipeline.common.paths import GGUF, MERGED
 from pipeline.export.disk import gguf_bytes
 
 CHECKPOINTS = 4  # training keeps three, and writes one
@@ -17,7 +18,7 @@ def disk_needed(
     """
     return {
         "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache stores equal files once
-        "models/merged": copies * parameters * itemsize,
-        "models/gguf": copies * (gguf_bytes(parameters, quantize) + adapter),
+        str(MERGED): copies * parameters * itemsize,
+        str(GGUF): copies * (gguf_bytes(parameters, quantize) + adapter),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
     }

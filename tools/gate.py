@@ -80,10 +80,8 @@ def minimums(wanted: dict[str, float]) -> Iterator[Demand]:
 
 
 def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
-    metrics, noise = (
-        read_details(EXAM_DETAILS)["exam"],
-        {f"tuned.{score}": value for score, value in read_noise().items()},
-    )
+    metrics = read_details(EXAM_DETAILS)["exam"]
+    noise = {f"tuned.{score}": value for score, value in read_noise().items()}
     same_exam = at(revision, EXAM) == EXAM.read_text(encoding="utf-8")
     earlier = flat(json.loads(at(revision, EXAM_DETAILS) or "[{}]")[0].get("exam", {}))
     for name, allowed in allowances.items():

@@ -10,7 +10,6 @@ likely. `dvc exp show` lists the experiments. An experiment that exists already 
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -21,6 +20,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import BASE, EXAM, EXAM_DETAILS
+from tools.dvc_command import DVC
 
 NOISE = Path("metrics/noise.json")
 REPEATABILITY = 1.96 * math.sqrt(2)  # standard deviations: ISO 5725's repeatability limit
@@ -38,8 +38,8 @@ def main() -> None:
     known = git("for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps").split()
     for seed, name in zip(seeds, experiments, strict=True):
         if name not in known:
-            run = ["dvc", "exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}", "evaluate"]
-            if subprocess.run([sys.executable, "-m", *run]).returncode:
+            run = ["exp", "run", "--temp", "--name", name, "--set-param", f"seed={seed}", "evaluate"]
+            if subprocess.run([*DVC, *run]).returncode:
                 raise UserError(f"noise: the experiment {name} failed, see above; earlier experiments are kept")
     runs = [json.loads(dvc.api.read(str(EXAM_DETAILS), rev=name))[0]["exam"]["tuned"] for name in experiments]
     scores = {score: spread([run[score] for run in runs]) for score in runs[0]}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
+from pipeline.common.paths import GGUF
 from pipeline.model.llama_server import served
 
 SLOTS = 2
@@ -29,7 +30,7 @@ def main() -> None:
     require_free(options.port)
     parameters = check(Path("params.yaml"))
     gguf = parameters.gguf
-    file = options.gguf or Path(f"models/gguf/model-{[*gguf.quantize, 'f16'][0]}.gguf")
+    file = options.gguf or GGUF / f"model-{[*gguf.quantize, 'f16'][0]}.gguf"
     with served(
         file, gguf.num_ctx, parameters.threads, port=options.port, slots=SLOTS, temperature=gguf.temperature
     ) as server:

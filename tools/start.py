@@ -18,6 +18,7 @@ from pipeline.common.outputs import remove
 from pipeline.common.parameters.params_yaml import check, read_yaml
 from pipeline.common.paths import GENERAL_EXAM
 from pipeline.model.base import file_hash
+from tools.dvc_command import dvc
 from tools.use import PARAMETERS, recipe, recipes, use
 
 DEMO = Path("tests/demo")
@@ -103,11 +104,11 @@ def remove_outputs() -> None:
     """Remove the outputs of the demo that equal dvc.lock, except persistent outputs."""
     if not LOCK.exists():
         return
-    command = [sys.executable, "-m", "dvc", "data", "status", "--json"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        raise UserError(f"dvc data status fails: {' '.join(found.stderr.split())}: git checkout {LOCK}, then run again")
-    changed = {path.rstrip("/") for path in json.loads(found.stdout).get("uncommitted", {}).get("modified", [])}
+    try:
+        status = json.loads(dvc("data", "status", "--json"))
+    except UserError as error:
+        raise UserError(f"dvc data status fails: {error}: git checkout {LOCK}, then run again") from None
+    changed = {path.rstrip("/") for path in status.get("uncommitted", {}).get("modified", [])}
     locked = {out["path"] for stage in read_yaml(LOCK)["stages"].values() for out in stage.get("outs", [])}
     for stage in read_yaml(Path("dvc.yaml"))["stages"].values():
         for out in stage.get("outs", []):

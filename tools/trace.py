@@ -14,16 +14,17 @@ import orjson
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import QUARANTINE, RAW, TOKENS, TRAIN_ROWS, UNGROUNDED, VALID_ROWS
 from pipeline.data.documents import DOCUMENTS, read_passages
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records
 
 OUTCOME_OF_FILE = {
-    "data/train_merged.jsonl": "is a training row",
-    "data/valid.jsonl": "is a validation row",
-    "data/tokens/overflow.jsonl": "was too long",
-    "data/quarantine.jsonl": "was dropped",
-    "data/ungrounded.jsonl": "was not made a row",
+    TRAIN_ROWS: "is a training row",
+    VALID_ROWS: "is a validation row",
+    TOKENS / "overflow.jsonl": "was too long",
+    QUARANTINE: "was dropped",
+    UNGROUNDED: "was not made a row",
 }
 
 
@@ -38,9 +39,11 @@ def trace(wanted: str) -> None:
     wanted = wanted.removeprefix(f"{Path.cwd()}/").removeprefix("./")
     found = list(rows_of(wanted))
     if not found:
-        missing = [file for file in OUTCOME_OF_FILE if not Path(file).exists()]
+        missing = [str(file) for file in OUTCOME_OF_FILE if not file.exists()]
         hint = f"; {', '.join(missing)} missing: run dvc repro tokenize, or dvc pull" if missing else ""
-        raise UserError(f"no row has the id or source {wanted!r}: look them up in {', '.join(OUTCOME_OF_FILE)}{hint}")
+        raise UserError(
+            f"no row has the id or source {wanted!r}: look them up in {', '.join(map(str, OUTCOME_OF_FILE))}{hint}"
+        )
     for file, row in found:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
         print(f"{row.get('id', 'a row')} {OUTCOME_OF_FILE[file]} ({file}){why and f': {why}'}")
@@ -51,10 +54,10 @@ def trace(wanted: str) -> None:
         print(f"from {source}\n  {origin(source, parameters)}")
 
 
-def rows_of(wanted: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(wanted: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield (file, row) for every row with this id or source."""
     for file in OUTCOME_OF_FILE:
-        if not Path(file).exists():
+        if not file.exists():
             continue  # its stage has not run yet
         with open(file, "rb") as lines:
             for row in map(orjson.loads, filter(bytes.strip, lines)):
@@ -69,7 +72,7 @@ def origin(source: str, parameters: Parameters) -> str:
     if not file.exists():
         raise UserError(f"{file} does not exist any more: run git log -- {file}")
     at = int(number)
-    if not file.is_relative_to("data/raw"):
+    if not file.is_relative_to(RAW):
         found = [record for line, record in records(file, parameters.merge.columns) if line == at]
         text = "".join(one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in found)
     elif file.suffix.lower() in DOCUMENTS:

@@ -67,9 +67,14 @@ def read_details(path: Path) -> Any:
 
 def read_json(path: Path) -> Any:
     """Raises UserError if the file is missing."""
+    return json.loads(existing(path).read_text(encoding="utf-8"))
+
+
+def existing(path: Path) -> Path:
+    """The path. Raises UserError if nothing is there."""
     if not path.exists():
         raise UserError(f"{path} is missing: run dvc repro, dvc pull, or git restore")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return path
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:

@@ -60,10 +60,8 @@ def fault(answer: str, quote: str, passage: str, share: float) -> str | None:
         return "misquoted"
     if not set(NUMBER.findall(answer)) <= set(NUMBER.findall(quote)):
         return "wrong_number"
-    said, there = (
-        plain_words(answer),
-        {variant for word in plain_words(passage) for variant in (word, PARTICLE.sub("", word))},
-    )
+    said = plain_words(answer)
+    there = {written for word in plain_words(passage) for written in (word, PARTICLE.sub("", word))}
     found = sum(word in there or PARTICLE.sub("", word) in there for word in said)
     return None if said and found >= share * len(said) else "ungrounded"
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 
 from transformers import TrainerState
@@ -41,7 +42,7 @@ def fingerprint(parameters: Parameters, device: str) -> str:
     """
     stage = read_yaml(Path("dvc.yaml"))["stages"][STAGE]
     of_files = [entry for entry in stage["params"] if isinstance(entry, dict)]  # {"libraries.yaml": ["peft", ...]}
-    versions = [read_yaml(Path(file))[key] for entry in of_files for file, keys in entry.items() for key in keys]
+    versions = [itemgetter(*keys)(read_yaml(Path(file))) for entry in of_files for file, keys in entry.items()]
     deps = [Path(dep) for dep in stage["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
     contents = {str(file): file_hash(file) for file in files}
