@@ -15,16 +15,15 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from pipeline.common.errors import UserError
+from pipeline.common.pinned import pins
 
 ROOT = Path(__file__).parent.parent
 PIPELINE, LIBRARIES = ROOT / "dvc.yaml", ROOT / "libraries.yaml"
-PINS = [ROOT / "requirements.txt", ROOT / "llama.cpp/requirements.txt"]
 CODE = ("pipeline/", "stages/", "llama.cpp/")
 ASSETS = (".html", ".css", ".js", ".md")  # which a module of the same name reads
 SOURCE = "llama.cpp/source.txt"
@@ -164,13 +163,6 @@ def imports(file: str) -> Iterator[str]:
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         nodes.extend(ast.iter_child_nodes(node))
-
-
-def pins() -> dict[str, str]:
-    """The version of each package in the requirements files."""
-    lines = [line.partition("#")[0].strip() for file in PINS for line in file.read_text(encoding="utf-8").splitlines()]
-    pinned = [Requirement(line) for line in lines if line and not line.startswith("-")]
-    return {canonicalize_name(each.name): str(each.specifier).removeprefix("==") for each in pinned}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import BASE, EXAM, EXAM_DETAILS
 from tools.dvc_command import DVC
+from tools.git_command import git
 
 NOISE = Path("metrics/noise.json")
 REPEATABILITY = 1.96 * math.sqrt(2)  # standard deviations: ISO 5725's repeatability limit
@@ -48,10 +49,6 @@ def main() -> None:
     print(
         f"correct {correct['mean']:.3f}, standard deviation {correct['sd']:.3f}, noise {correct['noise']:.3f}: {NOISE}"
     )
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def spread(values: list[float]) -> dict[str, float]:

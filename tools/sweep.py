@@ -23,6 +23,7 @@ from pipeline.common.outputs import scratch
 from pipeline.common.parameters.params_yaml import check
 from tools.dvc_command import DVC, dvc
 from tools.dvc_internals import WORKERS, combinations, fail_lost_tasks, override, start_worker
+from tools.git_command import git
 
 PARAMETERS = Path("params.yaml")
 SORTED = ["--sort-by", "metrics/evaluate.json:tuned.correct", "--sort-order", "desc"]
@@ -102,10 +103,6 @@ def queued(tasks: list[tuple[str, str]]) -> list[str]:
 def experiments() -> list[str]:
     """Return the names of the finished experiments of all commits."""
     return dvc("exp", "list", "--all-commits", "--name-only").split()
-
-
-def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
 def devices_of_workers(processes: int) -> list[str]:
