@@ -66,7 +66,9 @@ def main() -> None:
     if wide:
         exam = Setup(random_nf4(WIDE, CPU, torch.float32), tokenizer, [longer(questions, i) for i in range(16)], 64)
     else:
-        exam = Setup(load_tuned(TINY, ROOT / "outputs/adapter", CPU, torch.float32).eval(), tokenizer, questions, 32)
+        exam = Setup(
+            load_tuned(TINY, ROOT / "outputs/adapter", "nf4", CPU, torch.float32).eval(), tokenizer, questions, 32
+        )
 
     for warmed in loop, harness:
         warmed(replace(exam, questions=questions[:1]))

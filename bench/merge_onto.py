@@ -37,7 +37,7 @@ def main() -> None:
     device = pick_device(parameters.base.device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     folder, _ = located()
-    trained = load_tuned(folder, ADAPTER, device, dtype)
+    trained = load_tuned(folder, ADAPTER, parameters.base.quantization, device, dtype)
     models = {"as trained": trained}
     for name, on_nf4 in {"bf16": False, "dequantized_nf4": True}.items():
         with tempfile.TemporaryDirectory() as merged:

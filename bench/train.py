@@ -171,7 +171,7 @@ def rows(project: Path, side: str) -> Dataset:
 
 def final_loss(adapter: Path, project: Path) -> float:
     """Return the loss of the adapter in nats per token of the validation rows' answers."""
-    model = load_tuned(project / "base", adapter, torch.device("cpu"), torch.float32).eval()
+    model = load_tuned(project / "base", adapter, "nf4", torch.device("cpu"), torch.float32).eval()
     total, tokens = 0.0, 0
     for row in rows(project, "valid"):
         labels = torch.tensor(row["labels"][1:])

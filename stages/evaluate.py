@@ -42,7 +42,8 @@ def main() -> None:
     require_same_base(TRAINED, base)
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
-    model = load_tuned(folder, TRAINED, device, pick_dtype(parameters.base.compute_dtype, device))
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    model = load_tuned(folder, TRAINED, parameters.base.quantization, device, dtype)
     answers = answer_questions(
         model,
         load_tokenizer(folder),

@@ -14,7 +14,7 @@ from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.scores import graded
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import load_quantized, pick_device, pick_dtype, reproducible
+from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
 
 
@@ -24,7 +24,8 @@ def main() -> None:
     folder, _ = located()
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
-    model = load_quantized(folder, device, pick_dtype(parameters.base.compute_dtype, device))
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    model = load_base(folder, parameters.base.quantization, device, dtype)
     answers = answer_questions(
         model,
         load_tokenizer(folder),

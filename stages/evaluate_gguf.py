@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.common.markdown import table
@@ -23,11 +22,11 @@ from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.evaluation.answers import answer_questions, prompt_and_reference
-from pipeline.evaluation.conversions import NextToken, Variant, measured
+from pipeline.evaluation.conversions import Variant, measured
 from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
 from pipeline.evaluation.questions import Question, read_answers, read_questions
-from pipeline.evaluation.variants import of_same_weights, source
-from pipeline.export.llama_cpp import run_script
+from pipeline.evaluation.variants import in_16_bits
+from pipeline.export.base_gguf import convert_base
 from pipeline.model.base import located, require_same_base
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.llama_server import Server, served
@@ -51,24 +50,25 @@ def main() -> None:
     tokenizer, ends = load_tokenizer(MERGED), end_tokens(load_generation_config(MERGED))
     asked = [prompt_and_reference(tokenizer, question, ends) for question in questions]
 
-    model = load_tuned(folder, TRAINED, device, dtype)
+    quantization = parameters.base.quantization
+    model = load_tuned(folder, TRAINED, quantization, device, dtype)
     tuned = read_answers(ANSWERS, questions)
     given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
-    variants = {"tuned": Variant(given, along(model, asked))}
+    variants = {"tuned": Variant(given, in_transformers(model, asked, batch_size))}
     del model
     release_memory()  # a small GPU has no room for two models
     model = load_merged(MERGED, device, dtype)
     given = [
         (answer.text, answer.stopped) for answer in answer_questions(model, tokenizer, questions, batch_size, length)
     ]
-    variants["merged"] = Variant(given, along(model, asked))
+    variants["merged"] = Variant(given, in_transformers(model, asked, batch_size))
     del model
     release_memory()  # a small machine has no memory for the merged model and the f16 file
 
     cost = {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
     with scratch(GGUF) as temporary:
-        for name, file, lora in files_to_examine(folder, temporary):
+        for name, file, lora in files_to_examine(folder, quantization, temporary):
             with served(file, context, parameters.threads, lora) as server:
                 variants[name], cost[name] = answer_in_llama_cpp(server, name, questions, asked, ends, length)
 
@@ -80,7 +80,7 @@ def main() -> None:
     write_details(GGUF_DETAILS, details)
     write_json("metrics/gguf_cost.json", cost)
     print("\n".join(table(*conversion_table(details))))
-    require_converted(details, parameters.evaluate.max_kl, parameters.merge_adapter.base)
+    require_same_model(details, parameters.evaluate.max_kl)
 
 
 def release_memory() -> None:
@@ -88,18 +88,13 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def along(model: PreTrainedModel, asked: list[Asked]) -> list[list[NextToken]]:
-    model.eval()
-    return [in_transformers(model, *each) for each in tqdm(asked, desc="next tokens", unit="question")]
-
-
-def files_to_examine(base: Path, temporary: Path) -> list[tuple[str, Path, Path | None]]:
+def files_to_examine(base: Path, quantization: str, temporary: Path) -> list[tuple[str, Path, Path | None]]:
     """(name, GGUF model, GGUF LoRA on the model) of every file to examine. A LoRA, if there is one, needs the base as
-    GGUF, which does not ship."""
+    training had it, as GGUF. This file does not ship."""
     base_gguf = temporary / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
-        run_script("convert.py", "hf", base, "--outtype", "f16", "--outfile", base_gguf)
+        convert_base(base, quantization, base_gguf)
     return [(lora.name, base_gguf, lora) for lora in loras] + [
         (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
     ]
@@ -149,7 +144,7 @@ def require_same_ends(server: Server, prompt: list[int], ends: set[int], name: s
 
 def require_ended(replies: list[dict[str, Any]], questions: list[Question], ends: set[int], name: str) -> None:
     """Raises UserError for the first answer that llama.cpp ends at a token at which Transformers continues."""
-    if source(name) != "merged":
+    if not in_16_bits(name):
         return
     for question, reply in zip(questions, replies, strict=True):
         if reply["stop_type"] == "eos" and reply["tokens"][-1] not in ends:
@@ -163,15 +158,15 @@ def size(name: str) -> dict[str, int]:
     return {"bytes": (GGUF / name).stat().st_size} if name.endswith(".gguf") else {}
 
 
-def require_converted(details: dict[str, Any], max_kl: float, merged_onto: str) -> None:
-    """Raises UserError for the first 16-bit file whose next-token probabilities are not those of the merged model."""
+def require_same_model(details: dict[str, Any], max_kl: float) -> None:
+    """Raises UserError for the first 16-bit variant whose next-token probabilities are not those of the tuned model."""
     for name, of in details.items():
-        moved = of["conversion"]["kl"]
-        if source(name) == "merged" and of_same_weights(name, merged_onto) and not moved <= max_kl:  # nor NaN
+        if in_16_bits(name) and not of["kl"] <= max_kl:  # nor NaN
+            remedy = "set merge_adapter.base to auto" if name == "merged" else "run dvc repro -f convert_gguf"
             raise UserError(
-                f"{name}: in the conversion merged → {name} the KL divergence of the next-token probabilities is "
-                f"{moved:.2g} nats, and evaluate.max_kl allows {max_kl:g}: the file is not the merged model; run "
-                "dvc repro -f convert_gguf, choose another base.model, or raise evaluate.max_kl"
+                f"{name}: the KL divergence of the next-token probabilities from the tuned model is {of['kl']:.2g} "
+                f"nats, and evaluate.max_kl allows {max_kl:g}: this is not the examined model; {remedy}, "
+                "choose another base.model, or raise evaluate.max_kl"
             )
 
 

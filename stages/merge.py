@@ -2,10 +2,10 @@
 
     python -m stages.merge
 
-data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, metrics/generate.json, data/questions.jsonl,
-data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (dropped rows, with the reason),
-data/conflicts.jsonl (sources of rows with the same question and different answers), metrics/data.json, metrics/data.md,
-metrics/details/data.json
+data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, data/replay.jsonl, metrics/generate.json,
+data/questions.jsonl, data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (dropped
+rows, with the reason), data/conflicts.jsonl (sources of rows with the same question and different answers),
+metrics/data.json, metrics/data.md, metrics/details/data.json
 """
 
 import tempfile
@@ -32,7 +32,9 @@ from pipeline.common.paths import (
     GENERAL_EXAM,
     GENERATE_METRICS,
     GENERATED,
+    PROMPTS,
     QUARANTINE,
+    REPLAY,
     TRAIN_ROWS,
     VALID_ROWS,
 )
@@ -62,9 +64,9 @@ def main() -> None:
             for path in (TRAIN_ROWS, VALID_ROWS, QUARANTINE)
         )
         quarantine = stack.enter_context(closing(Quarantine(aside)))
-        files = [*curated_files(), GENERATED]
+        files = [*curated_files(), GENERATED, REPLAY]
         exams = [*read_questions(EXAM), *read_questions(GENERAL_EXAM)]
-        chunks = stack.enter_context(closing(checked(files, GENERATED, exams, parameters.merge)))
+        chunks = stack.enter_context(closing(checked(files, {GENERATED, REPLAY}, exams, parameters.merge)))
         rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
         outcomes, repeated = decide(rows, parameters.merge)
         require_both_sides(outcomes, parameters.merge.valid_share)
@@ -117,10 +119,11 @@ def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers
     repeated = first.copy()
     outcomes = np.where(first == np.arange(len(rows)), TRAIN, DUPLICATE).astype(np.uint8)
     leaked = [at for at in rows.leaks if outcomes[at] == TRAIN]
-    if leaked and merge.on_leak == "raise":
+    of_user = [at for at in leaked if file_of(rows.sources[at]) != str(PROMPTS)]  # others are dropped always
+    if of_user and merge.on_leak == "raise":
         raise UserError(
-            f"{rows.sources[leaked[0]]}: {asks(rows, leaked[0])}, which would train on the exam: "
-            f"reword or remove the row, or set merge.on_leak to drop ({len(leaked)} of {len(rows)} rows)"
+            f"{rows.sources[of_user[0]]}: {asks(rows, of_user[0])}, which would train on the exam: "
+            f"reword or remove the row, or set merge.on_leak to drop ({len(of_user)} of {len(rows)} rows)"
         )
     outcomes[leaked] = LEAKED
     if merge.near_duplicate is not None:
@@ -203,7 +206,7 @@ def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str
     keys = by_count(rows.unknown_keys)
     outcomes = ["invalid", *OUTCOMES]
     invalid: Counter[str] = Counter()
-    sources = {str(file): dict.fromkeys(["read", *outcomes], 0) for file in files if file != GENERATED}
+    sources = {str(file): dict.fromkeys(["read", *outcomes], 0) for file in files if file not in (GENERATED, REPLAY)}
     for (file, reason), n in sorted(counts.items()):
         of_file = sources.setdefault(file, dict.fromkeys(["read", *outcomes], 0))
         of_file["read"] += n

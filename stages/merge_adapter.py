@@ -5,28 +5,24 @@
 models/base.json, outputs/trained/ -> models/merged/
 """
 
-import shutil
-
 from pipeline.common.outputs import atomic_output
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import MERGED, TRAINED
 from pipeline.export.disk import room_for
-from pipeline.export.merging import merge
-from pipeline.model.base import SMALL_FILES, located, require_same_base, weight_files
+from pipeline.export.merging import merge, merges_onto_nf4
+from pipeline.model.base import located, require_same_base, weight_files
 from stages import run
 
 
 def main() -> None:
     parameters = load("merge_adapter")
+    on_nf4 = merges_onto_nf4(parameters.merge_adapter.base, parameters.base.quantization)
     folder, base = located()
     require_same_base(TRAINED, base)
     size = sum(file.stat().st_size for file in weight_files(folder))
     with room_for(size, MERGED), atomic_output(MERGED) as aside:
         aside.mkdir()
-        merge(folder, TRAINED, aside, on_nf4=parameters.merge_adapter.base == "dequantized_nf4")
-        for pattern in SMALL_FILES:
-            for file in folder.glob(pattern):
-                shutil.copyfile(file, aside / file.name)
+        merge(folder, TRAINED, aside, on_nf4)
 
 
 if __name__ == "__main__":

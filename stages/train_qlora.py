@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on the base in NF4.
+"""Train a LoRA adapter on the base, in NF4 (QLoRA) or not quantized (LoRA).
 
     python -m stages.train_qlora
 
@@ -32,7 +32,15 @@ from pipeline.model.adapter import lora_config, require_possible, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
-from pipeline.model.loading import load_quantized, pick_device, pick_dtype, reproducible
+from pipeline.model.loading import (
+    load_base,
+    load_quantized,
+    load_unquantized,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+    reproducible,
+)
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
@@ -45,7 +53,7 @@ from pipeline.training.processes import (
     shard,
     share_of_step,
 )
-from pipeline.training.trainer import Trainer, build_trainer, lengths
+from pipeline.training.trainer import Trainer, build_trainer, lengths, without_input_casts
 from stages import run
 
 LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
@@ -88,13 +96,17 @@ def train(parameters: Parameters, process: PartialState) -> None:
 def load_trainable(
     parameters: Parameters, folder: Path, tokenizer: PreTrainedTokenizerFast, device: torch.device
 ) -> PeftModel:
-    """The base in NF4 with a new adapter on it."""
+    """The base with a new adapter on it."""
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     sharded = is_sharded(parameters.train.processes, parameters.train.strategy)
-    if sharded:  # the complete base may not fit on one GPU, and FSDP shards no integers
+    quantization = parameters.base.quantization
+    if sharded and quantization == "none":
+        base = load_unquantized(folder, torch.device("cpu"), dtype)
+    elif sharded:  # the complete base may not fit on one GPU, and FSDP shards no integers
         base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
     else:
-        base = load_quantized(folder, device, dtype)
+        base = load_base(folder, quantization, device, dtype)
+    pick_attention(base, device)
     require_possible(parameters.lora, base)
     tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     tuned = with_adapter(base, lora_config(parameters.lora, tokens))
@@ -114,7 +126,8 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         print(f"continuing from {checkpoint.name} of an interrupted run", flush=True)
     started = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        with without_input_casts(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finally:
         print(file=sys.stderr)  # the progress bar does not end its line
     seconds = time.monotonic() - started

@@ -147,7 +147,7 @@ def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
         project.set(base__model=str(base), merge_adapter__base=onto)
         prepare_base.main()
         make_adapter(base, lora(**changed), tokens)
-        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/trained"), CPU, torch.float32)
+        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/trained"), "nf4", CPU, torch.float32)
         merge_adapter.main()
         merged = AutoModelForCausalLM.from_pretrained("models/merged", dtype=torch.float32)
         assert sorted(path.name for path in Path("models/merged").iterdir()) == sorted(p.name for p in base.iterdir())
@@ -184,7 +184,9 @@ def test_trl_trains_every_part_of_an_adapter_and_measures_the_loss_that_the_save
     assert [name for name, part in model.named_parameters() if name in before and part.equal(before[name])] == []
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with torch.inference_mode():
-        logits = load_tuned(base, tmp_path / "adapter", CPU, torch.float32)(input_ids=torch.tensor([ids])).logits[0]
+        logits = load_tuned(base, tmp_path / "adapter", "nf4", CPU, torch.float32)(
+            input_ids=torch.tensor([ids])
+        ).logits[0]
     loss = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
 

@@ -106,7 +106,7 @@ def test_a_family_learns_and_every_variant_answers_alike(family: str) -> None:
 @torch.inference_mode()
 def tuned_loss() -> float:
     """The mean loss per supervised token of the tuned model's own logits, in nats."""
-    model = load_tuned(BASE, Path("outputs/trained"), torch.device("cpu"), torch.float32)
+    model = load_tuned(BASE, Path("outputs/trained"), "nf4", torch.device("cpu"), torch.float32)
     loss, supervised = 0.0, 0
     for of_row in Dataset.from_file("data/tokens/valid.arrow"):
         ids, labels = torch.tensor([of_row["input_ids"]]), torch.tensor(of_row["labels"][1:])

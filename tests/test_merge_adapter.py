@@ -94,7 +94,7 @@ def test_every_family_merges_onto_the_nf4_that_it_was_trained_on(tmp_path: Path,
     make_adapter(base, adapter)
     shutil.copytree(base, merged)
     merge(base, adapter, merged, on_nf4=True)
-    require_same_logits(merged, load_tuned(base, adapter, CPU, torch.float32))
+    require_same_logits(merged, load_tuned(base, adapter, "nf4", CPU, torch.float32))
 
 
 def test_only_what_training_had_in_nf4_is_rounded_to_it(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
         monkeypatch.setattr("pipeline.model.base.fetched", lambda *_: (Path("hub"), ""))
         monkeypatch.setattr("pipeline.model.loading.pick_device", lambda _: torch.device("cuda"))
         monkeypatch.setattr("pipeline.training.processes.require_gpus", lambda *_: None)
-        monkeypatch.setattr("pipeline.training.memory.free", lambda device: free[device.type])
+        monkeypatch.setattr("pipeline.training.memory.free_memory", lambda device: free[device.type])
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
 
     return of

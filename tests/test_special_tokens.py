@@ -128,7 +128,7 @@ def test_a_base_that_cannot_end_an_answer_learns_to_by_its_control_tokens(projec
         project.set(lora__trainable_tokens=wanted)
         train_qlora.main()
         folder, _ = located()
-        model = load_tuned(folder, Path("outputs/trained"), torch.device("cpu"), torch.float32)
+        model = load_tuned(folder, Path("outputs/trained"), "nf4", torch.device("cpu"), torch.float32)
         answers = answer_questions(
             model, load_tokenizer(folder), read_questions(EXAM)[:40], batch_size=40, max_new_tokens=24
         )

@@ -104,8 +104,8 @@ def transformers_says(model: "PreTrainedModel", tokenizer: Any, context: int, co
     from jinja2 import TemplateError
     from tokenizers.decoders import DecodeStream
 
+    from pipeline.evaluation.answers import greedy
     from pipeline.model.chat_template import end_tokens, token_ids
-    from tools.tuned import greedy
 
     try:
         prompt = token_ids(tokenizer, conversation, add_generation_prompt=True)

@@ -58,8 +58,9 @@ def examine(parameters: Parameters) -> None:
     from pipeline.export.llama_cpp import no_gguf_lora
     from pipeline.model.adapter import lora_config, require_possible
     from pipeline.model.base import SMALL_FILES, fetched, has_weights
+    from pipeline.model.free_memory import free_memory
     from pipeline.model.loading import pick_device, pick_dtype
-    from pipeline.training.memory import beside_gpus, evaluating_gguf, free, saved_dtype, skeleton, training
+    from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, skeleton, training
     from pipeline.training.processes import require_gpus, share_of_step
     from tools.disk import disk_needed
 
@@ -77,7 +78,7 @@ def examine(parameters: Parameters) -> None:
     length = longest_row(parameters.tokenize)
 
     def needed(train: Train) -> dict[str, int]:
-        return training(folder, lora, train, tokens, length, device, dtype)
+        return training(folder, lora, train, tokens, length, device, dtype, base.quantization)
 
     left_out = no_gguf_lora(lora_config(lora, tokens).to_dict())
     say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}, {left_out or 'GGUF LoRA'}")
@@ -95,18 +96,18 @@ def examine(parameters: Parameters) -> None:
         say("adapter", f"{trained:,} parameters, r {lora.r}")
         if train.processes > 1:
             say("processes", f"{train.processes}, {train.strategy}; the next line is for one of them")
-        room = free(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
+        room = free_memory(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {remedy(train, device, needed, room)}")
     if beside := beside_gpus(model, train, length, device):
         needs = {"train_qlora": beside}
-        if not fits("memory: train_qlora", needs, room := free(torch.device("cpu"))):
+        if not fits("memory: train_qlora", needs, room := free_memory(torch.device("cpu"))):
             refusals.append(
                 f"train_qlora {short(needs, room, 'memory')}: set train.activation_offloading to false, or spread "
                 "train.processes over more machines"
             )
     needs = {"evaluate_gguf": evaluating_gguf(model, device, dtype)}
-    if not fits("memory: evaluate_gguf", needs, room := free(torch.device("cpu"))):
+    if not fits("memory: evaluate_gguf", needs, room := free_memory(torch.device("cpu"))):
         refusals.append(f"evaluate_gguf {short(needs, room, 'memory')}: choose a smaller base.model")
     copies = 1 if {"hardlink", "symlink"} & cache_types() else 2
     files = disk_needed(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)

@@ -22,7 +22,7 @@ from pipeline.common.outputs import read_details
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import EXAM, EXAM_DETAILS, GGUF_DETAILS
 from pipeline.evaluation.comparison import LOWER_IS_BETTER
-from pipeline.evaluation.variants import of_same_weights, source
+from pipeline.evaluation.variants import source
 from tools.dvc_command import DVC
 from tools.noise import read_noise
 
@@ -43,7 +43,7 @@ def main(revision: str = "HEAD") -> None:
     demands = [
         *minimums(parameters.gate.minimum),
         *drops(parameters.gate.max_drop, revision),
-        *conversion_drops(parameters.gate.max_conversion_drop, parameters.merge_adapter.base),
+        *conversions(parameters.gate.max_conversion_drop, parameters.gate.max_kl),
         general_drop(parameters.gate.max_general_drop),
     ]
     for demand in demands:
@@ -99,13 +99,14 @@ def drops(allowances: dict[str, float], revision: str) -> Iterator[Demand]:
         )
 
 
-def conversion_drops(allowed: float, merged_onto: str) -> Iterator[Demand]:
-    """One demand for each conversion from the tuned model to a file that ships."""
+def conversions(allowed: float, max_kl: float) -> Iterator[Demand]:
+    """Two demands for each variant after the tuned model: correct answers lost in its conversion, and likeness."""
     for variant, of in read_details(GGUF_DETAILS).items():
-        if of_same_weights(variant, merged_onto):
-            drop = max(0.0, -of["conversion"]["correct"])
-            found = f"{of['correct']:.3f} correct, {drop:.3f} less, allowed {allowed:.3f}"
-            yield Demand(f"drop in the conversion {source(variant)} → {variant}", drop <= allowed, found)
+        drop = max(0.0, -of["conversion"]["correct"])
+        found = f"{of['correct']:.3f} correct, {drop:.3f} less, allowed {allowed:.3f}"
+        yield Demand(f"drop in the conversion {source(variant)} → {variant}", drop <= allowed, found)
+        found = f"{of['kl']:.2g} nats per token from the tuned model, allowed {max_kl:g}"
+        yield Demand(f"KL divergence of {variant}", of["kl"] <= max_kl, found)
 
 
 def general_drop(allowed: float) -> Demand:

@@ -85,9 +85,9 @@ def conversation(location: str, row: Any) -> list[Message]:
 def by_transformers(conversations: Conversations, length: int, parameters: Parameters, tuned: bool) -> Answers:
     from jinja2 import TemplateError
 
-    from pipeline.evaluation.answers import text_of
+    from pipeline.evaluation.answers import greedy_in_batches, text_of
     from pipeline.model.chat_template import end_tokens, token_ids
-    from tools.tuned import greedy, load_model
+    from tools.tuned import load_model
 
     model, tokenizer = load_model(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
@@ -97,13 +97,8 @@ def by_transformers(conversations: Conversations, length: int, parameters: Param
             prompts.append(token_ids(tokenizer, messages, add_generation_prompt=True))
         except (TemplateError, UserError) as error:
             raise UserError(f"{location}: the base's chat template refuses this conversation: {error}") from None
-    tokens: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
-        batch = order[start : start + batch_size]
-        for row, token in greedy(model, [prompts[i] for i in batch], ends, length):
-            tokens[batch[row]].append(token)
-    return [text_of(tokenizer, of_row, ends) for of_row in tokens]
+    answers = greedy_in_batches(model, prompts, ends, batch_size, length)
+    return [text_of(tokenizer, tokens, ends) for tokens in answers]
 
 
 def by_llama_cpp(file: Path, conversations: Conversations, length: int, parameters: Parameters) -> Answers:

@@ -1,10 +1,8 @@
 """Loads the tuned model or its base with Transformers, for the tools that answer questions."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedModel
 
@@ -12,17 +10,15 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import ADAPTER, BASE
-from pipeline.evaluation.answers import decode, forward, padded
 from pipeline.export.merging import read_config
 from pipeline.model.base import describe, located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import load_quantized, load_tuned, pick_device, pick_dtype, reproducible
-from pipeline.model.supervision import IGNORED
+from pipeline.model.loading import load_base, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import stored_tensors
 
 
 def load_model(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:
-    """The base in NF4 as in the exam, with the adapter if `tuned`; and the tokenizer.
+    """The base as in the exam, with the adapter if `tuned`; and the tokenizer.
 
     Raises:
         UserError: a file is missing or damaged, or the adapter was trained on another base.
@@ -41,19 +37,9 @@ def load_model(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, An
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     reproducible(0, parameters.threads)
     transformers.utils.logging.disable_progress_bar()
-    model = load_tuned(folder, ADAPTER, device, dtype) if tuned else load_quantized(folder, device, dtype)
+    how = parameters.base.quantization, device, dtype
+    model = load_tuned(folder, ADAPTER, *how) if tuned else load_base(folder, *how)
     return model.eval(), load_tokenizer(folder)
-
-
-@torch.inference_mode()
-def greedy(
-    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (number of the prompt, token) of the greedy answers, as the tokens come."""
-    ids = padded(prompts, "left").to(model.device)
-    mask = (ids != IGNORED).long()
-    asked = forward(model, ids, mask, logits_to_keep=1)
-    yield from decode(model, asked.logits, mask, asked.past_key_values, ends, max_new_tokens)
 
 
 def fetch_base(local: str) -> None:

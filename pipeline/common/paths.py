@@ -9,10 +9,12 @@ RAW = Path("data/raw")  # facts, phrasings and documents
 CURATED = Path("data/curated")  # the user's rows
 EXAM = Path("data/questions.jsonl")  # tests what the model is trained for
 GENERAL_EXAM = Path("data/general.jsonl")  # tests what the model must not forget
+PROMPTS = Path("data/prompts.txt")  # everyday prompts, which the base answers for replay
 
 GENERATED = Path("data/train.jsonl")
 REPLIES = Path("data/replies.jsonl")
 UNGROUNDED = Path("data/ungrounded.jsonl")
+REPLAY = Path("data/replay.jsonl")
 TRAIN_ROWS = Path("data/train_merged.jsonl")
 VALID_ROWS = Path("data/valid.jsonl")
 QUARANTINE = Path("data/quarantine.jsonl")

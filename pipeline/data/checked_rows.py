@@ -96,11 +96,11 @@ class CheckedRows:
         return words_of(messages[:-1]), words_of(messages[-1:])
 
 
-def checked(files: list[Path], generated: Path, questions: list[Question], merge: Merge) -> Generator[Chunk]:
+def checked(files: list[Path], generated: set[Path], questions: list[Question], merge: Merge) -> Generator[Chunk]:
     """Yield the checked rows of all files, in order.
 
-    A row of `generated` keeps its own source; the source of any other row is its file and line. This process reads the
-    files; one worker per processor checks the rows. At most two chunks per worker wait.
+    A row of the files `generated` keeps its own source; the source of any other row is its file and line. This process
+    reads the files; one worker per processor checks the rows. At most two chunks per worker wait.
     """
     check = partial(check_chunk, generated=generated, near_duplicate=merge.near_duplicate)
     processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS: all
@@ -134,8 +134,8 @@ def hold_exam(questions: list[Question], near: float) -> None:
     exam = ExamIndex(questions, near)
 
 
-def check_chunk(file: Path, chunk: list[Record], generated: Path, near_duplicate: float | None) -> Chunk:
-    from_generate = file == generated
+def check_chunk(file: Path, chunk: list[Record], generated: set[Path], near_duplicate: float | None) -> Chunk:
+    from_generate = file in generated
     rows, groups, invalid = [], [], []
     unknown: Counter[str] = Counter()
     for number, record in chunk:

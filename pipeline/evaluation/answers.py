@@ -89,6 +89,30 @@ def answer(
     return list(zip(answers, nlls, strict=True))
 
 
+@torch.inference_mode()
+def greedy(
+    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
+) -> Iterator[tuple[int, int]]:
+    """Yield (number of the prompt, token) of the greedy answers, as the tokens come."""
+    ids = padded(prompts, "left").to(model.device)
+    mask = (ids != IGNORED).long()
+    asked = forward(model, ids, mask, logits_to_keep=1)
+    yield from decode(model, asked.logits, mask, asked.past_key_values, ends, max_new_tokens)
+
+
+def greedy_in_batches(
+    model: PreTrainedModel, prompts: list[list[int]], ends: set[int], batch_size: int, max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of the greedy answer to each prompt."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
+        batch = order[start : start + batch_size]
+        for row, token in greedy(model, [prompts[i] for i in batch], ends, max_new_tokens):
+            answers[batch[row]].append(token)
+    return answers
+
+
 def decode(
     model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
 ) -> Iterator[tuple[int, int]]:

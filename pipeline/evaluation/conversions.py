@@ -33,13 +33,12 @@ class Variant:
 
 
 def measured(name: str, variants: dict[str, Variant], questions: list[Question]) -> dict[str, Any]:
-    """The scores of a variant, and two comparisons. At the top level, the merged model is compared with the tuned one,
-    and each GGUF file with the merged model. Under `conversion`, each variant is compared with its source."""
+    """The scores of a variant, and two comparisons: at the top level with the tuned model, which was examined, and
+    under `conversion` with the variant that it is made of."""
     ours, before = variants[name], variants[source(name)]
-    model = variants["tuned" if name == "merged" else "merged"]
     now, then = scores(ours, questions), scores(before, questions)
     lost = {score: now[score] - then[score] for score in ("correct", "loss")}
-    return now | compared(ours, model) | {"conversion": lost | compared(ours, before)}
+    return now | compared(ours, variants["tuned"]) | {"conversion": lost | compared(ours, before)}
 
 
 def scores(variant: Variant, questions: list[Question]) -> dict[str, float]:

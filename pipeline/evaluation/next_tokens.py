@@ -4,21 +4,36 @@ Every variant of the model gives the distributions at the same tokens, so that a
 """
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pipeline.evaluation.answers import forward, padded
 from pipeline.evaluation.conversions import NextToken
 from pipeline.model.llama_server import Server
+from pipeline.model.supervision import IGNORED
 
 N_PROBS = 128  # likeliest tokens that are kept of each distribution
 
 
 @torch.inference_mode()
-def in_transformers(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[NextToken]:
-    ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-    logits = model(input_ids=ids, logits_to_keep=len(answer)).logits[0]
-    logprobs, tokens = logits.float().log_softmax(-1).topk(min(N_PROBS, logits.shape[1]))
-    likeliest = [dict(zip(*row, strict=True)) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
-    return [NextToken(*each) for each in zip(answer, likeliest, strict=True)]
+def in_transformers(
+    model: PreTrainedModel, asked: list[tuple[list[int], list[int]]], batch_size: int
+) -> list[list[NextToken]]:
+    """For each (prompt, reference answer): the distribution at each token of the answer."""
+    model.eval()
+    order = sorted(range(len(asked)), key=lambda i: [len(part) for part in reversed(asked[i])])
+    found: dict[int, list[NextToken]] = {}
+    for start in tqdm(range(0, len(order), batch_size), desc="next tokens", unit="batch"):
+        batch = order[start : start + batch_size]
+        ids = padded([asked[i][0] + asked[i][1][:-1] for i in batch], "left").to(model.device)
+        longest = max(len(asked[i][1]) for i in batch)
+        logits = forward(model, ids, (ids != IGNORED).long(), logits_to_keep=longest).logits
+        for i, of_row in zip(batch, logits, strict=True):
+            answer = asked[i][1]
+            logprobs, tokens = of_row[-len(answer) :].float().log_softmax(-1).topk(min(N_PROBS, logits.shape[-1]))
+            likeliest = [dict(zip(*row, strict=True)) for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+            found[i] = [NextToken(*each) for each in zip(answer, likeliest, strict=True)]
+    return [found[i] for i in range(len(asked))]
 
 
 def in_llama_cpp(server: Server, prompt: list[int], answer: list[int]) -> list[NextToken]:

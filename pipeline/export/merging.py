@@ -7,6 +7,7 @@ some tensors. The arithmetic is the one of PEFT's `merge_and_unload`, in 32 bits
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from pipeline.common.errors import UserError
+from pipeline.model.base import SMALL_FILES
 from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
 from pipeline.model.transformers_internals import names_in_4_bits
 
@@ -33,8 +35,8 @@ AGAIN = "run dvc repro -f train_qlora"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
-    """Write the weights of `base`, merged with `adapter`, to the folder `to`, in files of the same names.
+def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool) -> None:
+    """Write the files of `base`, with `adapter` added to the weights, to the folder `to`. None adds nothing.
 
     With `on_nf4`, weights that training had in NF4 are first rounded to NF4. This needs 15 bytes of memory per weight
     of the largest tensor; otherwise about 20 MiB are enough for any model.
@@ -42,9 +44,10 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
     Raises:
         UserError: a file is damaged, the adapter does not fit this base, or a sum is not finite.
     """
-    config = read_config(adapter)
     files = weights_by_file(base)
-    parts = parts_by_weight(adapter, config, dict(chain.from_iterable(tensors.items() for tensors in files.values())))
+    weights = dict(chain.from_iterable(tensors.items() for tensors in files.values()))
+    config = read_config(adapter) if adapter else {}
+    parts = parts_by_weight(adapter, config, weights) if adapter else {}
     quantized = in_nf4(base) if on_nf4 else set()
     for file, tensors in files.items():
         with open(to / file.name, "wb") as merged:
@@ -57,6 +60,22 @@ def merge(base: Path, adapter: Path, to: Path, on_nf4: bool) -> None:
                             f"{adapter}: the merged {name} is not finite in {rows.dtype}: train another adapter"
                         )
                     merged.write(rows.flatten().view(torch.uint8).numpy())
+    for file in chain.from_iterable(base.glob(pattern) for pattern in SMALL_FILES):
+        shutil.copyfile(file, to / file.name)
+
+
+def merges_onto_nf4(wanted: str, quantization: str) -> bool:
+    """Whether `merge_adapter.base` means the weights rounded to NF4. `auto` means the weights that training had.
+
+    Raises:
+        UserError: training had no weights in NF4.
+    """
+    if wanted == "dequantized_nf4" and quantization != "nf4":
+        raise UserError(
+            f"merge_adapter.base is dequantized_nf4, but base.quantization is {quantization}: set merge_adapter.base "
+            "to auto"
+        )
+    return quantization == "nf4" and wanted != "bf16"
 
 
 def read_config(adapter: Path) -> dict[str, Any]:

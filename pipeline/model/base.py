@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.paths import BASE
+from pipeline.model.gguf_base import is_gguf, unpacked, unpacked_folder
 from pipeline.model.hub_cache import snapshot
 
 # Copied unchanged wherever the tokenizer is needed: saving a loaded tokenizer changes files that llama.cpp reads.
@@ -37,7 +38,7 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
     files = file_hashes(folder)
     return {
         "model": model,
-        "revision": None if Path(model).is_dir() else folder.name,
+        "revision": None if is_local(model) else folder.name,
         "fingerprint": joint_hash(files),
         "tokenizer": joint_hash({name: files[name] for name in TOKENIZER_FILES if name in files}),
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
@@ -51,9 +52,9 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     Raises:
         UserError: the folder or hub model does not exist, has no chat template, or a local folder has no weights.
     """
-    if Path(model).is_dir() and revision is not None:
-        raise UserError(f"base.revision is {revision!r}, but base.model {model} is a local folder: set it to null")
-    folder = Path(model) if Path(model).is_dir() else download(model, revision, files)
+    if is_local(model) and revision is not None:
+        raise UserError(f"base.revision is {revision!r}, but base.model {model} is local: set it to null")
+    folder = local_folder(model) if is_local(model) else download(model, revision, files)
     if not (folder / "config.json").exists():
         raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
     if Path(model).is_dir() and not has_weights(folder):
@@ -65,6 +66,21 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     if template is None:
         raise UserError(f"base.model {model} has no chat template: choose its instruct or chat variant")
     return folder, template
+
+
+def is_local(model: str) -> bool:
+    """Whether `model` is a folder or a GGUF file of this machine, and not of the hub."""
+    return Path(model).is_dir() or is_gguf(model)
+
+
+def local_folder(model: str) -> Path:
+    """Raises UserError if `model` is a GGUF file that does not exist or cannot be used."""
+    file = Path(model)
+    if not is_gguf(model):
+        return file
+    if not file.exists():
+        raise UserError(f"base.model {model} does not exist: correct the path of the GGUF file")
+    return unpacked(file, file_hash(file))
 
 
 def has_weights(folder: Path) -> bool:
@@ -109,6 +125,8 @@ def located() -> tuple[Path, dict[str, Any]]:
     described = json.loads(BASE.read_text(encoding="utf-8"))
     if described["revision"] is None:
         folder = Path(described["model"])
+        if is_gguf(described["model"]):
+            folder = unpacked_folder(file_hash(folder) if folder.exists() else "missing")
         if not folder.is_dir() or joint_hash(file_hashes(folder)) != described["fingerprint"]:
             raise UserError(f"base.model {folder} has changed since prepare_base ran: run dvc repro -f prepare_base")
         return folder, described

@@ -1,4 +1,4 @@
-"""Loads the base in NF4, with or without an adapter, and chooses device and types."""
+"""Loads the base, in NF4 or as it is, with or without an adapter, and chooses device and types."""
 
 import ctypes
 import os
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from pipeline.common.errors import UserError
 from pipeline.model.bitsandbytes_internals import never_repack
+from pipeline.model.free_memory import free_memory
 
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -34,8 +35,14 @@ def pick_device(wanted: str) -> torch.device:
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bfloat16() else torch.float32
     return getattr(torch, wanted)
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16. Without these, bfloat16 is slower than float32."""
+    flags = Path("/proc/cpuinfo")  # https://docs.kernel.org/arch/x86/cpuinfo.html
+    return flags.exists() and bool({"amx_bf16", "avx512_bf16"} & set(flags.read_text(encoding="ascii").split()))
 
 
 def pick_optimizer(wanted: str, device: torch.device) -> str:
@@ -44,12 +51,41 @@ def pick_optimizer(wanted: str, device: torch.device) -> str:
     return wanted
 
 
+def pick_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """Choose the attention for training. On a CPU, the backward pass of SDPA in bfloat16 takes ten times as long as
+    that of plain products (torch 2.13)."""
+    if device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("eager")
+
+
 def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> bool:
     return device.type == "cuda" if wanted == "auto" else wanted
 
 
 def pick_offloading(wanted: bool, checkpointing: bool, device: torch.device) -> bool:
     return wanted and checkpointing and device.type == "cuda"
+
+
+def load_base(folder: Path, quantization: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The base, in NF4 or not quantized. The arithmetic and the weights that are not quantized are in `dtype`.
+
+    On a CPU with enough free memory, the weights in NF4 are kept dequantized: the values are the same, and no step
+    dequantizes them again.
+    """
+    if quantization == "none":
+        return load_unquantized(folder, device, dtype)
+    model = load_quantized(folder, device, dtype)
+    keeps = device.type == "cpu" and keeps_dequantized(model.num_parameters(), dtype)
+    return model.dequantize(dtype) if keeps else model
+
+
+def keeps_dequantized(parameters: int, dtype: torch.dtype) -> bool:
+    """Whether the dequantized weights of a model take less than half of this machine's free memory."""
+    return 2 * parameters * dtype.itemsize < free_memory(torch.device("cpu"))
+
+
+def load_unquantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
 
 
 def load_quantized(
@@ -99,8 +135,10 @@ def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTr
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
 
 
-def load_tuned(folder: Path, adapter: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The base in NF4 with the trained adapter, as at the end of training."""
+def load_tuned(
+    folder: Path, adapter: Path, quantization: str, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base with the trained adapter, as at the end of training."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_quantized(folder, device, dtype), adapter)
+    return PeftModel.from_pretrained(load_base(folder, quantization, device, dtype), adapter)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -20,7 +19,15 @@ from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.train import Train
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.embedding import only_looked_up
-from pipeline.model.loading import KEPT, pick_checkpointing, pick_offloading, pick_optimizer
+from pipeline.model.free_memory import free_memory
+from pipeline.model.loading import (
+    KEPT,
+    keeps_dequantized,
+    pick_attention,
+    pick_checkpointing,
+    pick_offloading,
+    pick_optimizer,
+)
 from pipeline.model.transformers_internals import attention_of
 from pipeline.training.processes import is_sharded, share_of_step
 from pipeline.training.torch_internals import Alive, fused_on_meta
@@ -56,7 +63,14 @@ def saved_dtype(folder: Path) -> torch.dtype:
 
 
 def training(
-    folder: Path, lora: Lora, train: Train, tokens: list[int], length: int, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    lora: Lora,
+    train: Train,
+    tokens: list[int],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str = "nf4",
 ) -> dict[str, int]:
     """Return the bytes on `device` of one process at the peak of training, by purpose. Rows have `length` tokens.
 
@@ -64,8 +78,10 @@ def training(
     weights' files are in memory while they are loaded. They count as activations if they need more memory than these.
     """
     model = skeleton(folder, dtype)
-    base = kept_bytes(model, train)
-    dequantized = max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize
+    pick_attention(model, device)
+    in_nf4 = quantization == "nf4" and not (device.type == "cpu" and keeps_dequantized(model.num_parameters(), dtype))
+    base = kept_bytes(model, train, in_nf4)
+    dequantized = max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize if in_nf4 else 0
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
     tuned = with_adapter(model, lora_config(lora, tokens))
     if device.type == "cuda" and only_looked_up(tuned) and not is_sharded(train.processes, train.strategy):
@@ -103,18 +119,19 @@ def nf4_bytes(model: PreTrainedModel) -> int:
     return int(quantized * NF4) + (model.num_parameters() - quantized) * model.dtype.itemsize
 
 
-def kept_bytes(model: PreTrainedModel, train: Train) -> int:
-    """Return the bytes of the base in one process.
+def kept_bytes(model: PreTrainedModel, train: Train, in_nf4: bool) -> int:
+    """Return the bytes of the base in one process, in NF4 or in the model's type.
 
     Under FSDP a process keeps its share of the base, and all of what is not split: the scales of NF4, and an embedding
     that is tied to the head. It also gathers the layer that computes, the next layer, and the head.
     """
+    whole = nf4_bytes(model) if in_nf4 else model.num_parameters() * model.dtype.itemsize
     if not is_sharded(train.processes, train.strategy):
-        return nf4_bytes(model)
-    scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8)
+        return whole
+    scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8) if in_nf4 else 0
     head = model.get_output_embeddings().weight.nbytes
     not_shared = scales + (head if model.config.tie_word_embeddings else 0)
-    shared = nf4_bytes(model) - not_shared
+    shared = whole - not_shared
     two_layers = 2 * shared / model.config.get_text_config().num_hidden_layers
     gathered = two_layers + (0 if model.config.tie_word_embeddings else head)
     return int(not_shared + shared / train.processes + gathered)
@@ -226,18 +243,5 @@ def evaluating_gguf(model: PreTrainedModel, device: torch.device, dtype: torch.d
     parameters = model.num_parameters()
     merged = parameters * dtype.itemsize
     if device.type == "cuda":  # the part that does not fit on the GPU stays in RAM
-        merged = max(0, merged - free(device))
+        merged = max(0, merged - free_memory(device))
     return PROCESS["cpu"] + max(merged, parameters * 2)  # later, llama.cpp has the f16 file in memory
-
-
-def free(device: torch.device) -> int:
-    """Return the bytes that a new process can use on `device`. A container's limit (cgroups, version 2) counts."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    available = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    limit, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.exists() and (bound := limit.read_text(encoding="ascii").strip()) != "max":
-        reclaimable = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())["inactive_file"]
-        available = min(available, int(bound) - int(used.read_text(encoding="ascii")) + int(reclaimable))
-    return available

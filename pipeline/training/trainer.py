@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from pyarrow.compute import list_value_length
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
@@ -198,6 +200,15 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,  # early stopping keeps its count
     )
+
+
+def without_input_casts(trainer: Trainer) -> AbstractContextManager[None]:
+    """Under autocast on a CPU, LoRA need not cast its inputs to the adapter's type: autocast casts them back.
+
+    https://huggingface.co/docs/peft/package_reference/helpers#peft.helpers.disable_input_dtype_casting
+    """
+    autocast_on_cpu = trainer.args.bf16 and trainer.args.use_cpu
+    return disable_input_dtype_casting(trainer.model) if autocast_on_cpu else nullcontext()
 
 
 class Losses(TrainerCallback):

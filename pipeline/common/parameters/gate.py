@@ -11,4 +11,5 @@ class Gate(Section):
     minimum: dict[str, float]
     max_drop: dict[str, Annotated[float, Field(ge=0)]]
     max_conversion_drop: Annotated[float, Field(ge=0, le=1)]
+    max_kl: Annotated[float, Field(gt=0)]
     max_general_drop: Annotated[float, Field(ge=0, le=1)]

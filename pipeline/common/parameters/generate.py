@@ -17,3 +17,4 @@ class Generate(Section):
     grounding: Annotated[float, Field(ge=0, le=1)]
     concurrency: Positive
     token_budget: Positive
+    replay: Annotated[int, Field(ge=0)]

@@ -6,4 +6,4 @@ from pipeline.common.parameters.section import Section
 
 
 class MergeAdapter(Section):
-    base: Literal["bf16", "dequantized_nf4"]
+    base: Literal["auto", "bf16", "dequantized_nf4"]

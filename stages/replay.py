@@ -1,0 +1,70 @@
+"""Answers of the untrained base to everyday prompts: rows that keep the model from forgetting.
+
+    python -m stages.replay
+
+models/base.json, data/prompts.txt -> data/replay.jsonl: the answers to the first generate.replay prompts. An answer
+that does not end within tokenize.max_length is left out.
+"""
+
+from pathlib import Path
+
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import write_jsonl
+from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import PROMPTS, REPLAY
+from pipeline.common.rows import Row, question_and_answer, row
+from pipeline.evaluation.answers import greedy_in_batches, text_of
+from pipeline.model.base import located
+from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
+from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
+from stages import run
+
+Prompts = dict[str, str]  # by "file:line"
+
+
+def main() -> None:
+    parameters = load("replay")
+    prompts = first_prompts(PROMPTS, parameters.generate.replay)
+    rows = answered(prompts, parameters) if prompts else []
+    if left_out := len(prompts) - len(rows):
+        print(f"{left_out} of {len(prompts)} answers of the base are longer than tokenize.max_length: left out")
+    write_jsonl(REPLAY, rows)
+
+
+def first_prompts(file: Path, wanted: int) -> Prompts:
+    """Raises UserError if the file has fewer prompts. Blank lines and lines with # at the start are no prompts."""
+    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+    prompts = {f"{file}:{number}": line.strip() for number, line in lines if line.strip() and not line.startswith("#")}
+    if len(prompts) < wanted:
+        raise UserError(
+            f"generate.replay is {wanted}, but {file} has {len(prompts)} prompts: add prompts, or lower generate.replay"
+        )
+    return dict(list(prompts.items())[:wanted])
+
+
+def answered(prompts: Prompts, parameters: Parameters) -> list[Row]:
+    """A row for each prompt whose answer ends in time."""
+    folder, _ = located()
+    device = pick_device(parameters.base.device)
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    reproducible(0, parameters.threads)
+    model, tokenizer = load_base(folder, parameters.base.quantization, device, dtype), load_tokenizer(folder)
+    ends = end_tokens(model.generation_config)
+    asked = [
+        token_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+        for prompt in prompts.values()
+    ]
+    max_length = parameters.tokenize.max_length
+    answers = greedy_in_batches(model, asked, ends, parameters.evaluate.batch_size, max_length)
+    rows = []
+    for (location, prompt), tokens in zip(prompts.items(), answers, strict=True):
+        text, ended = text_of(tokenizer, tokens, ends)
+        messages = question_and_answer(prompt, text)
+        if ended and text and len(token_ids(tokenizer, messages)) <= max_length:
+            rows.append(row(messages, location))
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)
