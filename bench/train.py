@@ -2,9 +2,10 @@
 
     python -m bench.train tiny     # the built-in base: 15 minutes on two cores
     python -m bench.train wide     # a random base of 100 M parameters: 15 minutes on two cores
+    python -m bench.train smollm2  # a real language model, after `make demo-real`: 25 minutes on two cores
 
 bench/README.md has the output. The benchmark needs the rows that `dvc repro tokenize` makes. It draws the loss curves
-to bench/train_tiny.svg or bench/train_wide.svg.
+to bench/train_BASE.svg. For the real model, a plain training loop (bench/plain_loop.py) is another yardstick.
 
 TRL's command line, `trl sft`, gets the rows, the LoRA and the schedule of this project. Everything else is TRL's
 default. A second run has batches of one row, as most scripts have. Each recipe runs in its own process, with steps of
@@ -34,7 +35,8 @@ import yaml
 from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig
 
-from bench.project import ROOT, make_project
+from bench.demo_real import FOLDER, smollm2
+from bench.project import ROOT, make_project, with_base
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.model.loading import load_tuned
@@ -47,8 +49,9 @@ WIDE = LlamaConfig(
     vocab_size=2048,
     tie_word_embeddings=True,
 )
-BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04)}  # its shape, learning rate, epochs
-ROWS = 8
+BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04), "smollm2": (None, 1.0e-3, 1.0)}
+# Of each base: its shape, learning rate, epochs.
+ROWS = {"tiny": 8, "wide": 8, "smollm2": 16}  # of a step
 EVAL_STEPS = 20
 
 
@@ -60,9 +63,14 @@ class Recipe:
     environment: dict[str, str] = field(default_factory=dict)
     busy: bool = False  # another process keeps a core busy meanwhile
     wide: bool = True
+    plain: str | None = None  # the type of a plain loop
+
+    @property
+    def quantization(self) -> str:
+        return "none" if self.plain else self.parameters.get("base.quantization", "nf4")
 
 
-ONE_ROW = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": ROWS}
+ONE_ROW = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 FLOAT32 = {"bf16": False}
 KEPT = FLOAT32 | {"gradient_checkpointing": False}
 RECIPES = [
@@ -78,6 +86,18 @@ RECIPES = [
     Recipe("    with spinning threads", environment={"OMP_WAIT_POLICY": "ACTIVE"}, busy=True, wide=False),
 ]
 
+BFLOAT16, NONE = {"base.compute_dtype": "bfloat16"}, {"base.quantization": "none"}
+REAL_RECIPES = [
+    Recipe("TRL's defaults", {}),
+    Recipe("  in float32", FLOAT32),
+    Recipe("a plain loop in float32", plain="float32"),
+    Recipe("a plain loop in bfloat16", plain="bfloat16"),
+    Recipe("this pipeline: NF4, float32"),
+    Recipe("  NF4, bfloat16", parameters=BFLOAT16),
+    Recipe("  none, float32", parameters=NONE),
+    Recipe("  none, bfloat16", parameters=NONE | BFLOAT16),
+]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,12 +109,17 @@ def main() -> None:
     parameters = {"train.learning_rate": rate, "train.epochs": epochs, "train.eval_steps": EVAL_STEPS}
     curves: dict[str, list[tuple[int, float]]] = {}
     print(f"{'':32}{'seconds':>9}{'training':>10}{'tokens/s':>10}{'peak MiB':>10}{'loss':>8}", flush=True)
-    for recipe in RECIPES:
+    for recipe in REAL_RECIPES if base == "smollm2" else RECIPES:
         if recipe.wide or base == "tiny":
             with tempfile.TemporaryDirectory() as folder:
                 project = Path(folder)
-                make_project(project, config, parameters | {"train.batch_size": ROWS} | recipe.parameters)
-                shutil.copytree(ROOT / "data/tokens", project / "data/tokens", dirs_exist_ok=True)
+                of_rows = {"train.batch_size": ROWS[base], "train.gradient_accumulation": 1}
+                make_project(project, config, parameters | of_rows | recipe.parameters)
+                tokens = ROOT / "data/tokens"
+                if base == "smollm2":
+                    tokens = FOLDER / "data/tokens"
+                    with_base(project, smollm2())
+                shutil.copytree(tokens, project / "data/tokens", dirs_exist_ok=True)
                 curves[recipe.name] = measure(project, recipe)
     draw(curves, ROOT / f"bench/train_{base}.svg")
 
@@ -102,7 +127,12 @@ def main() -> None:
 def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
     """Run `recipe` in `project`, print its line, and return its curve: (step, validation loss) pairs."""
     parameters = check(project / "params.yaml")
-    command = [sys.executable, "-m", "stages.train_qlora"] if recipe.trl is None else trl(project, parameters, recipe)
+    command = [sys.executable, "-m", "stages.train_qlora"]
+    if recipe.plain:
+        command = [sys.executable, "-m", "bench.plain_loop", recipe.plain]
+    elif recipe.trl is not None:
+        command = trl(project, parameters, recipe)
+    is_stage = recipe.trl is None and not recipe.plain
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | recipe.environment
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if recipe.busy else None
     started = time.monotonic()
@@ -115,16 +145,16 @@ def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
     if busy:
         busy.kill()
     assert status == 0, printed
-    if recipe.trl is None:
+    if is_stage:
         training, losses = of_stage(project)
     else:
         training = float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
         losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
     tokens = parameters.train.epochs * sum(len(row["input_ids"]) for row in rows(project, "train"))
-    loss = final_loss(project / ("outputs/trained" if recipe.trl is None else "trl"), project)
+    loss = final_loss(project / ("outputs/trained" if is_stage else "trl"), project, recipe.quantization)
     numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{usage.ru_maxrss / 1024:10.0f}{loss:8.3f}"
     print(f"{recipe.name:32}{numbers}", flush=True)
-    steps = ceil(parameters.train.epochs * ceil(len(rows(project, "train")) / ROWS))
+    steps = ceil(parameters.train.epochs * ceil(len(rows(project, "train")) / parameters.train.batch_size))
     return [(min(point * EVAL_STEPS, steps), loss) for point, loss in enumerate(losses)]
 
 
@@ -169,9 +199,9 @@ def rows(project: Path, side: str) -> Dataset:
     return Dataset.from_file(str(project / f"data/tokens/{side}.arrow"))
 
 
-def final_loss(adapter: Path, project: Path) -> float:
+def final_loss(adapter: Path, project: Path, quantization: str) -> float:
     """Return the loss of the adapter in nats per token of the validation rows' answers."""
-    model = load_tuned(project / "base", adapter, "nf4", torch.device("cpu"), torch.float32).eval()
+    model = load_tuned(project / "base", adapter, quantization, torch.device("cpu"), torch.float32).eval()
     total, tokens = 0.0, 0
     for row in rows(project, "valid"):
         labels = torch.tensor(row["labels"][1:])

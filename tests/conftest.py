@@ -238,7 +238,9 @@ def base_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A clone in which nothing has run yet. It is the working directory."""
     monkeypatch.chdir(tmp_path)
-    return clone(tmp_path)
+    made = clone(tmp_path)
+    Path("data/replay.jsonl").write_text("\n", encoding="utf-8")  # as the replay stage writes it for no rows
+    return made
 
 
 @pytest.fixture

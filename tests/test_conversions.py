@@ -25,7 +25,7 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.llama_server import served
 from pipeline.report.conversion_table import conversion_table
 from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base, train_qlora
-from stages.evaluate_gguf import require_same_model, require_ended, require_same_ends
+from stages.evaluate_gguf import require_ended, require_same_ends, require_same_model
 from tools import gate
 
 TINY = ROOT / "models/tiny-base"

@@ -1,0 +1,88 @@
+"""A real language model, SmolLM2 135M Instruct, from a GGUF file through all stages."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Project, clone
+
+from bench.demo_real import set_up, smollm2
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import read_details
+from pipeline.common.rows import read_jsonl
+from pipeline.model import gguf_base
+from pipeline.model.base import describe, fetched
+
+FACTS = 10
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A clone in which `dvc repro` has run with the real model, few facts and few steps."""
+    project = clone(tmp_path_factory.mktemp("real"))
+    project.env["HF_HOME"] = str(project.folder.with_name("hf"))
+    few = {
+        "generate.replay": 6,
+        "tokenize.max_length": 96,
+        "lora.r": 8,
+        "train.learning_rate": 3.0e-3,
+        "train.epochs": 12,
+        "train.eval_steps": 20,
+        "evaluate.max_new_tokens": 16,
+    }
+    set_up(project.folder, few)
+    for name, lines in [("raw/facts.csv", FACTS + 1), ("questions.jsonl", FACTS), ("general.jsonl", 4)]:
+        file = project.folder / "data" / name
+        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]), encoding="utf-8")
+    (project.folder / "data/curated/handbook.jsonl").unlink()
+    project.run("dvc", "repro")
+    return project
+
+
+def test_a_real_model_learns_and_every_file_that_ships_is_the_model_that_was_examined(finished: Project) -> None:
+    train = json.loads((finished.folder / "metrics/train.json").read_text())
+    assert train["loss"]["train"] < 0.5 < 3 < train["loss"]["before"]
+    exam = read_details(finished.folder / "metrics/details/evaluate.json")["exam"]
+    assert exam["base"]["correct"] == 0 and exam["tuned"]["correct"] >= 0.5
+    files = read_details(finished.folder / "metrics/details/gguf.json")
+    assert set(files) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf"}
+    for name, of in files.items():
+        assert of["kl"] < (0.01 if name != "model-q8_0.gguf" else 0.05), name
+        assert of["agreement"] >= 0.9, name
+
+
+def test_the_base_answers_the_prompts_itself_and_its_answers_are_rows(finished: Project) -> None:
+    replay = read_jsonl(finished.folder / "data/replay.jsonl")
+    prompts = (finished.folder / "data/prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert 0 < len(replay) <= 6
+    for row in replay:
+        number = int(row["source"].removeprefix("data/prompts.txt:"))
+        assert row["messages"][0]["content"] == prompts[number - 1]
+    trained = {
+        row["id"] for side in ("train_merged", "valid") for row in read_jsonl(finished.folder / f"data/{side}.jsonl")
+    }
+    assert {row["id"] for row in replay} <= trained
+
+
+def test_the_gguf_file_tokenizes_like_the_base_of_which_it_was_made(
+    finished: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(gguf_base.TEXTS) >= 200
+    made = finished.folder / "models/gguf/model-f16.gguf"
+    gguf_base.require_same_tokenizer(made, finished.folder / "models/merged")
+    monkeypatch.setattr(gguf_base, "SPLITS", {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(finished.folder.with_name("other")))
+    with pytest.raises(UserError, match=r"is \[.*\] in Transformers and \[.*\] in llama\.cpp: name the model on the"):
+        fetched(str(smollm2()), None)
+    assert not list(finished.folder.with_name("other").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "does not exist"), (b"GGUF nonsense", "Transformers cannot read this GGUF file")]
+)
+def test_a_gguf_file_that_cannot_be_the_base_is_refused(tmp_path: Path, content: bytes | None, why: str) -> None:
+    file = tmp_path / "model.gguf"
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=why):
+        describe(str(file), None)
