@@ -3,7 +3,7 @@
     python -m stages.replay
 
 models/base.json, data/prompts.txt -> data/replay.jsonl: the answers to the first generate.replay prompts. An answer
-that does not end within tokenize.max_length is left out.
+that does not end within generate.replay_length tokens is left out.
 """
 
 from pathlib import Path
@@ -20,6 +20,7 @@ from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
 
+BATCH = 16  # prompts answered at a time
 Prompts = dict[str, str]  # by "file:line"
 
 
@@ -28,7 +29,7 @@ def main() -> None:
     prompts = first_prompts(PROMPTS, parameters.generate.replay)
     rows = answered(prompts, parameters) if prompts else []
     if left_out := len(prompts) - len(rows):
-        print(f"{left_out} of {len(prompts)} answers of the base are longer than tokenize.max_length: left out")
+        print(f"{left_out} of {len(prompts)} answers of the base are longer than generate.replay_length: left out")
     write_jsonl(REPLAY, rows)
 
 
@@ -55,14 +56,12 @@ def answered(prompts: Prompts, parameters: Parameters) -> list[Row]:
         token_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         for prompt in prompts.values()
     ]
-    max_length = parameters.tokenize.max_length
-    answers = greedy_in_batches(model, asked, ends, parameters.evaluate.batch_size, max_length)
+    answers = greedy_in_batches(model, asked, ends, BATCH, parameters.generate.replay_length)
     rows = []
     for (location, prompt), tokens in zip(prompts.items(), answers, strict=True):
         text, ended = text_of(tokenizer, tokens, ends)
-        messages = question_and_answer(prompt, text)
-        if ended and text and len(token_ids(tokenizer, messages)) <= max_length:
-            rows.append(row(messages, location))
+        if ended and text:
+            rows.append(row(question_and_answer(prompt, text), location))
     return rows
 
 

@@ -52,7 +52,8 @@ def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: 
     asked = prompt_and_reference(tokenizer, Question("a", "Who leads it?", ["Ada 🙂 튐 耀"], "here"), {2})
     assert tokenizer.decode(asked[1][:3]).endswith("\ufffd")
     with served(base_gguf, context=128, threads=1) as server:
-        pairs = list(zip(in_llama_cpp(server, *asked), in_transformers(model, *asked), strict=True))
+        shorter = prompt_and_reference(tokenizer, Question("b", "Who?", ["Ada"], "here"), {2})  # padded in the batch
+        pairs = list(zip(in_llama_cpp(server, *asked), in_transformers(model, [shorter, asked], 2)[1], strict=True))
     assert [ours.token for ours, _ in pairs] == asked[1]
     for ours, theirs in pairs:
         assert ours.nll == pytest.approx(theirs.nll, abs=0.02) and len(ours.likeliest) == N_PROBS
@@ -103,14 +104,14 @@ def test_each_conversion_is_measured_from_the_variant_that_it_starts_at() -> Non
     assert lost == {
         "merged": (0, 0.889),  # .8 / .9
         "model-f16.gguf": (0, 1),
-        "adapter-f16.gguf": (0, 1),
+        "adapter-f16.gguf": (0, 0.889),  # of the tuned model too
         "model-q4_0.gguf": (-1, 0.25),
         "model-q8_0.gguf": (0, 0.75),
     }
     assert [of["agreement"] for of in results.values()] == [1, 1, 0, 0, 1]
     assert [of["top1"] for of in results.values()] == [1, 1, 1, 0, 1]
     assert NextToken(5, {0: -0.1, 1: -2.5}).nll == 2.5  # at least
-    expected = 0.8 * math.log(0.8 / 0.2) + 0.2 * math.log(0.2 / 0.8)
+    expected = 0.9 * math.log(0.9 / 0.2) + 0.1 * math.log(0.1 / 0.8)
     assert results["model-q4_0.gguf"]["kl"] == results["model-q4_0.gguf"]["kl_max"] == pytest.approx(expected, abs=1e-6)
     head, lines = conversion_table(results)
     assert len(lines) == 5 and {len(head)} == set(map(len, lines))
@@ -173,8 +174,10 @@ def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
         evaluate_gguf.main()
     assert "| model-f16.gguf → model-q8_0.gguf |" in capsys.readouterr().out  # DVC puts the last run's metrics back
     assert lost() == [
-        "drop in the conversion merged → adapter-f16.gguf",
+        "drop in the conversion tuned → adapter-f16.gguf",
+        "KL divergence of adapter-f16.gguf",
         "drop in the conversion model-f16.gguf → model-q8_0.gguf",
+        "KL divergence of model-q8_0.gguf",
     ]
 
 

@@ -134,7 +134,7 @@ def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
         ("lora", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
         ("tokenize", {"prepare_base", "generate", "merge", "evaluate_base"}),
         ("train", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
-        ("base", {"generate", "merge"}),
+        ("base", {"generate"}),
         ("generate", {"prepare_base", "evaluate_base"}),
         ("merge", {"prepare_base", "generate", "evaluate_base"}),
         ("evaluate", {"train_qlora", "merge_adapter", "convert_gguf"}),

@@ -18,3 +18,4 @@ class Generate(Section):
     concurrency: Positive
     token_budget: Positive
     replay: Annotated[int, Field(ge=0)]
+    replay_length: Positive
