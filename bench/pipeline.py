@@ -26,6 +26,8 @@ from bench.kills import change
 RUNS = 7
 CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "threads": 1,
+    "base.quantization": "none",
+    "generate.replay_length": 32,
     "generate.phrasings_per_fact": 3,
     "generate.model": "another",
     "merge.valid_share": 0.1,
@@ -33,7 +35,7 @@ CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "lora.r": 8,
     "evaluate.max_new_tokens": 48,
     "evaluate.max_kl": 0.02,
-    "merge_adapter.base": "dequantized_nf4",
+    "merge_adapter.base": "bf16",
     "gguf.num_ctx": 1024,
     "gate.max_conversion_drop": 0.05,
 }

@@ -69,7 +69,9 @@ def needed(name: str, train: Train, length: int) -> int:
     with TemporaryDirectory() as folder:
         SHAPES[name].save_pretrained(folder)
         lora = check(ROOT / "params.yaml").lora
-        parts = training(Path(folder), lora, train, [], length, torch.device("cuda"), torch.bfloat16)
+        quantization = read_yaml(ROOT / f"recipes/{name}.yaml")["base"]["quantization"]
+        gpu = torch.device("cuda")
+        parts = training(Path(folder), lora, train, [], length, gpu, torch.bfloat16, quantization)
     return sum(parts.values())
 
 

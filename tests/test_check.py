@@ -20,6 +20,7 @@ from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.train import Train
 from pipeline.training.memory import PROCESS, beside_gpus, skeleton, training
 from tools import check as tool
+from tools.advice import advice
 from tools.disk import disk_needed
 
 GIB = 2**30
@@ -50,7 +51,7 @@ def test_in_a_fresh_clone_the_check_prints_what_is_made_and_what_that_takes(
             r"lora\.modules_to_save: embed_tokens and lm_head are one matrix in this base",
         ),
         ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
-        ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
+        ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is local"),
         (
             {"tokenize__max_length": 20},
             r"the longest row has 34 tokens, tokenize\.max_length is 20: raise tokenize\.max_length, or set",
@@ -231,3 +232,20 @@ def test_the_disk_that_gguf_files_fill_comes_out() -> None:
     made = sum(scores["bytes"] for scores in files.values() if "bytes" in scores)
     estimated = disk_needed(3_934_464, 2, 655_360, 0, check(ROOT / "params.yaml").gguf.quantize, copies=1)
     assert estimated["models/gguf"] == pytest.approx(made, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("size", "changed", "warned"),
+    [
+        (134_515_008, {"learning_rate": 2.0e-4, "epochs": 3}, ["train.learning_rate", "train.epochs"]),
+        (134_515_008, {"learning_rate": 1.5e-3, "epochs": 10}, []),
+        (8_030_261_248, {"learning_rate": 2.0e-4, "epochs": 3}, []),
+        (8_030_261_248, {"learning_rate": 4.0e-3, "epochs": 3}, ["train.learning_rate"]),
+    ],
+)
+def test_settings_far_from_what_was_measured_are_warned_of(
+    size: int, changed: dict[str, float], warned: list[str]
+) -> None:
+    parameters = check(ROOT / "params.yaml")
+    parameters = parameters.model_copy(update={"train": parameters.train.model_copy(update=changed)})
+    assert [name for name, _ in advice(parameters, size)] == warned

@@ -75,10 +75,13 @@ def test_a_target_that_is_no_linear_layer_of_the_base_is_refused_before_training
         train(lora__target_modules=["q_porj", "lm_head", "v_proj"])
 
 
-def test_device_and_arithmetic_follow_the_machine_unless_reported() -> None:
+def test_device_and_arithmetic_follow_the_machine_unless_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pick_device("cpu") == cpu
-    assert pick_dtype("auto", cpu) == torch.float32 and pick_dtype("auto", gpu) == torch.bfloat16
+    assert pick_dtype("auto", gpu) == torch.bfloat16
+    for multiplies, dtype in [(True, torch.bfloat16), (False, torch.float32)]:
+        monkeypatch.setattr("pipeline.model.loading.cpu_multiplies_bfloat16", lambda here=multiplies: here)
+        assert pick_dtype("auto", cpu) == dtype
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
     if not torch.cuda.is_available():
         assert pick_device("auto") == cpu

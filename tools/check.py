@@ -20,6 +20,7 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.paths import LENGTHS_METRICS
+from tools.advice import advice
 from tools.dvc_command import dvc
 from tools.material import material
 
@@ -74,6 +75,8 @@ def examine(parameters: Parameters) -> None:
     size, saved = model.num_parameters(), saved_dtype(folder)
     require_possible(lora, model)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
+    for parameter, warning in advice(parameters, size):
+        say(parameter, warning)
     tokens = special_tokens(folder, parameters)
     length = longest_row(parameters.tokenize)
 

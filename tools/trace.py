@@ -14,7 +14,7 @@ import orjson
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import QUARANTINE, RAW, TOKENS, TRAIN_ROWS, UNGROUNDED, VALID_ROWS
+from pipeline.common.paths import PROMPTS, QUARANTINE, RAW, TOKENS, TRAIN_ROWS, UNGROUNDED, VALID_ROWS
 from pipeline.data.documents import DOCUMENTS, read_passages
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records
@@ -72,7 +72,9 @@ def origin(source: str, parameters: Parameters) -> str:
     if not file.exists():
         raise UserError(f"{file} does not exist any more: run git log -- {file}")
     at = int(number)
-    if not file.is_relative_to(RAW):
+    if file == PROMPTS:
+        text = "\n".join(file.read_text(encoding="utf-8").splitlines()[at - 1 : at])
+    elif not file.is_relative_to(RAW):
         found = [record for line, record in records(file, parameters.merge.columns) if line == at]
         text = "".join(one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in found)
     elif file.suffix.lower() in DOCUMENTS:
