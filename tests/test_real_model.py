@@ -13,8 +13,6 @@ from pipeline.common.rows import read_jsonl
 from pipeline.model import gguf_base
 from pipeline.model.base import describe, fetched
 
-FACTS = 10
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
@@ -31,9 +29,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
         "evaluate.max_new_tokens": 16,
     }
     set_up(project.folder, few)
-    for name, lines in [("raw/facts.csv", FACTS + 1), ("questions.jsonl", FACTS), ("general.jsonl", 4)]:
-        file = project.folder / "data" / name
-        file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]), encoding="utf-8")
+    data = project.folder / "data"
+    facts, exam, general = (
+        (data / name).read_text(encoding="utf-8").splitlines()
+        for name in ("raw/facts.csv", "questions.jsonl", "general.jsonl")
+    )
+    of_relation = {fact.split(",")[1]: at for at, fact in enumerate(facts) if at}  # each phrasing needs a fact
+    kept = sorted(of_relation.values())
+    (data / "raw/facts.csv").write_text("\n".join([facts[0], *(facts[at] for at in kept)]), encoding="utf-8")
+    asked = {f"data/raw/facts.csv:{at + 1}" for at in kept}
+    questions = [line for line in exam if json.loads(line)["source"] in asked]
+    (data / "questions.jsonl").write_text("\n".join(questions), encoding="utf-8")
+    (data / "general.jsonl").write_text("\n".join(general[:4]), encoding="utf-8")
     (project.folder / "data/curated/handbook.jsonl").unlink()
     project.run("dvc", "repro")
     return project
