@@ -20,11 +20,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = clone(tmp_path_factory.mktemp("real"))
     project.env["HF_HOME"] = str(project.folder.with_name("hf"))
     few = {
+        "generate.phrasings_per_fact": 2,
         "generate.replay": 6,
         "tokenize.max_length": 96,
         "lora.r": 8,
         "train.learning_rate": 3.0e-3,
-        "train.epochs": 12,
+        "train.epochs": 10,
         "train.eval_steps": 20,
         "evaluate.max_new_tokens": 16,
     }
@@ -50,12 +51,13 @@ def test_a_real_model_learns_and_every_file_that_ships_is_the_model_that_was_exa
     train = json.loads((finished.folder / "metrics/train.json").read_text())
     assert train["loss"]["train"] < 0.5 < 3 < train["loss"]["before"]
     exam = read_details(finished.folder / "metrics/details/evaluate.json")["exam"]
-    assert exam["base"]["correct"] == 0 and exam["tuned"]["correct"] >= 0.5
+    assert exam["base"]["correct"] == 0 and exam["tuned"]["correct"] >= 0.4
     files = read_details(finished.folder / "metrics/details/gguf.json")
-    assert set(files) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf"}
+    assert set(files) == {"merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf", "model-q4_k_m.gguf"}
     for name, of in files.items():
-        assert of["kl"] < (0.01 if name != "model-q8_0.gguf" else 0.05), name
-        assert of["agreement"] >= 0.9, name
+        in_16_bits = "q" not in name.removeprefix("model-")
+        assert of["kl"] < (0.001 if in_16_bits else 0.05), name
+        assert of["agreement"] >= (0.9 if in_16_bits else 0.7), name
 
 
 def test_the_base_answers_the_prompts_itself_and_its_answers_are_rows(finished: Project) -> None:
