@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("values", nargs="*", metavar="name=value")
     options = parser.parse_args()
-    shutil.rmtree(options.folder, ignore_errors=True)
+    shutil.rmtree(FOLDER, ignore_errors=True)
     make_demo(options.folder, dict(value.split("=", 1) for value in options.values))
     started = time.monotonic()
     subprocess.run(["dvc", "repro"], cwd=options.folder, check=True)

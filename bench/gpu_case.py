@@ -152,7 +152,7 @@ def of_params_yaml(device: torch.device) -> Parameters:
     alone = {"processes": 1, "early_stopping_patience": None, "load_best_model_at_end": False}
     return parameters.model_copy(
         update={
-            "base": parameters.base.model_copy(update={"device": device.type}),
+            "base": parameters.base.model_copy(update={"device": device.type, "compute_dtype": "auto"}),
             "train": parameters.train.model_copy(update=steps | alone),
         }
     )

@@ -36,7 +36,7 @@ def main(dtype: torch.dtype) -> None:
     model.train()
     started = time.monotonic()
     for step in range(steps):
-        if step * train.batch_size % len(rows) < train.batch_size:
+        if step % -(-len(rows) // train.batch_size) == 0:
             order = torch.randperm(len(rows))
         at = step % -(-len(rows) // train.batch_size) * train.batch_size
         batch = [rows[int(i)] for i in order[at : at + train.batch_size]]

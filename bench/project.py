@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.common.outputs import write_json
 from pipeline.model.base import copy_tokenizer, describe, fetched
+from pipeline.model.gguf_base import unpack_if_gguf
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models/tiny-base"
@@ -43,5 +44,6 @@ def make_project(project: Path, config: PreTrainedConfig | None, parameters: dic
 def with_base(project: Path, model: Path) -> None:
     """Replace the base of the project by `model`, a GGUF file."""
     shutil.rmtree(project / "base")
+    unpack_if_gguf(str(model), 2)
     shutil.copytree(fetched(str(model), None)[0], project / "base")
     write_json(project / "models/base.json", describe(str(project / "base"), None))

@@ -34,6 +34,9 @@ from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dt
 from pipeline.report.conversion_table import conversion_table
 from stages import run
 
+REMEDY = (
+    "set merge_adapter.base to auto, run dvc repro -f convert_gguf, choose another base.model, or raise evaluate.max_kl"
+)
 Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the reference answer with the token that ends it
 
 
@@ -68,7 +71,7 @@ def main() -> None:
     cost = {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
     with scratch(GGUF) as temporary:
-        for name, file, lora in files_to_examine(folder, quantization, temporary):
+        for name, file, lora in files_to_examine(folder, quantization, dtype, temporary):
             with served(file, context, parameters.threads, lora) as server:
                 variants[name], cost[name] = answer_in_llama_cpp(server, name, questions, asked, ends, length)
 
@@ -88,13 +91,15 @@ def release_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def files_to_examine(base: Path, quantization: str, temporary: Path) -> list[tuple[str, Path, Path | None]]:
+def files_to_examine(
+    base: Path, quantization: str, dtype: torch.dtype, temporary: Path
+) -> list[tuple[str, Path, Path | None]]:
     """(name, GGUF model, GGUF LoRA on the model) of every file to examine. A LoRA, if there is one, needs the base as
     training had it, as GGUF. This file does not ship."""
     base_gguf = temporary / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
-        convert_base(base, quantization, base_gguf)
+        convert_base(base, quantization, dtype, base_gguf)
     return [(lora.name, base_gguf, lora) for lora in loras] + [
         (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
     ]
@@ -162,11 +167,9 @@ def require_same_model(details: dict[str, Any], max_kl: float) -> None:
     """Raises UserError for the first 16-bit variant whose next-token probabilities are not those of the tuned model."""
     for name, of in details.items():
         if in_16_bits(name) and not of["kl"] <= max_kl:  # nor NaN
-            remedy = "set merge_adapter.base to auto" if name == "merged" else "run dvc repro -f convert_gguf"
             raise UserError(
                 f"{name}: the KL divergence of the next-token probabilities from the tuned model is {of['kl']:.2g} "
-                f"nats, and evaluate.max_kl allows {max_kl:g}: this is not the examined model; {remedy}, "
-                "choose another base.model, or raise evaluate.max_kl"
+                f"nats, and evaluate.max_kl allows {max_kl:g}: this is not the examined model; {REMEDY}"
             )
 
 

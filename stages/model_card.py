@@ -50,10 +50,11 @@ def main() -> None:
         "train": dict(parameters.train),
     }
     text = template().render(
-        metadata=metadata(name, base, exam["tuned"]),
+        metadata=metadata(name, base, parameters.base.quantization, exam["tuned"]),
         name=name,
         base=base,
         base_name=public_name(base),
+        quantization=parameters.base.quantization,
         data=data,
         sources=table(
             ["source", "rows read", "trained on"],
@@ -83,7 +84,7 @@ def template() -> Template:
     return environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
 
 
-def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
+def metadata(name: str, base: dict[str, Any], quantization: str, scores: dict[str, float]) -> str:
     """The YAML of the card. It names the base by its id on the hub; a base in a local folder has none."""
     found = {"correct": "accuracy", "exact_match": "exact_match", "f1": "f1", "chrf": "chrf"}
     results = [
@@ -103,7 +104,7 @@ def metadata(name: str, base: dict[str, Any], scores: dict[str, float]) -> str:
         library_name="peft",
         **read_json(LICENSE),
         pipeline_tag="text-generation",
-        tags=["lora", "qlora"],
+        tags=["lora", "qlora"] if quantization == "nf4" else ["lora"],
         model_name=name,
         eval_results=results,
     ).to_yaml()

@@ -28,6 +28,7 @@ from pipeline.common.paths import (
     LENGTHS_METRICS,
     LENGTHS_TABLE,
     MASK_PAGE,
+    PROMPTS,
     TOKENS,
     TRAIN_ROWS,
     VALID_ROWS,
@@ -133,12 +134,13 @@ def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:
     """Raises UserError with the first rows that are too long and the number of all."""
-    if lengths.overflow:
+    of_user = [row for row in lengths.overflow if file_of(row["source"]) != str(PROMPTS)]  # the others are dropped
+    if of_user:
         longest = max(map(max, lengths.rows.values()))
-        first = [f"{row['source']} ({row['tokens']} tokens)" for row in lengths.overflow[:3]]
-        more = ", ..." if len(lengths.overflow) > 3 else ""
+        first = [f"{row['source']} ({row['tokens']} tokens)" for row in of_user[:3]]
+        more = ", ..." if len(of_user) > 3 else ""
         raise UserError(
-            f"{len(lengths.overflow)} rows are longer than tokenize.max_length {max_length}: "
+            f"{len(of_user)} rows are longer than tokenize.max_length {max_length}: "
             f"{', '.join(first)}{more}: raise tokenize.max_length (the longest row has {longest}), shorten the rows, "
             "or set tokenize.on_overflow to drop or truncate"
         )

@@ -105,7 +105,7 @@ def load_trainable(
     elif sharded:  # the complete base may not fit on one GPU, and FSDP shards no integers
         base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
     else:
-        base = load_base(folder, quantization, device, dtype)
+        base = load_base(folder, quantization, device, dtype, parameters.train.processes)
     pick_attention(base, device)
     require_possible(parameters.lora, base)
     tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)

@@ -64,7 +64,7 @@ def test_a_folder_without_a_lora_is_examined_without_one(project: Project, tmp_p
     file = Path("models/gguf/model-f16.gguf")
     file.parent.mkdir()
     file.touch()
-    assert files_to_examine(TINY, "nf4", tmp_path) == [("model-f16.gguf", file, None)]
+    assert files_to_examine(TINY, "nf4", torch.float32, tmp_path) == [("model-f16.gguf", file, None)]
 
 
 def test_a_server_that_dies_while_it_answers_is_named(base_gguf: Path) -> None:

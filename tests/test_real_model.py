@@ -11,7 +11,9 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_details
 from pipeline.common.rows import read_jsonl
 from pipeline.model import gguf_base
-from pipeline.model.base import describe, fetched
+from pipeline.model.base import describe
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.llama_server import served
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +79,13 @@ def test_the_gguf_file_tokenizes_like_the_base_of_which_it_was_made(
     finished: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert len(gguf_base.TEXTS) >= 200
-    made = finished.folder / "models/gguf/model-f16.gguf"
-    gguf_base.require_same_tokenizer(made, finished.folder / "models/merged")
-    monkeypatch.setattr(gguf_base, "SPLITS", {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(finished.folder.with_name("other")))
+    made = finished.folder / "models/gguf/model-f16.gguf"
+    with served(made, context=512, threads=2) as server:
+        gguf_base.require_same_tokens(made, load_tokenizer(finished.folder / "models/merged"), server)
+    monkeypatch.setattr(gguf_base, "SPLITS", {})
     with pytest.raises(UserError, match=r"is \[.*\] in Transformers and \[.*\] in llama\.cpp: name the model on the"):
-        fetched(str(smollm2()), None)
+        gguf_base.unpack_if_gguf(str(smollm2()), 2)
     assert not list(finished.folder.with_name("other").rglob("*.safetensors"))
 
 
@@ -94,4 +97,5 @@ def test_a_gguf_file_that_cannot_be_the_base_is_refused(tmp_path: Path, content:
     if content:
         file.write_bytes(content)
     with pytest.raises(UserError, match=why):
+        gguf_base.unpack_if_gguf(str(file), 1)
         describe(str(file), None)

@@ -8,17 +8,21 @@ answers.
 
 from pathlib import Path
 
+from pipeline.common.outputs import atomic_output
 from pipeline.common.parameters.params_yaml import check
 from pipeline.export.base_gguf import convert_base
 from pipeline.export.modelfile import BASE
 from pipeline.model.base import located
+from pipeline.model.loading import pick_device, pick_dtype
 
 
 def main() -> None:
     parameters = check(Path("params.yaml"))
     folder, _ = located()
     file = Path("models", BASE)
-    convert_base(folder, parameters.base.quantization, file)
+    dtype = pick_dtype(parameters.base.compute_dtype, pick_device(parameters.base.device))
+    with atomic_output(file) as aside:
+        convert_base(folder, parameters.base.quantization, dtype, aside)
     print(file)
 
 

@@ -57,15 +57,19 @@ def examine(parameters: Parameters) -> None:
     import torch
 
     from pipeline.export.llama_cpp import no_gguf_lora
+    from pipeline.export.merging import merges_onto_nf4
     from pipeline.model.adapter import lora_config, require_possible
     from pipeline.model.base import SMALL_FILES, fetched, has_weights
     from pipeline.model.free_memory import free_memory
+    from pipeline.model.gguf_base import unpack_if_gguf
     from pipeline.model.loading import pick_device, pick_dtype
     from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, skeleton, training
     from pipeline.training.processes import require_gpus, share_of_step
     from tools.disk import disk_needed
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
+    unpack_if_gguf(base.model, parameters.threads)
+    merges_onto_nf4(parameters.merge_adapter.base, base.quantization)
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
     device = pick_device(base.device)
     require_gpus(min(train.processes, torch.cuda.device_count() or 1), device)  # the others are on other machines
@@ -102,7 +106,7 @@ def examine(parameters: Parameters) -> None:
         room = free_memory(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
         if not fits(f"{memory}: train_qlora", parts, room):
             refusals.append(f"train_qlora {short(parts, room, memory)}: {remedy(train, device, needed, room)}")
-    if beside := beside_gpus(model, train, length, device):
+    if beside := beside_gpus(model, train, length, device, base.quantization):
         needs = {"train_qlora": beside}
         if not fits("memory: train_qlora", needs, room := free_memory(torch.device("cpu"))):
             refusals.append(

@@ -33,7 +33,9 @@ SOURCE = "llama.cpp/source.txt"
 LISTS = {"pipeline/common/parameters/schema.py", "pipeline/common/paths.py"}
 # These modules read parameters, check, print, and find or restore files. Another version of what they import changes no
 # output.
-MAKES_NOTHING = re.compile(r"pipeline/(common/(parameters/\w+|dvc_\w+|pinned|printing)|model/hub_cache)\.py")
+MAKES_NOTHING = re.compile(
+    r"pipeline/(common/(parameters/\w+|dvc_\w+|pinned|printing)|model/(hub_cache|free_memory))\.py"
+)
 PRINTS = {"tqdm"}
 # Libraries that work for an imported library: on templates, weights, devices, token ids, rows.
 UNDERNEATH = {"transformers": {"accelerate", "jinja2", "safetensors", "tokenizers"}, "datasets": {"pyarrow"}}

@@ -35,10 +35,11 @@ AGAIN = "run dvc repro -f train_qlora"
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool) -> None:
+def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch.dtype = torch.float32) -> None:
     """Write the files of `base`, with `adapter` added to the weights, to the folder `to`. None adds nothing.
 
-    With `on_nf4`, weights that training had in NF4 are first rounded to NF4. This needs 15 bytes of memory per weight
+    With `on_nf4`, weights that training had in NF4 are first rounded to `dtype`, the type of training's arithmetic, and
+    then to NF4, as when a base is loaded. This needs 15 bytes of memory per weight
     of the largest tensor; otherwise about 20 MiB are enough for any model.
 
     Raises:
@@ -54,7 +55,7 @@ def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool) -> None:
             merged.write(read_header(file))
             for name, weight in tensors.items():
                 change = change_of(name, parts[name], config) if name in parts else None
-                for rows in changed(weight, change, without_prefix(name) in quantized):
+                for rows in changed(weight, change, dtype if without_prefix(name) in quantized else None):
                     if change and not rows.sum(dtype=torch.float32).isfinite():
                         raise UserError(
                             f"{adapter}: the merged {name} is not finite in {rows.dtype}: train another adapter"
@@ -185,9 +186,9 @@ def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.T
     return change
 
 
-def changed(weight: StoredTensor, change: Change | None, on_nf4: bool) -> Iterator[torch.Tensor]:
+def changed(weight: StoredTensor, change: Change | None, nf4_of: torch.dtype | None) -> Iterator[torch.Tensor]:
     """Yield the merged weight in its own type, some rows at a time."""
-    rounded = to_nf4_and_back(weight.rows().float()) if on_nf4 else None
+    rounded = to_nf4_and_back(weight.rows().to(nf4_of).float()) if nf4_of else None
     for first, last in weight.blocks():
         rows = weight.rows(first, last) if rounded is None else rounded[first:last]
         yield (change(rows.float(), first) if change else rows).to(weight.dtype)

@@ -7,8 +7,7 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.paths import BASE
-from pipeline.model.gguf_base import is_gguf, unpacked, unpacked_folder
-from pipeline.model.hub_cache import snapshot
+from pipeline.model.hub_cache import snapshot, unpacked_gguf
 
 # Copied unchanged wherever the tokenizer is needed: saving a loaded tokenizer changes files that llama.cpp reads.
 TOKENIZER_FILES = [
@@ -35,12 +34,13 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
     folder, template = fetched(model, revision)
     if not has_weights(folder):
         raise UserError(f"base.model {model} has no .safetensors weights: choose a model that has them")
-    files = file_hashes(folder)
+    files = {Path(model).name: file_hash(Path(model))} if is_gguf(model) else file_hashes(folder)
+    made = file_hashes(folder)
     return {
         "model": model,
         "revision": None if is_local(model) else folder.name,
         "fingerprint": joint_hash(files),
-        "tokenizer": joint_hash({name: files[name] for name in TOKENIZER_FILES if name in files}),
+        "tokenizer": joint_hash({name: made[name] for name in TOKENIZER_FILES if name in made}),
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
         "files": files,
     }
@@ -73,14 +73,24 @@ def is_local(model: str) -> bool:
     return Path(model).is_dir() or is_gguf(model)
 
 
+def is_gguf(model: str) -> bool:
+    return model.endswith(".gguf")
+
+
 def local_folder(model: str) -> Path:
-    """Raises UserError if `model` is a GGUF file that does not exist or cannot be used."""
-    file = Path(model)
+    """The folder `model`, or the folder that pipeline.model.gguf_base made of the GGUF file `model`.
+
+    Raises:
+        UserError: the file does not exist, or was not unpacked since it changed.
+    """
     if not is_gguf(model):
-        return file
-    if not file.exists():
+        return Path(model)
+    if not Path(model).exists():
         raise UserError(f"base.model {model} does not exist: correct the path of the GGUF file")
-    return unpacked(file, file_hash(file))
+    folder = unpacked_gguf(file_hash(Path(model)))
+    if not folder.exists():
+        raise UserError(f"base.model {model} is new or has changed: run dvc repro -f prepare_base")
+    return folder
 
 
 def has_weights(folder: Path) -> bool:
@@ -124,10 +134,9 @@ def located() -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{BASE} is missing: run dvc repro prepare_base, or dvc pull")
     described = json.loads(BASE.read_text(encoding="utf-8"))
     if described["revision"] is None:
-        folder = Path(described["model"])
-        if is_gguf(described["model"]):
-            folder = unpacked_folder(file_hash(folder) if folder.exists() else "missing")
-        if not folder.is_dir() or joint_hash(file_hashes(folder)) != described["fingerprint"]:
+        folder = local_folder(described["model"])
+        of_file = is_gguf(described["model"])  # unpacked_gguf knows the file by its content
+        if not of_file and not (folder.is_dir() and joint_hash(file_hashes(folder)) == described["fingerprint"]):
             raise UserError(f"base.model {folder} has changed since prepare_base ran: run dvc repro -f prepare_base")
         return folder, described
     try:
@@ -141,8 +150,8 @@ def located() -> tuple[Path, dict[str, Any]]:
 
 
 def public_name(base: dict[str, Any]) -> str:
-    """The base's name in shared files: the hub id, or the name of a local folder (its path is private)."""
-    return base["model"] if base["revision"] else Path(base["model"]).absolute().name
+    """The base's name in shared files: the hub id, or the name of a local folder or file (its path is private)."""
+    return base["model"] if base["revision"] else Path(base["model"]).absolute().name.removesuffix(".gguf")
 
 
 def require_same_base(adapter: Path, base: dict[str, Any]) -> None:

@@ -1,13 +1,24 @@
 """A GGUF file as the base: its weights and tokenizer as the files that Transformers and PEFT train on."""
 
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFReader, LlamaFileType
+from jinja2 import TemplateError
+
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output
+from pipeline.model.base import file_hash, is_gguf
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
+from pipeline.model.hub_cache import unpacked_gguf
+from pipeline.model.license import MODEL_CARD
 from pipeline.model.llama_server import Server, served
+from pipeline.model.transformers_internals import forget_quantization
+
+REMEDY = "name the model on the Hugging Face hub that the file was made of"
+NOT_READ = ["*.rope.scaling.type", "*.rope.scaling.factor", "split.count"]
+TOLERANCE = 1.0  # nats: llama.cpp also rounds the inputs of quantized layers
 
 # Text on which tokenizers differ: other scripts, joined emoji, runs of white space, digits, code, control tokens.
 FRAGMENTS = [
@@ -51,60 +62,70 @@ CONVERSATIONS = [
 ]
 
 
-def is_gguf(model: str) -> bool:
-    return model.endswith(".gguf")
-
-
-def unpacked(file: Path, digest: str) -> Path:
-    """The folder with the content of the GGUF file as safetensors, made once for each `digest` (SHA-256) of a file.
-
-    The folder is in the Hugging Face home (HF_HOME), neither in git nor in DVC's cache.
+def unpack_if_gguf(model: str, threads: int) -> None:
+    """If `model` is a GGUF file, write its content as safetensors to the Hugging Face home (HF_HOME), once.
 
     Raises:
-        UserError: Transformers cannot read the file, or makes another tokenizer of the file than llama.cpp.
+        UserError: Transformers cannot read the file, or llama.cpp makes other tokens or probabilities of the file.
     """
-    folder = unpacked_folder(digest)
+    file = Path(model)
+    if not is_gguf(model) or not file.exists():
+        return
+    folder = unpacked_gguf(file_hash(file))
     if not folder.exists():
         with atomic_output(folder) as aside:
             aside.mkdir()
-            unpack(file, aside)
-            require_same_tokenizer(file, aside)
-    return folder
+            likeliest = unpack(file, aside)
+            require_same_answers(file, aside, likeliest, threads)
 
 
-def unpacked_folder(digest: str) -> Path:
-    from huggingface_hub.constants import HF_HOME
-
-    return Path(HF_HOME, "unpacked_gguf", digest)
-
-
-def unpack(file: Path, folder: Path) -> None:
+def unpack(file: Path, folder: Path) -> dict[int, float]:
+    """Write the files. Returns the five likeliest first tokens of an answer, with their log-probabilities."""
     import torch
-    from gguf import LlamaFileType
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    of_file = {"gguf_file": file.name}
+    of_file: dict[str, Any] = {"gguf_file": file.name}
     try:
-        kind = LlamaFileType(int(read_field(file, "general.file_type") or 0)).name
-        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **of_file)
+        kind = LlamaFileType(int(field(file, "general.file_type") or 0)).name
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, output_loading_info=True, **of_file
+        )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **of_file)
-        split_like_llama_cpp(tokenizer, read_field(file, "tokenizer.ggml.pre"))
     except Exception as error:  # the type depends on what Transformers cannot read
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"base.model {file}: Transformers cannot read this GGUF file ({type(error).__name__}: {reason}): name the "
-            "model on the Hugging Face hub that the file was made of"
+            f"base.model {file}: Transformers cannot read this GGUF file ({type(error).__name__}: {reason}): {REMEDY}"
         ) from None
-    # save_pretrained refuses a model that it takes for quantized; its weights are in 32 bits here.
-    model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer, model.is_quantized = None, False
-    # bfloat16 has no more digits than float16 except in files of bfloat16, which float16 could not hold.
-    exact = {"ALL_F32": torch.float32, "MOSTLY_BF16": torch.bfloat16}
-    model.to(exact.get(kind, torch.float16)).save_pretrained(folder)
+    # Transformers gives missing weights random values, and reads no scaling of the positions.
+    lost = sorted(report["missing_keys"]) or [name for name in NOT_READ if field(file, name) not in (None, "none", 1)]
+    if lost or any(tensor.name.startswith("rope_freqs") for tensor in GGUFReader(file).tensors):
+        raise UserError(
+            f"base.model {file}: Transformers does not read {', '.join(map(str, lost[:3])) or 'rope_freqs'} of this "
+            f"GGUF file: {REMEDY}"
+        )
+    split_like_llama_cpp(tokenizer, field(file, "tokenizer.ggml.pre"))
+    forget_quantization(model)
+    dtype = torch.float32 if kind == "ALL_F32" else torch.bfloat16
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if kind not in (*exact, "MOSTLY_F16"):
+    if name := field(file, "general.license"):
+        (folder / MODEL_CARD).write_text(f"---\nlicense: {name}\n---\n", encoding="utf-8")
+    if kind not in ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16"):
         rounded = kind.removeprefix("MOSTLY_")
         print(f"base.model {file.name} is quantized ({rounded}): training starts from these weights")
+    with torch.inference_mode():
+        prompt = token_ids(load_tokenizer(folder), CONVERSATIONS[0], add_generation_prompt=True)
+        logits = model.float()(torch.tensor([prompt])).logits[0, -1]
+    values, tokens = logits.log_softmax(-1).topk(5)
+    return dict(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def field(file: Path, name: str) -> Any:
+    """A value in the header of the file; None without it. `name` may begin with * for the architecture."""
+    reader = GGUFReader(file)
+    [architecture] = [reader.fields["general.architecture"].contents()]
+    found = reader.get_field(name.replace("*", str(architecture)))
+    return found and found.contents()
 
 
 def split_like_llama_cpp(tokenizer: Any, name: str | None) -> None:
@@ -120,39 +141,41 @@ def split_like_llama_cpp(tokenizer: Any, name: str | None) -> None:
         )
 
 
-def read_field(file: Path, name: str) -> Any:
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).get_field(name)
-    return field and field.contents()
-
-
-def require_same_tokenizer(file: Path, folder: Path) -> None:
-    """Raises UserError for the first text, conversation or end token that llama.cpp reads differently."""
-    from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
-
+def require_same_answers(file: Path, folder: Path, likeliest: dict[int, float], threads: int) -> None:
+    """Raises UserError for the first text or conversation of which llama.cpp makes other tokens, the first end token
+    that does not end its answers, or other probabilities."""
     tokenizer = load_tokenizer(folder)
     if tokenizer.chat_template is None:
         raise UserError(f"base.model {file} has no chat template: choose its instruct or chat variant")
-    with served(file, 512, os.cpu_count() or 1) as server:
-        for text in TEXTS:
-            ours = tokenizer.encode(text, add_special_tokens=False)
-            require_equal(file, text, ours, server.tokenize(text, parse_special=True))
-        for messages in CONVERSATIONS:
-            prompt = token_ids(tokenizer, messages, add_generation_prompt=True)
-            require_equal(file, messages[-1]["content"], prompt, server.tokens(messages))
-        require_same_ends(file, server, prompt, end_tokens(load_generation_config(folder)))
+    with served(file, 512, threads) as server:
+        require_same_tokens(file, tokenizer, server)
+        prompt = token_ids(tokenizer, CONVERSATIONS[0], add_generation_prompt=True)
+        ends = sorted(end_tokens(load_generation_config(folder)))
+        for end in ends:
+            if not server.stops_at(prompt, end):
+                raise UserError(
+                    f"base.model {file}: token {end} ends answers in Transformers, but not in llama.cpp: {REMEDY}"
+                )
+        theirs = server.likeliest(prompt, 64, ends[0])
+    if any(abs(logprob - theirs.get(token, -100)) > TOLERANCE for token, logprob in likeliest.items()):
+        raise UserError(
+            f"base.model {file}: the first token of an answer has other probabilities in Transformers ({likeliest}) "
+            f"than in llama.cpp: {REMEDY}"
+        )
+
+
+def require_same_tokens(file: Path, tokenizer: Any, server: Server) -> None:
+    for text in TEXTS:
+        ours = tokenizer.encode(text, add_special_tokens=False)
+        require_equal(file, text, ours, server.tokenize(text, parse_special=True))
+    for messages in CONVERSATIONS:
+        try:
+            ours = token_ids(tokenizer, messages, add_generation_prompt=True)
+        except TemplateError:  # some templates have no system message
+            continue
+        require_equal(file, messages[-1]["content"], ours, server.tokens(messages))
 
 
 def require_equal(file: Path, text: str, ours: list[int], theirs: list[int]) -> None:
     if ours != theirs:
-        raise UserError(
-            f"base.model {file}: {text!r} is {ours} in Transformers and {theirs} in llama.cpp: name the model on the "
-            "Hugging Face hub that the file was made of"
-        )
-
-
-def require_same_ends(file: Path, server: Server, prompt: list[int], ends: set[int]) -> None:
-    for end in ends:
-        if not server.stops_at(prompt, end):
-            raise UserError(f"base.model {file}: token {end} ends answers in Transformers, but not in llama.cpp")
+        raise UserError(f"base.model {file}: {text!r} is {ours} in Transformers and {theirs} in llama.cpp: {REMEDY}")

@@ -1,5 +1,9 @@
-"""Downloads hub models to the Hugging Face cache. pipeline/model/base.py checks the hashes of the files."""
+"""The Hugging Face cache: hub models, and beside them the content of GGUF files.
 
+pipeline/model/base.py checks the hashes of the files.
+"""
+
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -9,3 +13,10 @@ def snapshot(model: str, revision: str | None, files: list[str], local_files_onl
 
     wanted: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": "*/*"}
     return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
+
+
+def unpacked_gguf(digest: str) -> Path:
+    """The folder for the content of the GGUF file with this SHA-256, as this version of Transformers reads it."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME, "unpacked_gguf", f"{digest}-transformers-{version('transformers')}")

@@ -66,8 +66,11 @@ def pick_offloading(wanted: bool, checkpointing: bool, device: torch.device) -> 
     return wanted and checkpointing and device.type == "cuda"
 
 
-def load_base(folder: Path, quantization: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The base, in NF4 or not quantized. The arithmetic and the weights that are not quantized are in `dtype`.
+def load_base(
+    folder: Path, quantization: str, device: torch.device, dtype: torch.dtype, processes: int = 1
+) -> PreTrainedModel:
+    """The base, in NF4 or not quantized, in one of `processes` on this machine. The arithmetic and the weights that are
+    not quantized are in `dtype`.
 
     On a CPU with enough free memory, the weights in NF4 are kept dequantized: the values are the same, and no step
     dequantizes them again.
@@ -75,7 +78,7 @@ def load_base(folder: Path, quantization: str, device: torch.device, dtype: torc
     if quantization == "none":
         return load_unquantized(folder, device, dtype)
     model = load_quantized(folder, device, dtype)
-    keeps = device.type == "cpu" and keeps_dequantized(model.num_parameters(), dtype)
+    keeps = device.type == "cpu" and keeps_dequantized(processes * model.num_parameters(), dtype)
     return model.dequantize(dtype) if keeps else model
 
 
@@ -85,7 +88,10 @@ def keeps_dequantized(parameters: int, dtype: torch.dtype) -> bool:
 
 
 def load_unquantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    give_back_from(2**20)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    give_back_from(KEPT)
+    return model
 
 
 def load_quantized(

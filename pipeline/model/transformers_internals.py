@@ -25,6 +25,16 @@ def attention_of(model: Any) -> str:
     return model.config._attn_implementation
 
 
+def forget_quantization(model: Any) -> None:
+    """Let `save_pretrained` save a model that was read from a GGUF file.
+
+    Transformers takes the model for quantized, although its weights are in 32 bits, and has no documented way back:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (save_pretrained)
+    """
+    model.config.__dict__.pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+
+
 def names_in_4_bits(base: Path) -> set[str]:
     """Return the names of the layers that `load_in_4bit` quantizes.
 

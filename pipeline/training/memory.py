@@ -79,7 +79,11 @@ def training(
     """
     model = skeleton(folder, dtype)
     pick_attention(model, device)
-    in_nf4 = quantization == "nf4" and not (device.type == "cpu" and keeps_dequantized(model.num_parameters(), dtype))
+    in_nf4 = quantization == "nf4" and not (
+        device.type == "cpu"
+        and not is_sharded(train.processes, train.strategy)
+        and keeps_dequantized(train.processes * model.num_parameters(), dtype)
+    )
     base = kept_bytes(model, train, in_nf4)
     dequantized = max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize if in_nf4 else 0
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
@@ -214,10 +218,12 @@ def brought_back(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tenso
 AttentionInterface.register("fused_on_meta", fused_on_meta)
 
 
-def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch.device) -> int:
+def beside_gpus(
+    model: PreTrainedModel, train: Train, length: int, device: torch.device, quantization: str = "nf4"
+) -> int:
     """Return the bytes of RAM that all processes of a training on GPUs need together; 0 on a CPU.
 
-    Under FSDP each process makes the base in NF4 in RAM. Without FSDP the embedding can be in RAM. If activations are
+    Under FSDP each process makes the base in RAM. Without FSDP the embedding can be in RAM. If activations are
     offloaded, the input of each layer is in pinned memory, whose size torch rounds up to a power of two.
     """
     if device.type != "cuda":
@@ -226,7 +232,8 @@ def beside_gpus(model: PreTrainedModel, train: Train, length: int, device: torch
     rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     each = PROCESS["cpu"]
     if is_sharded(train.processes, train.strategy):
-        each += nf4_bytes(model)
+        in_nf4 = quantization == "nf4"
+        each += nf4_bytes(model) if in_nf4 else model.num_parameters() * model.dtype.itemsize
     elif only_looked_up(model):
         each += model.get_input_embeddings().weight.nbytes
     if pick_offloading(train.activation_offloading, pick_checkpointing(train.gradient_checkpointing, device), device):
