@@ -26,6 +26,7 @@ from bench.kills import change
 RUNS = 7
 CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "threads": 1,
+    "base.compute_dtype": "bfloat16",
     "base.quantization": "none",
     "generate.replay_length": 32,
     "generate.phrasings_per_fact": 3,

@@ -184,7 +184,7 @@ def test_what_must_run_again(reruns: Reruns) -> None:
     assert reruns.of("llama.cpp/source.txt") == {"convert_gguf", "evaluate_gguf"}
     assert reruns.of("data/questions.jsonl") == {"merge", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
     assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}
-    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate", "merge"}
+    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate"}
 
 
 def parameter_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:
