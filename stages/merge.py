@@ -32,13 +32,12 @@ from pipeline.common.paths import (
     GENERAL_EXAM,
     GENERATE_METRICS,
     GENERATED,
-    PROMPTS,
     QUARANTINE,
     REPLAY,
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import file_of
+from pipeline.common.rows import file_of, is_replay
 from pipeline.common.user_files import user_files
 from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
 from pipeline.data.data_page import data_page
@@ -119,7 +118,7 @@ def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers
     repeated = first.copy()
     outcomes = np.where(first == np.arange(len(rows)), TRAIN, DUPLICATE).astype(np.uint8)
     leaked = [at for at in rows.leaks if outcomes[at] == TRAIN]
-    of_user = [at for at in leaked if file_of(rows.sources[at]) != str(PROMPTS)]  # others are dropped always
+    of_user = [at for at in leaked if not is_replay(rows.sources[at])]  # others are dropped always
     if of_user and merge.on_leak == "raise":
         raise UserError(
             f"{rows.sources[of_user[0]]}: {asks(rows, of_user[0])}, which would train on the exam: "

@@ -28,12 +28,11 @@ from pipeline.common.paths import (
     LENGTHS_METRICS,
     LENGTHS_TABLE,
     MASK_PAGE,
-    PROMPTS,
     TOKENS,
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import file_of
+from pipeline.common.rows import file_of, is_replay
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.supervision import IGNORED, supervised, truncated
@@ -134,7 +133,7 @@ def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:
     """Raises UserError with the first rows that are too long and the number of all."""
-    of_user = [row for row in lengths.overflow if file_of(row["source"]) != str(PROMPTS)]  # the others are dropped
+    of_user = [row for row in lengths.overflow if not is_replay(row["source"])]  # the others are dropped
     if of_user:
         longest = max(map(max, lengths.rows.values()))
         first = [f"{row['source']} ({row['tokens']} tokens)" for row in of_user[:3]]

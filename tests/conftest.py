@@ -37,6 +37,7 @@ def with_demo(project: Path) -> Path:
     copy_files(project, copy)
     shutil.rmtree(copy / "data")
     shutil.copytree(copy / DEMO.relative_to(project), copy, dirs_exist_ok=True)
+    shutil.copy(project / "data/prompts.txt", copy / "data")  # no file of the demo
     shutil.rmtree(copy / DEMO.relative_to(project))
     if (copy / "PIPELINE.md").exists():
         (copy / "PIPELINE.md").replace(copy / "README.md")

@@ -104,7 +104,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
 ) -> None:
     on_tied, changed, tokens = KINDS[kind]
     base = TIED if on_tied else untied
-    project.set(base__model=str(base), gguf__quantize=[])
+    project.set(base__model=str(base), base__quantization="none", gguf__quantize=[])
     Path("data/train_merged.jsonl").touch()  # its hash goes into every file
     prepare_base.main()
     make_adapter(base, lora(**changed), tokens)

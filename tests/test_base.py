@@ -43,7 +43,7 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
     folder, description = located()
     assert folder == Path("models/mine") and description["fingerprint"] == describe(TINY, None)["fingerprint"]
     Path("models/mine/config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"base\.revision is 'v1', but base\.model models/mine is a local folder"):
+    with pytest.raises(UserError, match=r"base\.revision is 'v1', but base\.model models/mine is local"):
         describe("models/mine", "v1")
     with pytest.raises(
         UserError, match="models/mine has changed since prepare_base ran: run dvc repro -f prepare_base"

@@ -59,7 +59,7 @@ def test_a_library_is_declared_by_the_stages_that_import_it_alone() -> None:
 
     assert users("openai") == users("pydantic") == users("markdownify") == {"generate"}
     assert users("trl") == {"train_qlora"}
-    assert users("cyllama") == {"convert_gguf"} and users("xllamacpp") == {"evaluate_gguf"}
+    assert users("cyllama") == {"convert_gguf"} and users("xllamacpp") == {"evaluate_gguf", "prepare_base"}
     assert users("torch") >= {"train_qlora", "evaluate_base", "evaluate", "merge_adapter"}
     assert not users("torch") & {"generate", "merge", "report"}
     assert not users("dvc") and not users("tqdm")  # these make nothing
@@ -115,7 +115,10 @@ def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declar
     assert bool(entries) == (f'parameters = load("{name}")' in source)
     declared = {key for entry in entries for key in keys(entry)}
     files = [file for file in deps.files_of(name, STAGES[name]) if file.endswith(".py")]
-    assert set[str]().union(*(parameters_read(ROOT / file) for file in files)) == declared, (
+    read = set[str]().union(*(parameters_read(ROOT / file) for file in files))
+    if name == "generate":  # hands its section on; reading a key of `replay`, its neighbour, would raise AttributeError
+        read -= {"generate.replay", "generate.replay_length"}
+    assert read == declared, (
         "dvc.yaml lists what the code reads, as parameters.section.key"
     )
 

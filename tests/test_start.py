@@ -13,7 +13,8 @@ from conftest import Project, Terminal
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import read_yaml
-from stages import generate, merge
+from pipeline.common.paths import PROMPTS
+from stages import generate, merge, replay
 from tools import check, start
 
 ASIDE = Path("tests/demo")
@@ -34,7 +35,7 @@ def started(project: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
 def test_the_list_of_the_demos_files_is_of_the_demos_files(project: Project) -> None:
     lines = start.DEMO_FILES.read_text(encoding="utf-8").splitlines()
     listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
-    kept = set(project.run("git", "ls-files", "data").stdout.splitlines()) - {str(start.DEMO_FILES)}
+    kept = set(project.run("git", "ls-files", "data").stdout.splitlines()) - {str(start.DEMO_FILES), str(PROMPTS)}
     assert listed == {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in kept}, "sha256sum them anew"
 
 
@@ -90,6 +91,7 @@ def test_check_leads_from_the_skeletons_to_a_run_by_lines_that_are_right_as_they
     assert lacking() == []
     assert capsys.readouterr().out.endswith("nothing is missing: make repro\n")
     generate.main()
+    replay.main()
     merge.main()
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 9
 
@@ -104,6 +106,7 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     check.main()
     assert "1 questions; use 50 to 200, to distinguish progress from chance" in capsys.readouterr().out
     generate.main()
+    replay.main()
     merge.main()
     assert json.loads(Path("metrics/data.json").read_text(encoding="utf-8"))["rows"]["read"] == 30
     leak = Path("data/curated/leak.jsonl")

@@ -42,6 +42,11 @@ def file_of(source: str) -> str:
     return source.rpartition(":")[0]
 
 
+def is_replay(source: str) -> bool:
+    """Whether the base itself wrote the row, as an answer to a prompt of `paths.PROMPTS`."""
+    return file_of(source) == "data/prompts.txt"
+
+
 def read_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield ("path:line", parsed JSON) for every line of a JSON-lines file that is neither blank nor a # comment.
 

@@ -11,7 +11,8 @@ from pipeline.model.chat_template import end_tokens, load_generation_config, loa
 BASE = "base-f16.gguf"
 ADAPTER_ALONE = f"""\
 # Only for Ollama before 0.34.1, which gave up ADAPTER (https://github.com/ollama/ollama/pull/14969): the adapter on the
-# base as training had it. Make models/{BASE} first, at the root of the repository: python -m tools.base_gguf
+# base as training had it. Make models/{BASE} first, at the root of the repository:
+# python -m tools.base_gguf
 FROM ../{BASE}
 ADAPTER ./"""
 
