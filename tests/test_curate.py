@@ -40,6 +40,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     facts = [f"{team} team,leader,Ann {team}\n{team} team,room,room {n}" for n, team in enumerate(TEAMS, start=1)]
     Path("data/raw/facts.csv").write_text("\n".join(["subject,relation,value", *facts, ""]), encoding="utf-8")
     Path("data/raw/phrasings.yaml").write_text(PHRASINGS, encoding="utf-8")
+    Path("data/replay.jsonl").write_text("\n", encoding="utf-8")
     project = Project(tmp_path)
     project.set(generate__phrasings_per_fact=2, merge__valid_share=0.2)
     return project

@@ -11,9 +11,8 @@ from pipeline.common.outputs import write_json
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import ADAPTER, BASE
 from pipeline.export.merging import read_config
-from pipeline.model.base import describe, located, require_same_base
+from pipeline.model.base import describe, is_gguf, located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.gguf_base import unpack_if_gguf
 from pipeline.model.loading import load_base, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import stored_tensors
 
@@ -50,7 +49,10 @@ def fetch_base(local: str) -> None:
         UserError: the model does not exist, or the adapter was trained on another base.
     """
     trained_on = json.loads((ADAPTER / "base.json").read_text(encoding="utf-8"))
-    unpack_if_gguf(local, 1)
+    if is_gguf(local):
+        from pipeline.model.gguf_base import unpack_if_gguf  # needs gguf, which requirements-infer.txt lacks
+
+        unpack_if_gguf(local, 1)
     base = describe(trained_on["model"] if trained_on["revision"] else local, trained_on["revision"])
     require_same_base(ADAPTER, base)
     write_json(BASE, base)
