@@ -89,7 +89,7 @@ def test_a_metric_may_fall_by_its_allowance_or_by_its_noise_and_no_more(project:
     change(project, "evaluate", set_correct(now - 0.06))
     project.set(gate__minimum={}, gate__max_drop={"tuned.correct": 0.02})
     passed, printed, end = gate()
-    assert not passed and end == "gate: 1 of 7 not met: drop of tuned.correct"
+    assert not passed and end == "gate: 1 of 12 not met: drop of tuned.correct"
     assert f"{now:.3f} at HEAD: +0.060 worse, allowed 0.020, noise not measured" in printed
     project.set(gate__max_drop={"tuned.correct": 0.06})
     assert gate()[0]

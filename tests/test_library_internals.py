@@ -32,6 +32,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainerState
+from transformers.integrations import bitsandbytes as transformers_bnb
 from trl import SFTConfig, SFTTrainer
 
 from bench.gpu_case import TINY
@@ -48,7 +49,7 @@ from pipeline.model.peft_internals import (
     load_adapters_as_saved,
     targets_parameters,
 )
-from pipeline.model.transformers_internals import attention_of, ended, layers_of, names_in_4_bits
+from pipeline.model.transformers_internals import attention_of, ended, forget_quantization, layers_of, names_in_4_bits
 from pipeline.training import accelerate_internals, trl_internals
 from pipeline.training.torch_internals import Alive, fused_on_meta
 from tools import dvc_internals
@@ -91,6 +92,15 @@ def test_bitsandbytes_warns_of_a_missing_kernel_in_the_words_that_are_left_out()
     [words] = re.findall(r'"(Failed to load CPU gemm_4bit_forward.*)"', inspect.getsource(bnb_cpu))
     record = bnb_cpu.logger.makeRecord(bnb_cpu.logger.name, 30, "", 0, words, ("why",), None)
     assert not bnb_cpu.logger.filter(record)
+
+
+def test_transformers_warns_of_dequantized_weights_in_the_words_that_are_left_out() -> None:
+    calm_libraries()
+    words = re.findall(r'"(The modules are dequantized in .*?)"', inspect.getsource(transformers_bnb))
+    assert len(words) == 2
+    for each in words:
+        record = transformers_bnb.logger.makeRecord(transformers_bnb.logger.name, 30, "", 0, each, (), None)
+        assert not transformers_bnb.logger.filter(record)
 
 
 # PEFT
@@ -149,6 +159,17 @@ def test_transformers_counts_tokens_by_the_attention_mask(build: Build) -> None:
     )
     assert trainer.state.num_input_tokens_seen == 3
     assert "self._track_num_input_tokens(inputs)" in inspect.getsource(Trainer)
+
+
+def test_transformers_saves_a_model_from_a_gguf_file_as_one_that_is_not_quantized(
+    base_gguf: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_gguf.parent, gguf_file=base_gguf.name, dtype=torch.float32)
+    forget_quantization(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not hasattr(again.config, "quantization_config")
+    assert all(weight.equal(model.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
 def test_transformers_notes_in_a_checkpoint_that_training_ended_with_it(build: Build, tmp_path: Path) -> None:

@@ -118,9 +118,7 @@ def test_a_stage_declares_every_parameter_it_reads_and_reads_every_one_it_declar
     read = set[str]().union(*(parameters_read(ROOT / file) for file in files))
     if name == "generate":  # hands its section on; reading a key of `replay`, its neighbour, would raise AttributeError
         read -= {"generate.replay", "generate.replay_length"}
-    assert read == declared, (
-        "dvc.yaml lists what the code reads, as parameters.section.key"
-    )
+    assert read == declared, "dvc.yaml lists what the code reads, as parameters.section.key"
 
 
 @pytest.mark.parametrize("name", STAGES)

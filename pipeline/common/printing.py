@@ -17,6 +17,9 @@ def calm_libraries() -> None:
     # bitsandbytes warns that it cannot download a kernel from the hub; it works without the kernel.
     no_kernels = logging.getLogger("bitsandbytes.backends.cpu.ops")
     no_kernels.addFilter(lambda record: not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward"))
+    # transformers warns of what load_base asks for.
+    dequantized = logging.getLogger("transformers.integrations.bitsandbytes")
+    dequantized.addFilter(lambda record: not str(record.msg).startswith("The modules are dequantized"))
     if not sys.stderr.isatty():
         for name, value in LINES.items():
             os.environ.setdefault(f"TQDM_{name}", value)
