@@ -21,7 +21,8 @@ class Library(ctypes.CDLL):
 ctypes.CDLL = Library
 
 def without_proc(event, arguments):
-    if event == "open" and str(arguments[0]).startswith("/proc/"):
+    psutils = "/proc/meminfo", "/proc/zoneinfo"  # by which psutil, on Linux, knows the free memory
+    if event == "open" and str(arguments[0]).startswith("/proc/") and arguments[0] not in psutils:
         raise FileNotFoundError(arguments[0])
 
 sys.addaudithook(without_proc)
