@@ -49,8 +49,8 @@ WIDE = LlamaConfig(
     vocab_size=2048,
     tie_word_embeddings=True,
 )
-BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04), "smollm2": (None, 1.0e-3, 1.0)}
 # Of each base: its shape, learning rate, epochs.
+BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04), "smollm2": (None, 1.0e-3, 1.0)}
 ROWS = {"tiny": 8, "wide": 8, "smollm2": 16}  # of a step
 EVAL_STEPS = 20
 

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
-from pipeline.model.base import describe, located, require_same_base, weight_files
+from pipeline.model.base import describe, file_hash, located, public_name, require_same_base, weight_files
 from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.hub_cache import unpacked_gguf
 from pipeline.model.license import license_of
 from pipeline.model.loading import load_quantized
 from pipeline.model.supervision import IGNORED, supervised
@@ -43,11 +44,32 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
     folder, description = located()
     assert folder == Path("models/mine") and description["fingerprint"] == describe(TINY, None)["fingerprint"]
     Path("models/mine/config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(UserError, match=r"base\.revision is 'v1', but base\.model models/mine is local"):
+    with pytest.raises(UserError, match=r"base\.revision is 'v1', but base\.model models/mine is a local folder"):
         describe("models/mine", "v1")
     with pytest.raises(
         UserError, match="models/mine has changed since prepare_base ran: run dvc repro -f prepare_base"
     ):
+        located()
+
+
+def test_a_gguf_file_is_the_base_that_it_was_made_of_and_its_change_is_noticed(
+    project: Project, base_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(project.folder / "hf"))
+    file = shutil.copy(base_gguf, "mine.gguf")
+    project.set(base__model="mine.gguf")
+    prepare_base.main()
+    folder, description = located()
+    assert description["files"].keys() == {"mine.gguf"} and public_name(description) == "mine"
+    own, read = (AutoModelForCausalLM.from_pretrained(of, dtype=torch.float32).state_dict() for of in (TINY, folder))
+    for name, weight in own.items():  # float16 has no smaller numbers than 6e-8
+        torch.testing.assert_close(read[name], weight, rtol=0, atol=6e-8)
+    with open(file, "ab") as more:
+        more.write(b"\0")
+    with pytest.raises(UserError, match=r"base\.model mine\.gguf is new or has changed: run dvc repro -f prepare_base"):
+        located()
+    shutil.copytree(folder, unpacked_gguf(file_hash(Path(file))))  # by `make check`, which writes no models/base.json
+    with pytest.raises(UserError, match=r"base\.model mine\.gguf has changed since prepare_base ran"):
         located()
 
 

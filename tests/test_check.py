@@ -51,7 +51,7 @@ def test_in_a_fresh_clone_the_check_prints_what_is_made_and_what_that_takes(
             r"lora\.modules_to_save: embed_tokens and lm_head are one matrix in this base",
         ),
         ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
-        ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is local"),
+        ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
         (
             {"tokenize__max_length": 20},
             r"the longest row has 34 tokens, tokenize\.max_length is 20: raise tokenize\.max_length, or set",

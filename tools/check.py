@@ -79,6 +79,8 @@ def examine(parameters: Parameters) -> None:
     size, saved = model.num_parameters(), saved_dtype(folder)
     require_possible(lora, model)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
+    if device.type == "cuda" and dtype == torch.float32:
+        say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
     tokens = special_tokens(folder, parameters)

@@ -141,10 +141,11 @@ def imported_libraries(files: set[str], known: Mapping[str, set[str]]) -> set[st
         UserError: a file imports a package that is not pinned, or not installed.
     """
     makers = [file for file in files if file.endswith(".py") and not MAKES_NOTHING.fullmatch(file)]
-    others = {"pipeline", "stages"} | OF_SCRIPTS | PRINTS | set(sys.stdlib_module_names)
+    others = {"pipeline", "stages"} | PRINTS | set(sys.stdlib_module_names)
     found: set[str] = set()
     for file in makers:
-        for top in {module.partition(".")[0] for module in imports(file)} - others:
+        of_scripts = OF_SCRIPTS if file.startswith("llama.cpp/") else set()
+        for top in {module.partition(".")[0] for module in imports(file)} - others - of_scripts:
             if not known.get(top):
                 raise UserError(f"{file}: {top} is of no package in requirements.txt that is installed: see make setup")
             found |= known[top]

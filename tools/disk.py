@@ -11,7 +11,8 @@ CHECKPOINTS = 4  # training keeps three, and writes one
 def disk_needed(
     parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
 ) -> dict[str, int]:
-    """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base as GGUF.
+    """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base, rounded to NF4
+    and as GGUF.
 
     The base has `parameters` weights of `itemsize` bytes. `adapter` and `optimizer` (its states) are in bytes. `copies`
     of each output: 2 if DVC's cache has a copy, 1 if it links.
@@ -20,5 +21,5 @@ def disk_needed(
         "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache stores equal files once
         str(MERGED): copies * parameters * itemsize,
         str(GGUF): copies * (gguf_bytes(parameters, quantize) + adapter),
-        "scratch": max(CHECKPOINTS * (adapter + optimizer), 2 * parameters),
+        "scratch": max(CHECKPOINTS * (adapter + optimizer), (itemsize + 2) * parameters),
     }

@@ -34,8 +34,7 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
     folder, template = fetched(model, revision)
     if not has_weights(folder):
         raise UserError(f"base.model {model} has no .safetensors weights: choose a model that has them")
-    files = {Path(model).name: file_hash(Path(model))} if is_gguf(model) else file_hashes(folder)
-    made = file_hashes(folder)
+    files, made = hashes_of(model, folder), file_hashes(folder)
     return {
         "model": model,
         "revision": None if is_local(model) else folder.name,
@@ -53,7 +52,9 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
         UserError: the folder or hub model does not exist, has no chat template, or a local folder has no weights.
     """
     if is_local(model) and revision is not None:
-        raise UserError(f"base.revision is {revision!r}, but base.model {model} is local: set it to null")
+        raise UserError(
+            f"base.revision is {revision!r}, but base.model {model} is a local folder or file: set it to null"
+        )
     folder = local_folder(model) if is_local(model) else download(model, revision, files)
     if not (folder / "config.json").exists():
         raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
@@ -134,10 +135,10 @@ def located() -> tuple[Path, dict[str, Any]]:
         raise UserError(f"{BASE} is missing: run dvc repro prepare_base, or dvc pull")
     described = json.loads(BASE.read_text(encoding="utf-8"))
     if described["revision"] is None:
-        folder = local_folder(described["model"])
-        of_file = is_gguf(described["model"])  # unpacked_gguf knows the file by its content
-        if not of_file and not (folder.is_dir() and joint_hash(file_hashes(folder)) == described["fingerprint"]):
-            raise UserError(f"base.model {folder} has changed since prepare_base ran: run dvc repro -f prepare_base")
+        model = described["model"]
+        folder = local_folder(model)
+        if not folder.is_dir() or joint_hash(hashes_of(model, folder)) != described["fingerprint"]:
+            raise UserError(f"base.model {model} has changed since prepare_base ran: run dvc repro -f prepare_base")
         return folder, described
     try:
         folder = snapshot(described["model"], described["revision"], MODEL_FILES, local_files_only=True)
@@ -166,6 +167,11 @@ def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
             f"{adapter} was trained on {trained_on['model']} ({trained_on['fingerprint'][:12]}), but base.model is "
             f"{base['model']} ({base['fingerprint'][:12]}): set base.model to that base, or run dvc repro train_qlora"
         )
+
+
+def hashes_of(model: str, folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of what identifies a base: the GGUF file `model`, or the files of the model in `folder`."""
+    return {Path(model).name: file_hash(Path(model))} if is_gguf(model) else file_hashes(folder)
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

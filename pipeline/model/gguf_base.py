@@ -86,7 +86,8 @@ def unpack(file: Path, folder: Path) -> dict[int, float]:
 
     of_file: dict[str, Any] = {"gguf_file": file.name}
     try:
-        kind = LlamaFileType(int(field(file, "general.file_type") or 0)).name
+        header = GGUFReader(file)
+        kind = LlamaFileType(int(field(header, "general.file_type") or 0)).name
         model, report = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **of_file
         )
@@ -96,19 +97,15 @@ def unpack(file: Path, folder: Path) -> dict[int, float]:
         raise UserError(
             f"base.model {file}: Transformers cannot read this GGUF file ({type(error).__name__}: {reason}): {REMEDY}"
         ) from None
-    # Transformers gives missing weights random values, and reads no scaling of the positions.
-    lost = sorted(report["missing_keys"]) or [name for name in NOT_READ if field(file, name) not in (None, "none", 1)]
-    if lost or any(tensor.name.startswith("rope_freqs") for tensor in GGUFReader(file).tensors):
-        raise UserError(
-            f"base.model {file}: Transformers does not read {', '.join(map(str, lost[:3])) or 'rope_freqs'} of this "
-            f"GGUF file: {REMEDY}"
-        )
-    split_like_llama_cpp(tokenizer, field(file, "tokenizer.ggml.pre"))
+    if lost := [*sorted(report["missing_keys"]), *not_read(header)]:
+        raise UserError(f"base.model {file}: Transformers does not read {', '.join(lost[:3])} of this file: {REMEDY}")
+    if tokenizer.chat_template is None:
+        raise UserError(f"base.model {file} has no chat template: choose its instruct or chat variant")
+    split_like_llama_cpp(tokenizer, field(header, "tokenizer.ggml.pre"))
     forget_quantization(model)
-    dtype = torch.float32 if kind == "ALL_F32" else torch.bfloat16
-    model.to(dtype).save_pretrained(folder)
+    model.to(torch.float32 if kind == "ALL_F32" else torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    if name := field(file, "general.license"):
+    if name := field(header, "general.license"):
         (folder / MODEL_CARD).write_text(f"---\nlicense: {name}\n---\n", encoding="utf-8")
     if kind not in ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16"):
         rounded = kind.removeprefix("MOSTLY_")
@@ -120,11 +117,16 @@ def unpack(file: Path, folder: Path) -> dict[int, float]:
     return dict(zip(tokens.tolist(), values.tolist(), strict=True))
 
 
-def field(file: Path, name: str) -> Any:
-    """A value in the header of the file; None without it. `name` may begin with * for the architecture."""
-    reader = GGUFReader(file)
-    [architecture] = [reader.fields["general.architecture"].contents()]
-    found = reader.get_field(name.replace("*", str(architecture)))
+def not_read(header: GGUFReader) -> list[str]:
+    """What Transformers leaves out in silence: the scaling of positions, and the other parts of a split file."""
+    scaling = [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_freqs")]
+    return scaling + [name for name in NOT_READ if field(header, name) not in (None, "none", 1)]
+
+
+def field(header: GGUFReader, name: str) -> Any:
+    """A value in the header; None without it. `name` may begin with * for the architecture."""
+    architecture = header.fields["general.architecture"].contents()
+    found = header.get_field(name.replace("*", str(architecture)))
     return found and found.contents()
 
 
@@ -145,8 +147,6 @@ def require_same_answers(file: Path, folder: Path, likeliest: dict[int, float], 
     """Raises UserError for the first text or conversation of which llama.cpp makes other tokens, the first end token
     that does not end its answers, or other probabilities."""
     tokenizer = load_tokenizer(folder)
-    if tokenizer.chat_template is None:
-        raise UserError(f"base.model {file} has no chat template: choose its instruct or chat variant")
     with served(file, 512, threads) as server:
         require_same_tokens(file, tokenizer, server)
         prompt = token_ids(tokenizer, CONVERSATIONS[0], add_generation_prompt=True)
