@@ -18,7 +18,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from bench.project import ROOT
+from bench.project import ROOT, set_parameters
 
 RECIPE = "smollm2-135m"
 FOLDER = ROOT / ".demo-real"
@@ -30,8 +30,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("values", nargs="*", metavar="name=value")
     options = parser.parse_args()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    make_demo(options.folder, dict(value.split("=", 1) for value in options.values))
+    if options.folder == FOLDER:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    values = (value.split("=", 1) for value in options.values)
+    make_demo(options.folder, {name: YAML(typ="safe").load(value) for name, value in values})
     started = time.monotonic()
     subprocess.run(["dvc", "repro"], cwd=options.folder, check=True)
     seconds = time.monotonic() - started
@@ -55,14 +57,7 @@ def set_up(folder: Path, values: dict[str, Any]) -> None:
     subprocess.run([sys.executable, "-m", "tools.use", RECIPE], cwd=folder, check=True)
     shutil.copy(folder / "recipes/general.jsonl", folder / "data/general.jsonl")
     (folder / "data/curated/replay.jsonl").unlink()  # what the built-in base knows
-    yaml = YAML()
-    yaml.width = 1000
-    parameters = yaml.load(folder / "params.yaml")
-    for name, value in ({"base.model": str(smollm2()), "base.revision": None} | values).items():
-        *sections, key = name.split(".")
-        section = parameters[sections[0]] if sections else parameters
-        section[key] = yaml.load(value) if isinstance(value, str) else value
-    yaml.dump(parameters, folder / "params.yaml")
+    set_parameters(folder, {"base.model": str(smollm2()), "base.revision": None} | values)
 
 
 def smollm2() -> Path:

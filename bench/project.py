@@ -33,9 +33,16 @@ def make_project(project: Path, config: PreTrainedConfig | None, parameters: dic
     write_json(project / "models/base.json", describe(str(project / "base"), None))
     for name in ("dvc.yaml", "libraries.yaml"):
         shutil.copy(ROOT / name, project)
+    shutil.copy(ROOT / "params.yaml", project)
+    set_parameters(project, {"base.device": "cpu", "base.compute_dtype": "float32"} | parameters)
+
+
+def set_parameters(project: Path, parameters: dict[str, Any]) -> None:
+    """Change params.yaml of `project`: {"lora.r": 8}."""
     yaml = YAML()
-    values = yaml.load(ROOT / "params.yaml")
-    for name, value in ({"base.device": "cpu", "base.compute_dtype": "float32"} | parameters).items():
+    yaml.width = 2**16  # no line is folded
+    values = yaml.load(project / "params.yaml")
+    for name, value in parameters.items():
         *sections, key = name.split(".")
         (values[sections[0]] if sections else values)[key] = value
     yaml.dump(values, project / "params.yaml")

@@ -35,7 +35,7 @@ from pipeline.model.embedding import keep_in_ram
 from pipeline.model.loading import (
     load_base,
     load_quantized,
-    load_unquantized,
+    load_weights,
     pick_attention,
     pick_device,
     pick_dtype,
@@ -101,7 +101,7 @@ def load_trainable(
     sharded = is_sharded(parameters.train.processes, parameters.train.strategy)
     quantization = parameters.base.quantization
     if sharded and quantization == "none":
-        base = load_unquantized(folder, torch.device("cpu"), dtype)
+        base = load_weights(folder, torch.device("cpu"), dtype)
     elif sharded:  # the complete base may not fit on one GPU, and FSDP shards no integers
         base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
     else:

@@ -52,24 +52,25 @@ def test_a_local_folder_is_described_like_the_built_in_and_its_change_is_noticed
         located()
 
 
+@pytest.mark.parametrize(("name", "public"), [("mine.gguf", "mine"), ("sha256-1f2e", "sha256-1f2e")])  # Ollama's
 def test_a_gguf_file_is_the_base_that_it_was_made_of_and_its_change_is_noticed(
-    project: Project, base_gguf: Path, monkeypatch: pytest.MonkeyPatch
+    project: Project, base_gguf: Path, monkeypatch: pytest.MonkeyPatch, name: str, public: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(project.folder / "hf"))
-    file = shutil.copy(base_gguf, "mine.gguf")
-    project.set(base__model="mine.gguf")
+    file = shutil.copy(base_gguf, name)
+    project.set(base__model=name)
     prepare_base.main()
     folder, description = located()
-    assert description["files"].keys() == {"mine.gguf"} and public_name(description) == "mine"
+    assert description["files"].keys() == {name} and public_name(description) == public
     own, read = (AutoModelForCausalLM.from_pretrained(of, dtype=torch.float32).state_dict() for of in (TINY, folder))
-    for name, weight in own.items():  # float16 has no smaller numbers than 6e-8
-        torch.testing.assert_close(read[name], weight, rtol=0, atol=6e-8)
+    for key, weight in own.items():  # float16 has no smaller numbers than 6e-8
+        torch.testing.assert_close(read[key], weight, rtol=0, atol=6e-8)
     with open(file, "ab") as more:
         more.write(b"\0")
-    with pytest.raises(UserError, match=r"base\.model mine\.gguf is new or has changed: run dvc repro -f prepare_base"):
+    with pytest.raises(UserError, match=f"base\\.model {name} is new or has changed: run dvc repro -f prepare_base"):
         located()
     shutil.copytree(folder, unpacked_gguf(file_hash(Path(file))))  # by `make check`, which writes no models/base.json
-    with pytest.raises(UserError, match=r"base\.model mine\.gguf has changed since prepare_base ran"):
+    with pytest.raises(UserError, match=f"base\\.model {name} has changed since prepare_base ran"):
         located()
 
 

@@ -30,16 +30,21 @@ def answer_questions(
     model.eval()
     ends = end_tokens(model.generation_config)
     rows = [prompt_and_reference(tokenizer, question, ends) for question in questions]
-    order = sorted(range(len(rows)), key=lambda i: [len(part) for part in rows[i]])
     answers: dict[int, Answer] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="exam", unit="batch"):
-        batch = order[start : start + batch_size]
+    for batch in batches_by_length([[len(part) for part in row] for row in rows], batch_size, "exam"):
         given = answer(model, [rows[i] for i in batch], ends, max_new_tokens)
         for i, (tokens, nll) in zip(batch, given, strict=True):
             if math.isnan(nll):
                 raise UserError(f"exam question {questions[i].id}: the model's probabilities are no numbers (NaN)")
             answers[i] = Answer(*text_of(tokenizer, tokens, ends), nll)
     return [answers[i] for i in range(len(questions))]
+
+
+def batches_by_length(lengths: list[list[int]], batch_size: int, name: str) -> Iterator[list[int]]:
+    """Yield the indices of `lengths` in batches of like length, with a progress bar called `name`."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=len(order) == 1):
+        yield order[start : start + batch_size]
 
 
 def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, bool]:
@@ -105,9 +110,7 @@ def greedy_in_batches(
 ) -> list[list[int]]:
     """The tokens of the greedy answer to each prompt."""
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=len(order) == 1):
-        batch = order[start : start + batch_size]
+    for batch in batches_by_length([[len(prompt)] for prompt in prompts], batch_size, "answers"):
         for row, token in greedy(model, [prompts[i] for i in batch], ends, max_new_tokens):
             answers[batch[row]].append(token)
     return answers

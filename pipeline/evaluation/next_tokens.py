@@ -4,10 +4,9 @@ Every variant of the model gives the distributions at the same tokens, so that a
 """
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.evaluation.answers import forward, padded
+from pipeline.evaluation.answers import batches_by_length, forward, padded
 from pipeline.evaluation.conversions import NextToken
 from pipeline.model.llama_server import Server
 from pipeline.model.supervision import IGNORED
@@ -21,10 +20,9 @@ def in_transformers(
 ) -> list[list[NextToken]]:
     """For each (prompt, reference answer): the distribution at each token of the answer."""
     model.eval()
-    order = sorted(range(len(asked)), key=lambda i: [len(part) for part in reversed(asked[i])])
     found: dict[int, list[NextToken]] = {}
-    for start in tqdm(range(0, len(order), batch_size), desc="next tokens", unit="batch"):
-        batch = order[start : start + batch_size]
+    lengths = [[len(answer), len(prompt)] for prompt, answer in asked]
+    for batch in batches_by_length(lengths, batch_size, "next tokens"):
         ids = padded([asked[i][0] + asked[i][1][:-1] for i in batch], "left").to(model.device)
         longest = max(len(asked[i][1]) for i in batch)
         logits = forward(model, ids, (ids != IGNORED).long(), logits_to_keep=longest).logits

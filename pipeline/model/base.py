@@ -75,7 +75,8 @@ def is_local(model: str) -> bool:
 
 
 def is_gguf(model: str) -> bool:
-    return model.endswith(".gguf")
+    """Whether `model` is a file. The files of Ollama's models have no suffix."""
+    return model.endswith(".gguf") or Path(model).is_file()
 
 
 def local_folder(model: str) -> Path:

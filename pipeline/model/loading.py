@@ -76,7 +76,7 @@ def load_base(
     dequantizes them again.
     """
     if quantization == "none":
-        return load_unquantized(folder, device, dtype)
+        return load_weights(folder, device, dtype)
     model = load_quantized(folder, device, dtype)
     keeps = device.type == "cpu" and keeps_dequantized(processes * model.num_parameters(), dtype)
     return model.dequantize(dtype) if keeps else model
@@ -87,13 +87,6 @@ def keeps_dequantized(parameters: int, dtype: torch.dtype) -> bool:
     return 2 * parameters * dtype.itemsize < free_memory(torch.device("cpu"))
 
 
-def load_unquantized(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    give_back_from(2**20)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
-    give_back_from(KEPT)
-    return model
-
-
 def load_quantized(
     folder: Path, device: torch.device, dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8
 ) -> PreTrainedModel:
@@ -101,15 +94,20 @@ def load_quantized(
 
     All other weights and the arithmetic are in `dtype`. `quant_storage` is the type of the tensors that hold NF4 bits.
     """
+    model = load_weights(folder, device, dtype, nf4(dtype, quant_storage))
+    never_repack(model)
+    return model
+
+
+def load_weights(
+    folder: Path, device: torch.device, dtype: torch.dtype, quantization: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The base as its files have it, or quantized."""
     give_back_from(2**20)
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=nf4(dtype, quant_storage),
+        folder, dtype=dtype, device_map={"": device}, quantization_config=quantization
     )
     give_back_from(KEPT)
-    never_repack(model)
     return model
 
 
