@@ -31,6 +31,7 @@ from dvc.repo import Repo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainerState
 from transformers.integrations import bitsandbytes as transformers_bnb
 from trl import SFTConfig, SFTTrainer
@@ -224,6 +225,23 @@ def test_trl_gives_the_forward_a_fused_head(build: Build) -> None:
     inputs = {"input_ids": ids, "labels": torch.tensor([[-100, -100, 7, 8]])}
     expected = cross_entropy(model(input_ids=ids).logits[0, 1:3], ids[0, 2:], reduction="sum")
     torch.testing.assert_close(trl_internals.loss_and_tokens(model, inputs), torch.stack([expected, torch.tensor(2.0)]))
+
+
+def test_trl_computes_logits_of_supervised_tokens_only(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    build(model)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def operations(supervised: int) -> int:
+        labels = torch.where(torch.arange(4) < 4 - supervised, -100, ids)
+        with FlopCounterMode(display=False) as counter:
+            trl_internals.loss_and_tokens(model, {"input_ids": ids, "labels": labels})
+        return counter.get_total_flops()
+
+    head = model.get_output_embeddings().weight.numel()
+    assert operations(3) - operations(1) == 2 * 2 * head
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: False)
+    assert operations(3) == operations(1), "the change of _use_triton is not needed any more"
 
 
 # Accelerate, and torch's launcher

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from trl import SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from pipeline.model.peft_internals import adapter_weights
+
+# Without Triton, such as on a CPU, TRL computes the logits of all tokens, to spare compilers of other devices new
+# shapes. Most tokens are those of prompts, and no option leaves them out:
+# https://github.com/huggingface/trl/blob/main/trl/trainer/utils.py (add_fused_lm_head, "compact")
+trl_utils._use_triton = lambda device: True
 
 
 class TokenCountingTrainer(SFTTrainer):
