@@ -28,7 +28,7 @@ from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype
 from pipeline.training import checkpoints
-from pipeline.training.trainer import StepsByLength, Trainer, build_trainer, training_arguments
+from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, training_arguments
 from stages import prepare_base, tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -325,26 +325,37 @@ def test_activations_are_offloaded_where_a_gpu_checkpoints(project: Project) -> 
     assert not offloads("cuda", train__activation_offloading=False)
 
 
-def test_an_epoch_has_every_row_once_and_batches_of_like_length_and_another_epoch_another_order() -> None:
-    lengths = np.random.default_rng(0).integers(10, 500, 75)
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(16, 1, 1), (2, 8, 1), (8, 1, 2), (2, 2, 4)])
+def test_an_epoch_has_every_row_once_in_batches_of_like_length_and_another_epoch_another_order(
+    batch_size: int, accumulation: int, processes: int
+) -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 65)
     epochs = [0, 0, 1]
-    sampler = StepsByLength(lengths, step=16, size=80, seed=1, epoch=lambda: epochs.pop(0))
+    sampler = BatchesByLength(lengths, batch_size, accumulation, processes, seed=1, epoch=lambda: epochs.pop(0))
     first = list(sampler)
-    assert first == list(sampler) and sorted(first[:75]) == list(range(75)) and first[75:] == list(range(75, 80))
+    assert first == list(sampler) and len(first) == len(sampler) and len(first) % processes == 0
+    assert sorted(row for batch in first for row in batch)[:65] == list(range(65))
     assert list(sampler) != first
 
-    def padded(order: list[int]) -> int:
-        return sum(2 * max(lengths[order[i : i + 2]]) for i in range(0, 64, 2))
+    def size(batch: list[int]) -> int:
+        return len(batch) * max(lengths[batch])
 
-    steps = [first[i : i + 16] for i in range(0, 64, 16)]
-    by_chance = [row for step in steps for row in np.random.default_rng(0).permutation(step)]
-    assert padded(first) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
+    number = accumulation * processes
+    for start in range(0, 4 * number, number):
+        batches = first[start : start + number]
+        rows = sorted((row for batch in batches for row in batch), key=lambda row: lengths[row])
+        assert len(rows) == batch_size * number and all(batches)
+        equal = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+        assert max(map(size, batches)) <= max(map(size, equal))
+    if number == 8:
+        padded = sum(map(size, first[: 4 * number]))
+        assert padded < 1.2 * sum(lengths[row] for batch in first[: 4 * number] for row in batch)
 
 
 def test_trainings_with_neighbouring_seeds_share_no_order_of_an_epoch() -> None:
     lengths = np.full(64, 10)
     orders = {
-        tuple(StepsByLength(lengths, step=1, size=64, seed=seed, epoch=lambda epoch=epoch: epoch))  # type: ignore[misc]
+        tuple(row for [row] in BatchesByLength(lengths, 1, 1, 1, seed, epoch=lambda epoch=epoch: epoch))  # type: ignore[misc]
         for seed in range(5)
         for epoch in range(8)
     }
@@ -353,7 +364,7 @@ def test_trainings_with_neighbouring_seeds_share_no_order_of_an_epoch() -> None:
 
 def test_each_epoch_of_a_run_has_an_order_of_its_own(train: Callable[..., str]) -> None:
     trainer = built_trainer()
-    sampler = trainer.get_train_dataloader().batch_sampler.sampler
+    sampler = trainer.get_train_dataloader().batch_sampler
     first = list(sampler)
     trainer.state = TrainerState(epoch=1.0)  # as Transformers replaces it when training begins
     assert list(sampler) != first

@@ -1,6 +1,7 @@
 """TRL's trainer with the settings of this project."""
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -46,16 +47,18 @@ class Trainer(TokenCountingTrainer):
     """
 
     def get_train_dataloader(self) -> DataLoader:
-        rows = self.shared(self.train_dataset)
-        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        sampler = StepsByLength(
-            lengths(self.train_dataset), step, len(rows), self.args.seed, lambda: int(self.state.epoch or 0)
+        batches = BatchesByLength(
+            lengths(self.train_dataset),
+            self.args.train_batch_size,
+            self.args.gradient_accumulation_steps,
+            self.args.world_size,
+            self.args.seed,
+            lambda: int(self.state.epoch or 0),
         )
         return self.accelerator.prepare(
             DataLoader(
-                rows,
-                batch_size=self.args.train_batch_size,
-                sampler=sampler,
+                self.shared(self.train_dataset),
+                batch_sampler=batches,
                 collate_fn=self.data_collator,
                 pin_memory=self.args.dataloader_pin_memory,
             )
@@ -109,26 +112,70 @@ def filled(rows: Dataset, share: int) -> Dataset:
     return concatenate_datasets([rows, Dataset.from_dict(blank, features=rows.features)])
 
 
-class StepsByLength(Sampler[int]):
-    """Yields the rows of an epoch in a random order, which depends only on the seed and the epoch.
+class BatchesByLength(Sampler[list[int]]):
+    """Yields the batches of an epoch. The order of its rows is random, and depends only on the seed and the epoch.
 
-    The rows of a step are sorted by length, so that each batch has rows of similar length and little padding. Blank
-    rows come last; `size` is the number of rows with the blank ones.
+    The rows of a step are sorted by length, and cut into `accumulation` batches for each of the `processes`, which
+    together have `batch_size` rows each at most. A blank row, whose index is the number of rows, fills an empty batch.
     """
 
-    def __init__(self, lengths: np.ndarray, step: int, size: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.lengths, self.step, self.size, self.seed, self.epoch = lengths, step, size, seed, epoch
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        accumulation: int,
+        processes: int,
+        seed: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.lengths, self.seed, self.epoch = lengths, seed, epoch
+        self.at_once, self.processes = batch_size * processes, processes
+        self.step = self.at_once * accumulation
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[list[int]]:
         # Accelerate's set_epoch does not reach a sampler whose first batches are skipped. `epoch` does not need it.
         order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
         for start in range(0, len(order), self.step):
-            rows = order[start : start + self.step]
-            yield from rows[np.argsort(self.lengths[rows], kind="stable")].tolist()
-        yield from range(len(order), self.size)
+            rows = order[start : start + self.step].tolist()
+            number = self.batches(len(rows))
+            rows += [len(self.lengths)] * (number - len(rows))
+            yield from in_batches(sorted(rows, key=self.length, reverse=True), self.length, number)
+
+    def length(self, row: int) -> int:
+        return int(self.lengths[row]) if row < len(self.lengths) else 1
+
+    def batches(self, rows: int) -> int:
+        """The number of batches that a step with `rows` rows has."""
+        return -(-rows // self.at_once) * self.processes
 
     def __len__(self) -> int:
-        return self.size
+        full, rest = divmod(len(self.lengths), self.step)
+        return full * self.batches(self.step) + self.batches(rest)
+
+
+def in_batches(rows: list[int], length: Callable[[int], int], number: int) -> list[list[int]]:
+    """Cut `rows`, the longest first, into `number` batches. The largest one, with its padding, is as small as possible.
+
+    So processes that wait for each other have little to wait for.
+    """
+
+    def cut(size: int) -> list[list[int]]:
+        """Batches of at most `size` tokens."""
+        batches, start = [], 0
+        while start < len(rows):
+            end = start + size // length(rows[start])
+            batches.append(rows[start:end])
+            start = end
+        return batches
+
+    longest = length(rows[0])
+    sizes = range(longest, longest * len(rows) + 1)
+    batches = cut(sizes[bisect_left(sizes, True, key=lambda size: len(cut(size)) <= number)])
+    while len(batches) < number:
+        most = max(batches, key=len)
+        at = batches.index(most)
+        batches[at : at + 1] = [most[: len(most) // 2], most[len(most) // 2 :]]
+    return batches
 
 
 def build_trainer(
@@ -193,6 +240,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         eval_strategy="steps",
         eval_steps=parameters.train.eval_steps,
         save_steps=parameters.train.eval_steps,
+        accelerator_config={"even_batches": False},  # needed for batches of different numbers of rows
         save_on_each_node=True,  # machines share no disk, and each continues from its own checkpoint
         save_total_limit=3,  # the best, the last, and the one before the last, in case the last is incomplete
         load_best_model_at_end=parameters.train.load_best_model_at_end,
