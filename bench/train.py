@@ -50,7 +50,7 @@ WIDE = LlamaConfig(
     tie_word_embeddings=True,
 )
 # Of each base: its shape, learning rate, epochs.
-BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04), "smollm2": (None, 1.0e-3, 1.0)}
+BASES = {"tiny": (None, 4.0e-3, 2.0), "wide": (WIDE, 1.0e-3, 0.04), "smollm2": (None, 1.0e-3, 0.34)}
 ROWS = {"tiny": 8, "wide": 8, "smollm2": 16}  # of a step
 EVAL_STEPS = 20
 
@@ -96,6 +96,7 @@ REAL_RECIPES = [
     Recipe("  NF4, bfloat16", parameters=BFLOAT16),
     Recipe("  none, float32", parameters=NONE),
     Recipe("  none, bfloat16", parameters=NONE | BFLOAT16),
+    Recipe("    and two processes", parameters=NONE | BFLOAT16 | {"train.processes": 2}),
 ]
 
 
