@@ -20,7 +20,7 @@ from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
 
-BATCH = 64  # prompts answered at a time
+BATCH = 16  # prompts answered at a time
 Prompts = dict[str, str]  # by "file:line"
 
 

@@ -13,6 +13,8 @@ from conftest import ROOT, Project
 from bench.recipes import GIB, SHAPES, SPARE
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import read_yaml
+from pipeline.common.rows import read_jsonl
+from stages import generate, merge, replay
 from tools import check
 from tools.use import main, use
 
@@ -88,9 +90,10 @@ def test_a_recipe_for_a_larger_gpu_is_refused_with_what_to_turn(machine: Callabl
         check.main()
 
 
-def test_a_step_of_every_recipe_for_gpus_has_16_rows() -> None:
-    steps = [read_yaml(RECIPES[recipe])["train"] for recipe in FOR_GPUS]
-    assert {step["batch_size"] * step["gradient_accumulation"] for step in steps} == {16}
+def test_a_step_of_every_recipe_has_16_rows_and_of_the_smallest_real_model_8() -> None:
+    steps = {recipe: read_yaml(path)["train"] for recipe, path in RECIPES.items()}
+    rows = {recipe: step["batch_size"] * step["gradient_accumulation"] for recipe, step in steps.items()}
+    assert rows == dict.fromkeys(RECIPES, 16) | {"smollm2-135m": 8}
 
 
 def test_each_recipe_has_a_known_shape() -> None:
@@ -122,3 +125,13 @@ def test_a_wrong_recipe_is_refused_by_its_name_and_changes_nothing(project: Proj
         use(Path("mine.yaml"))
     assert "\n" not in str(refusal.value)
     assert project.run("git", "status", "--porcelain", "params.yaml").stdout == ""
+
+
+def test_no_phrasing_that_a_recipe_can_use_asks_an_exam_question(project: Project) -> None:
+    number = len(read_yaml(project.folder / "data/raw/phrasings.yaml")["leader"])
+    project.set(generate__phrasings_per_fact=number, generate__replay=0)
+    generate.main()
+    replay.main()
+    merge.main()  # raises for a row that asks an exam question
+    generated = read_jsonl(project.folder / "data/train.jsonl")
+    assert number == 12 and len(generated) == 12 * 102

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -325,31 +326,46 @@ def test_activations_are_offloaded_where_a_gpu_checkpoints(project: Project) -> 
     assert not offloads("cuda", train__activation_offloading=False)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(16, 1, 1), (2, 8, 1), (8, 1, 2), (2, 2, 4)])
-def test_an_epoch_has_every_row_once_in_batches_of_like_length_and_another_epoch_another_order(
+def test_an_epoch_has_every_row_once_and_batches_of_like_length_and_another_epoch_another_order() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 75)
+    epochs = [0, 0, 1]
+    sampler = BatchesByLength(lengths, 2, accumulation=8, processes=1, seed=1, epoch=lambda: epochs.pop(0))
+    batches = list(sampler)
+    assert batches == list(sampler) and len(batches) == len(sampler)
+    first = [row for batch in batches for row in batch]
+    assert sorted(first) == list(range(75)) and {len(batch) for batch in batches[:-1]} == {2}
+    assert list(sampler) != batches
+
+    def padded(order: list[int]) -> int:
+        return sum(2 * max(lengths[order[i : i + 2]]) for i in range(0, 64, 2))
+
+    steps = [first[i : i + 16] for i in range(0, 64, 16)]
+    by_chance = [row for step in steps for row in np.random.default_rng(0).permutation(step)]
+    assert padded(first) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(8, 1, 2), (2, 2, 4), (1, 4, 4)])
+def test_processes_share_the_rows_of_a_step_in_batches_of_like_size(
     batch_size: int, accumulation: int, processes: int
 ) -> None:
-    lengths = np.random.default_rng(0).integers(10, 500, 65)
-    epochs = [0, 0, 1]
-    sampler = BatchesByLength(lengths, batch_size, accumulation, processes, seed=1, epoch=lambda: epochs.pop(0))
-    first = list(sampler)
-    assert first == list(sampler) and len(first) == len(sampler) and len(first) % processes == 0
-    assert sorted(row for batch in first for row in batch)[:65] == list(range(65))
-    assert list(sampler) != first
+    lengths = np.append(np.random.default_rng(0).integers(10, 500, 65), 1)  # the last one is a blank row
+    one, several = (
+        BatchesByLength(lengths[:65], size, batches, number, seed=1, epoch=lambda: 0)
+        for size, batches, number in [(batch_size, accumulation * processes, 1), (batch_size, accumulation, processes)]
+    )
+    batches = list(several)
+    assert len(batches) == len(several) and len(batches) % processes == 0 and all(batches)
+    found = sorted(row for batch in batches for row in batch)
+    assert found == [*range(65), *[65] * (len(found) - 65)]
 
-    def size(batch: list[int]) -> int:
-        return len(batch) * max(lengths[batch])
+    def largest(batches: list[list[int]]) -> int:
+        return max(len(batch) * max(lengths[batch]) for batch in batches)
 
     number = accumulation * processes
     for start in range(0, 4 * number, number):
-        batches = first[start : start + number]
-        rows = sorted((row for batch in batches for row in batch), key=lambda row: lengths[row])
-        assert len(rows) == batch_size * number and all(batches)
-        equal = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
-        assert max(map(size, batches)) <= max(map(size, equal))
-    if number == 8:
-        padded = sum(map(size, first[: 4 * number]))
-        assert padded < 1.2 * sum(lengths[row] for batch in first[: 4 * number] for row in batch)
+        equal, shared = list(one)[start : start + number], batches[start : start + number]
+        assert sorted(chain(*shared)) == sorted(chain(*equal)), "each step has the rows that one process has"
+        assert largest(shared) <= largest(equal)
 
 
 def test_trainings_with_neighbouring_seeds_share_no_order_of_an_epoch() -> None:

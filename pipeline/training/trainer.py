@@ -115,8 +115,9 @@ def filled(rows: Dataset, share: int) -> Dataset:
 class BatchesByLength(Sampler[list[int]]):
     """Yields the batches of an epoch. The order of its rows is random, and depends only on the seed and the epoch.
 
-    The rows of a step are sorted by length, and cut into `accumulation` batches for each of the `processes`, which
-    together have `batch_size` rows each at most. A blank row, whose index is the number of rows, fills an empty batch.
+    The rows of a step are sorted by length, so that each batch has rows of similar length and little padding. One
+    process has batches of `batch_size` rows. Several `processes`, which wait for each other, have batches of about as
+    many tokens as each other; a blank row, whose index is the number of rows, fills a batch without rows.
     """
 
     def __init__(
@@ -129,46 +130,46 @@ class BatchesByLength(Sampler[list[int]]):
         epoch: Callable[[], int],
     ) -> None:
         self.lengths, self.seed, self.epoch = lengths, seed, epoch
-        self.at_once, self.processes = batch_size * processes, processes
-        self.step = self.at_once * accumulation
+        self.batch_size, self.processes = batch_size, processes
+        self.step = batch_size * accumulation * processes
 
     def __iter__(self) -> Iterator[list[int]]:
         # Accelerate's set_epoch does not reach a sampler whose first batches are skipped. `epoch` does not need it.
         order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
         for start in range(0, len(order), self.step):
-            rows = order[start : start + self.step].tolist()
-            number = self.batches(len(rows))
-            rows += [len(self.lengths)] * (number - len(rows))
-            yield from in_batches(sorted(rows, key=self.length, reverse=True), self.length, number)
+            rows = sorted(order[start : start + self.step].tolist(), key=self.length)
+            if self.processes == 1:
+                yield from (rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size))
+            else:
+                number = self.batches(len(rows))
+                blank = [len(self.lengths)] * (number - len(rows))
+                yield from balanced(blank + rows, self.length, number)
 
     def length(self, row: int) -> int:
         return int(self.lengths[row]) if row < len(self.lengths) else 1
 
     def batches(self, rows: int) -> int:
         """The number of batches that a step with `rows` rows has."""
-        return -(-rows // self.at_once) * self.processes
+        return -(-rows // (self.batch_size * self.processes)) * self.processes
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.step)
         return full * self.batches(self.step) + self.batches(rest)
 
 
-def in_batches(rows: list[int], length: Callable[[int], int], number: int) -> list[list[int]]:
-    """Cut `rows`, the longest first, into `number` batches. The largest one, with its padding, is as small as possible.
-
-    So processes that wait for each other have little to wait for.
-    """
+def balanced(rows: list[int], length: Callable[[int], int], number: int) -> list[list[int]]:
+    """Cut `rows`, the longest last, into `number` batches, of which the largest, padded, is as small as possible."""
 
     def cut(size: int) -> list[list[int]]:
         """Batches of at most `size` tokens."""
-        batches, start = [], 0
-        while start < len(rows):
-            end = start + size // length(rows[start])
+        batches, end = [], len(rows)
+        while end:
+            start = max(0, end - size // length(rows[end - 1]))
             batches.append(rows[start:end])
-            start = end
-        return batches
+            end = start
+        return batches[::-1]
 
-    longest = length(rows[0])
+    longest = length(rows[-1])
     sizes = range(longest, longest * len(rows) + 1)
     batches = cut(sizes[bisect_left(sizes, True, key=lambda size: len(cut(size)) <= number)])
     while len(batches) < number:
