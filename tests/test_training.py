@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from conftest import Project
 from datasets import Dataset
 from safetensors import safe_open
@@ -357,6 +358,8 @@ def test_processes_share_the_rows_of_a_step_in_batches_of_like_size(
     assert len(batches) == len(several) and len(batches) % processes == 0 and all(batches)
     found = sorted(row for batch in batches for row in batch)
     assert found == [*range(65), *[65] * (len(found) - 65)]
+    shares = [list(BatchSamplerShard(several, processes, index, even_batches=False)) for index in range(processes)]
+    assert shares == [batches[index::processes] for index in range(processes)], "Accelerate leaves no batch out"
 
     def largest(batches: list[list[int]]) -> int:
         return max(len(batch) * max(lengths[batch]) for batch in batches)

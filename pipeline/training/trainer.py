@@ -130,7 +130,8 @@ class BatchesByLength(Sampler[list[int]]):
         epoch: Callable[[], int],
     ) -> None:
         self.lengths, self.seed, self.epoch = lengths, seed, epoch
-        self.batch_size, self.processes = batch_size, processes
+        # Accelerate would leave out batches of another size than a sampler's `batch_size`.
+        self.rows_of_batch, self.processes = batch_size, processes
         self.step = batch_size * accumulation * processes
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -139,7 +140,7 @@ class BatchesByLength(Sampler[list[int]]):
         for start in range(0, len(order), self.step):
             rows = sorted(order[start : start + self.step].tolist(), key=self.length)
             if self.processes == 1:
-                yield from (rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size))
+                yield from (rows[at : at + self.rows_of_batch] for at in range(0, len(rows), self.rows_of_batch))
             else:
                 number = self.batches(len(rows))
                 blank = [len(self.lengths)] * (number - len(rows))
@@ -150,7 +151,7 @@ class BatchesByLength(Sampler[list[int]]):
 
     def batches(self, rows: int) -> int:
         """The number of batches that a step with `rows` rows has."""
-        return -(-rows // (self.batch_size * self.processes)) * self.processes
+        return -(-rows // (self.rows_of_batch * self.processes)) * self.processes
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.step)
