@@ -2,6 +2,7 @@
 
     python -m bench.evaluate tiny     # the built-in base with outputs/adapter, the complete exam: a minute on two cores
     python -m bench.evaluate wide     # a random model of 100 M parameters, answers of 64 tokens: some minutes
+    python -m bench.evaluate smollm2  # a real language model with its adapter, after `make demo-real`: some minutes
 
 bench/README.md has the output. `tiny` needs the adapter that `dvc repro train_qlora` makes. Both need EleutherAI's
 lm-evaluation-harness, which no requirements.txt contains.
@@ -16,6 +17,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,15 +28,18 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from bench.demo_real import FOLDER
 from bench.project import ROOT, TINY
 from bench.train import WIDE
 from bench.transformers_internals import random_nf4
 from pipeline.common.errors import UserError
+from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.answers import answer_questions, prompt
 from pipeline.evaluation.questions import Question, read_questions
+from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_tokenizer
-from pipeline.model.loading import load_tuned, reproducible
+from pipeline.model.loading import load_tuned, pick_dtype, reproducible
 from pipeline.model.supervision import IGNORED, supervised
 
 CPU = torch.device("cpu")
@@ -57,13 +62,19 @@ class ExamRun:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", choices=["tiny", "wide"])
-    wide = parser.parse_args().base == "wide"
+    parser.add_argument("base", choices=["tiny", "wide", "smollm2"])
+    base = parser.parse_args().base
     if not find_spec("lm_eval"):
         raise UserError("lm-evaluation-harness is missing: pip install -c requirements.txt lm_eval==0.4.13")
     reproducible(seed=0, threads=2)
     tokenizer, questions = load_tokenizer(TINY), read_questions(ROOT / "data/questions.jsonl")
-    if wide:
+    if base == "smollm2":
+        os.chdir(FOLDER)
+        folder, parameters = located()[0], check(Path("params.yaml"))
+        dtype = pick_dtype(parameters.base.compute_dtype, CPU)
+        model = load_tuned(folder, Path("outputs/trained"), parameters.base.quantization, CPU, dtype)
+        exam = Setup(model.eval(), load_tokenizer(folder), questions, parameters.evaluate.max_new_tokens)
+    elif base == "wide":
         exam = Setup(random_nf4(WIDE, CPU, torch.float32), tokenizer, [longer(questions, i) for i in range(16)], 64)
     else:
         exam = Setup(
@@ -74,7 +85,7 @@ def main() -> None:
         warmed(replace(exam, questions=questions[:1]))
     print(f"{'':34} answers   NLLs  seconds   CPU s  a second  times    equal  NLL off")
     first = show("a loop", loop(exam))
-    for batch_size in [8] if wide else [1, 64]:  # one is the harness' default
+    for batch_size in [8] if base == "wide" else [1, 64]:  # one is the harness' default
         show(f"lm-evaluation-harness, batch {batch_size}", harness(exam, batch_size), first)
         show(f"this pipeline, batch {batch_size}", this_pipeline(exam, batch_size), first)
 

@@ -116,13 +116,16 @@ def answer_in_llama_cpp(
     prompts = [prompt for prompt, _ in asked]
     require_same_tokens(server, questions, prompts, name)
     require_same_ends(server, prompts[0], ends, name)
-    started = time.monotonic()
-    replies = [server.complete(tokens, length) for tokens in tqdm(prompts, desc=name, unit="question")]
-    seconds = time.monotonic() - started
+    replies, next_tokens, seconds = [], [], 0.0
+    for prompt, reference in tqdm(asked, desc=name, unit="question"):
+        started = time.monotonic()
+        replies.append(server.complete(prompt, length))
+        seconds += time.monotonic() - started
+        next_tokens.append(in_llama_cpp(server, prompt, reference))  # the server still has the prompt in its cache
     require_ended(replies, questions, ends, name)
     given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
     speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
-    return Variant(given, [in_llama_cpp(server, *each) for each in asked]), {"tokens_per_second": speed}
+    return Variant(given, next_tokens), {"tokens_per_second": speed}
 
 
 def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:

@@ -20,7 +20,7 @@ from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
 
-BATCH = 16  # prompts answered at a time
+BATCH = {"cpu": 64, "cuda": 16}  # prompts answered at a time; a GPU has less memory
 Prompts = dict[str, str]  # by "file:line"
 
 
@@ -56,7 +56,7 @@ def answered(prompts: Prompts, parameters: Parameters) -> list[Row]:
         token_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         for prompt in prompts.values()
     ]
-    answers = greedy_in_batches(model, asked, ends, BATCH, parameters.generate.replay_length)
+    answers = greedy_in_batches(model, asked, ends, BATCH[device.type], parameters.generate.replay_length)
     rows = []
     for (location, prompt), tokens in zip(prompts.items(), answers, strict=True):
         text, ended = text_of(tokenizer, tokens, ends)
