@@ -5,7 +5,7 @@
 # make sweep ARGS=...: run and compare a grid of experiments.   make chat, make serve: try the model.
 # make remote URL=..., make release VERSION=...: share the model.
 VENV := .venv
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo-real repro test check deps start use gate noise curate sweep chat serve remote release setup requirements

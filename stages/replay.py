@@ -6,14 +6,12 @@ models/base.json, data/prompts.txt -> data/replay.jsonl: the answers to the firs
 that does not end within generate.replay_length tokens is left out.
 """
 
-from pathlib import Path
-
-from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import PROMPTS, REPLAY
 from pipeline.common.rows import Row, question_and_answer, row
+from pipeline.data.prompts import first_prompts
 from pipeline.evaluation.answers import greedy_in_batches, text_of
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
@@ -21,7 +19,6 @@ from pipeline.model.loading import load_base, pick_device, pick_dtype, reproduci
 from stages import run
 
 BATCH = {"cpu": 64, "cuda": 16}  # prompts answered at a time; a GPU has less memory
-Prompts = dict[str, str]  # by "file:line"
 
 
 def main() -> None:
@@ -33,19 +30,8 @@ def main() -> None:
     write_jsonl(REPLAY, rows)
 
 
-def first_prompts(file: Path, wanted: int) -> Prompts:
-    """Raises UserError if the file has fewer prompts. Blank lines and lines with # at the start are no prompts."""
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-    prompts = {f"{file}:{number}": line.strip() for number, line in lines if line.strip() and not line.startswith("#")}
-    if len(prompts) < wanted:
-        raise UserError(
-            f"generate.replay is {wanted}, but {file} has {len(prompts)} prompts: add prompts, or lower generate.replay"
-        )
-    return dict(list(prompts.items())[:wanted])
-
-
-def answered(prompts: Prompts, parameters: Parameters) -> list[Row]:
-    """A row for each prompt whose answer ends in time."""
+def answered(prompts: dict[str, str], parameters: Parameters) -> list[Row]:
+    """A row for each prompt, by "file:line", whose answer ends in time."""
     folder, _ = located()
     device = pick_device(parameters.base.device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)

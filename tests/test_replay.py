@@ -7,18 +7,21 @@ import pytest
 from conftest import ROOT, Project
 
 from pipeline.common.errors import UserError
+from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import read_jsonl
 from pipeline.common.words import words
 from pipeline.data.leaks import ExamIndex
+from pipeline.data.prompts import first_prompts
 from pipeline.evaluation.questions import read_questions
 from stages import generate, merge, prepare_base, replay
+from tools.material import material
 
 PROMPTS = ROOT / "data/prompts.txt"
 
 
 def test_the_prompts_that_ship_ask_no_question_of_the_general_exam() -> None:
     index = ExamIndex(read_questions(ROOT / "recipes/general.jsonl"), near=0.9)
-    prompts = list(replay.first_prompts(PROMPTS, 300).values())
+    prompts = list(first_prompts(PROMPTS, 300).values())
     assert len(set(prompts)) == 300
     assert [prompt for prompt in prompts if index.leak(words(prompt))] == []
 
@@ -44,6 +47,8 @@ def test_the_base_answers_the_first_prompts_with_their_lines_as_sources(project:
     project.set(generate__replay=5)
     with pytest.raises(UserError, match=r"generate\.replay is 5, but data/prompts\.txt has 4 prompts: add prompts"):
         replay.main()
+    [checked] = [each for each in material(check(Path("params.yaml"))) if each.path == Path("data/prompts.txt")]
+    assert checked.missing.startswith("generate.replay is 5, but data/prompts.txt has 4 prompts")
 
 
 def test_a_prompt_that_asks_an_exam_question_is_left_out_and_listed(project: Project) -> None:

@@ -9,7 +9,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import CURATED, EXAM, GENERAL_EXAM, RAW
+from pipeline.common.paths import CURATED, EXAM, GENERAL_EXAM, PROMPTS, RAW
 from pipeline.common.rows import Message, row
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words
@@ -17,6 +17,7 @@ from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import KINDS, InvalidRow, conversation, kind, parsed, records
 from pipeline.data.leaks import ExamIndex
+from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
 from pipeline.evaluation.questions import read_questions
 
@@ -52,6 +53,8 @@ def material(parameters: Parameters) -> Iterator[Material]:
         yield from (raw, curated)
     yield exam
     yield general
+    if parameters.generate.replay:
+        yield of_prompts(parameters.generate.replay)
 
 
 def of_raw(generate: Generate, exams: ExamIndex) -> Material:
@@ -141,3 +144,11 @@ def of_exam(path: Path) -> Material:
         return Material(path, "", str(refusal).removeprefix(f"{path}: "), (QUESTION,))
     few = "; use 50 to 200, to distinguish progress from chance" if path == EXAM and len(questions) < 50 else ""
     return Material(path, f"{len(questions)} questions{few}")
+
+
+def of_prompts(wanted: int) -> Material:
+    try:
+        first_prompts(PROMPTS, wanted)
+    except UserError as refusal:
+        return Material(PROMPTS, "", str(refusal))
+    return Material(PROMPTS, f"{wanted} prompts for the base to answer (generate.replay)")

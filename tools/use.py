@@ -21,7 +21,7 @@ PARAMETERS = Path("params.yaml")
 def main() -> None:
     path = recipe(" ".join(sys.argv[1:]))
     use(path)
-    print(f"{PARAMETERS} has the values of {path}: git diff shows them, make check estimates memory and time")
+    print(f"{PARAMETERS} has the values of {path}: git diff shows them, make check estimates memory and disk")
 
 
 def recipes() -> dict[str, Path]:

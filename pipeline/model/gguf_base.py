@@ -18,6 +18,7 @@ from pipeline.model.transformers_internals import forget_quantization
 
 REMEDY = "name the model on the Hugging Face hub that the file was made of"
 NOT_READ = ["*.rope.scaling.type", "*.rope.scaling.factor", "split.count"]
+UNQUANTIZED = ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16")
 TOLERANCE = 1.0  # nats: llama.cpp also rounds the inputs of quantized layers
 
 # Text on which tokenizers differ: other scripts, joined emoji, runs of white space, digits, code, control tokens.
@@ -77,6 +78,9 @@ def unpack_if_gguf(model: str, threads: int) -> None:
             aside.mkdir()
             likeliest = unpack(file, aside)
             require_same_answers(file, aside, likeliest, threads)
+    if (kind := type_of(GGUFReader(file))) not in UNQUANTIZED:
+        rounded = kind.removeprefix("MOSTLY_")
+        print(f"base.model {file.name} is quantized ({rounded}): training starts from these weights")
 
 
 def unpack(file: Path, folder: Path) -> dict[int, float]:
@@ -87,7 +91,7 @@ def unpack(file: Path, folder: Path) -> dict[int, float]:
     of_file: dict[str, Any] = {"gguf_file": file.name}
     try:
         header = GGUFReader(file)
-        kind = LlamaFileType(int(field(header, "general.file_type") or 0)).name
+        kind = type_of(header)
         model, report = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, **of_file
         )
@@ -95,7 +99,8 @@ def unpack(file: Path, folder: Path) -> dict[int, float]:
     except Exception as error:  # the type depends on what Transformers cannot read
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"base.model {file}: Transformers cannot read this GGUF file ({type(error).__name__}: {reason}): {REMEDY}"
+            f"base.model {file}: Transformers cannot read this GGUF file ({type(error).__name__}: {reason}): fetch "
+            f"the file again if it is incomplete, or {REMEDY}"
         ) from None
     if lost := [*sorted(report["missing_keys"]), *not_read(header)]:
         raise UserError(f"base.model {file}: Transformers does not read {', '.join(lost[:3])} of this file: {REMEDY}")
@@ -107,14 +112,16 @@ def unpack(file: Path, folder: Path) -> dict[int, float]:
     tokenizer.save_pretrained(folder)
     if name := field(header, "general.license"):
         (folder / MODEL_CARD).write_text(f"---\nlicense: {name}\n---\n", encoding="utf-8")
-    if kind not in ("ALL_F32", "MOSTLY_F16", "MOSTLY_BF16"):
-        rounded = kind.removeprefix("MOSTLY_")
-        print(f"base.model {file.name} is quantized ({rounded}): training starts from these weights")
     with torch.inference_mode():
         prompt = token_ids(load_tokenizer(folder), CONVERSATIONS[0], add_generation_prompt=True)
         logits = model.float()(torch.tensor([prompt])).logits[0, -1]
     values, tokens = logits.log_softmax(-1).topk(5)
     return dict(zip(tokens.tolist(), values.tolist(), strict=True))
+
+
+def type_of(header: GGUFReader) -> str:
+    """The type of most weights, such as ALL_F32 or MOSTLY_Q4_0."""
+    return LlamaFileType(int(field(header, "general.file_type") or 0)).name
 
 
 def not_read(header: GGUFReader) -> list[str]:
