@@ -51,7 +51,7 @@ def main() -> None:
             for name, on_nf4 in {"bf16": False, "dequantized_nf4": True}.items():
                 merged = Path(scratch, name)
                 merged.mkdir()
-                merge(folder, adapter, merged, on_nf4)
+                merge(folder, adapter, merged, on_nf4, dtype)
                 models[name] = load_merged(merged, device, dtype)
         given = {}
         for name, model in models.items():
