@@ -23,7 +23,7 @@ from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAIL
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.evaluation.answers import answer_questions, prompt_and_reference
 from pipeline.evaluation.conversions import Variant, measured
-from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
+from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
 from pipeline.evaluation.questions import Question, read_answers, read_questions
 from pipeline.evaluation.variants import in_16_bits
 from pipeline.export.base_gguf import convert_base
@@ -119,9 +119,9 @@ def answer_in_llama_cpp(
     replies, next_tokens, seconds = [], [], 0.0
     for prompt, reference in tqdm(asked, desc=name, unit="question"):
         started = time.monotonic()
-        replies.append(server.complete(prompt, length))
+        replies.append(server.complete(prompt, length, N_PROBS))
         seconds += time.monotonic() - started
-        next_tokens.append(in_llama_cpp(server, prompt, reference))  # the server still has the prompt in its cache
+        next_tokens.append(in_llama_cpp(server, prompt, reference, replies[-1]))
     require_ended(replies, questions, ends, name)
     given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
     speed = sum(reply["tokens_predicted"] for reply in replies) / seconds

@@ -61,6 +61,22 @@ def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: 
         assert divergence(ours.likeliest, theirs.likeliest) == pytest.approx(0, abs=1e-5)
 
 
+def test_the_probabilities_of_an_own_answer_are_those_that_the_server_gives_when_asked(base_gguf: Path) -> None:
+    tokenizer = load_tokenizer(TINY)
+    [(prompt_of, reference)] = [prompt_and_reference(tokenizer, Question("a", "Who leads it?", ["x"], "here"), {2})]
+    with served(base_gguf, context=128, threads=1) as server:
+        reply = server.complete(prompt_of, 8, N_PROBS)
+        own = reply["tokens"]
+        assert own[-1] == 2 and len(server.likeliest_of(reply)) == len(own)
+        for answer in (own, [*own[:1], *reference]):  # the same answer, and one that begins with the same token
+            asked = in_llama_cpp(server, prompt_of, answer)
+            for ours, theirs in zip(in_llama_cpp(server, prompt_of, answer, reply), asked, strict=True):
+                assert ours.token == theirs.token
+                assert divergence(ours.likeliest, theirs.likeliest) == pytest.approx(0, abs=1e-6)
+        with_emoji = server.forced(prompt_of, tokenizer.encode("🙂", add_special_tokens=False)[0], N_PROBS)
+        assert server.likeliest_of(with_emoji) == []  # an incomplete character
+
+
 def test_a_file_whose_probabilities_are_no_numbers_is_refused(base_gguf: Path, tmp_path: Path) -> None:
     content, file = base_gguf.read_bytes(), tmp_path / "model.gguf"
     file.write_bytes(content[: len(content) // 2] + b"\xff" * (len(content) - len(content) // 2))

@@ -3,6 +3,8 @@
 Every variant of the model gives the distributions at the same tokens, so that any two variants can be compared.
 """
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -34,7 +36,20 @@ def in_transformers(
     return [found[i] for i in range(len(asked))]
 
 
-def in_llama_cpp(server: Server, prompt: list[int], answer: list[int]) -> list[NextToken]:
-    """`answer` ends with a token at which the file stops."""
+def in_llama_cpp(
+    server: Server, prompt: list[int], answer: list[int], reply: dict[str, Any] | None = None
+) -> list[NextToken]:
+    """The distribution at each token of `answer`, which ends with a token at which the file stops.
+
+    `reply` is the server's own answer to the prompt, with N_PROBS probabilities. The server is not asked again where
+    both answers have begun with the same tokens.
+    """
     *_, end = answer
-    return [NextToken(token, server.likeliest(prompt + answer[:i], N_PROBS, end)) for i, token in enumerate(answer)]
+    given = server.likeliest_of(reply) if reply else []
+
+    def likeliest(i: int) -> dict[int, float]:
+        if reply and i < len(given) and reply["tokens"][:i] == answer[:i]:
+            return given[i]
+        return server.likeliest(prompt + answer[:i], N_PROBS, end)
+
+    return [NextToken(token, likeliest(i)) for i, token in enumerate(answer)]

@@ -95,9 +95,9 @@ class Server:
         ids: list[int] = self.post("/tokenize", body)["tokens"]
         return ids
 
-    def complete(self, tokens: list[int], max_new_tokens: int) -> dict[str, Any]:
-        """llama.cpp's reply to a greedy completion."""
-        return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens})
+    def complete(self, tokens: list[int], max_new_tokens: int, n_probs: int = 0) -> dict[str, Any]:
+        """llama.cpp's reply to a greedy completion, with the `n_probs` likeliest tokens at each token."""
+        return self.post("/completion", GREEDY | {"prompt": tokens, "n_predict": max_new_tokens, "n_probs": n_probs})
 
     def likeliest(self, tokens: list[int], n_probs: int, end: int) -> dict[int, float]:
         """{token id: log-probability} of the `n_probs` likeliest next tokens, the likeliest first.
@@ -107,12 +107,24 @@ class Server:
         Raises:
             UserError: the probabilities are NaN.
         """
-        # llama.cpp reports nothing after a token that is an incomplete character, so `end` is forced instead.
-        [position] = self.forced(tokens, end, n_probs)["completion_probabilities"]
-        likeliest = {token["id"]: token["logprob"] for token in position["top_logprobs"]}
-        if None in likeliest.values():  # JSON has no NaN
-            raise UserError(f"{self.files}: the model's probabilities are NaN: run dvc repro -f convert_gguf")
+        # llama.cpp reports nothing at a token that is an incomplete character, so `end` is forced instead.
+        [likeliest] = self.likeliest_of(self.forced(tokens, end, n_probs))
         return likeliest
+
+    def likeliest_of(self, reply: dict[str, Any]) -> list[dict[int, float]]:
+        """{token id: log-probability} at each token of a reply with probabilities; [] if a token is an incomplete
+        character.
+
+        Raises:
+            UserError: the probabilities are NaN.
+        """
+        positions = [
+            {token["id"]: token["logprob"] for token in position["top_logprobs"]}
+            for position in reply.get("completion_probabilities", [])
+        ]
+        if any(None in likeliest.values() for likeliest in positions):  # JSON has no NaN
+            raise UserError(f"{self.files}: the model's probabilities are NaN: run dvc repro -f convert_gguf")
+        return positions if len(positions) == len(reply["tokens"]) else []
 
     def stops_at(self, tokens: list[int], end: int) -> bool:
         """Whether llama.cpp stops at `end` after `tokens`."""
