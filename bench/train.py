@@ -90,6 +90,7 @@ BFLOAT16, NONE = {"base.compute_dtype": "bfloat16"}, {"base.quantization": "none
 REAL_RECIPES = [
     Recipe("TRL's defaults", {}),
     Recipe("  in float32", FLOAT32),
+    Recipe("    and without quantization", FLOAT32 | {"load_in_4bit": False}, parameters=NONE),
     Recipe("a plain loop in float32", plain="float32"),
     Recipe("a plain loop in bfloat16", plain="bfloat16"),
     Recipe("this pipeline: NF4, float32"),
@@ -183,6 +184,7 @@ def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         "lora_target_modules": lora.target_modules,
+        "per_device_train_batch_size": train.batch_size,
         "learning_rate": train.learning_rate,
         "num_train_epochs": train.epochs,
         "lr_scheduler_type": train.schedule,
