@@ -4,7 +4,7 @@
     python -m bench.evaluate wide     # a random model of 100 M parameters, answers of 64 tokens: some minutes
     python -m bench.evaluate smollm2  # a real language model with its adapter, after `make demo-real`: some minutes
 
-bench/README.md has the output. `tiny` needs the adapter that `dvc repro train_qlora` makes. Both need EleutherAI's
+bench/README.md has the output. `tiny` needs the adapter that `dvc repro train_qlora` makes. All need EleutherAI's
 lm-evaluation-harness, which no requirements.txt contains.
 
 Each alternative answers every question greedily and measures the negative log-likelihood of every reference, with one

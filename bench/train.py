@@ -7,10 +7,11 @@
 bench/README.md has the output. The benchmark needs the rows that `dvc repro tokenize` makes. It draws the loss curves
 to bench/train_BASE.svg. For the real model, a plain training loop (bench/plain_loop.py) is another yardstick.
 
-TRL's command line, `trl sft`, gets the rows, the LoRA and the schedule of this project. Everything else is TRL's
-default. A second run has batches of one row, as most scripts have. Each recipe runs in its own process, with steps of
-eight rows. The loss is that of the saved adapter on the base in NF4, in nats per token of the validation rows' answers.
-The peak is that of resident memory. The training time includes evaluations, and for this pipeline also checkpoints.
+TRL's command line, `trl sft`, gets the rows, the LoRA, the schedule and the batch size of this project. Everything else
+is TRL's default. On `tiny` and `wide`, another run has batches of one row, as most scripts do. Each recipe runs in its
+own process, with steps of eight rows (`smollm2`: 16). The loss is that of the saved adapter on its base, in NF4 or not
+quantized, in nats per token of the validation rows' answers. The peak is that of resident memory. The training time
+includes evaluations, and for this pipeline also checkpoints.
 """
 
 import argparse

@@ -108,7 +108,7 @@ def files_to_examine(
 def answer_in_llama_cpp(
     server: Server, name: str, questions: list[Question], asked: list[Asked], ends: set[int], length: int
 ) -> tuple[Variant, dict[str, float]]:
-    """The answers and next tokens of a file, and its speed.
+    """The answers and next tokens of a file, and its speed, which includes the probabilities of each token.
 
     The server gets one question at a time. Concurrent questions would share batches by chance, and the last digits of
     the probabilities would differ from run to run.

@@ -18,7 +18,7 @@ from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
 
-BATCH = {"cpu": 64, "cuda": 16}  # prompts answered at a time; a GPU has less memory
+BATCH = {"cpu": 64, "cuda": 16}  # prompts answered at a time; a GPU often has less memory
 
 
 def main() -> None:

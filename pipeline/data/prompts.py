@@ -9,11 +9,15 @@ def first_prompts(file: Path, wanted: int) -> dict[str, str]:
     """{"file:line": prompt} of the first `wanted` prompts. Blank lines and lines with # at the start are no prompts.
 
     Raises:
-        UserError: the file is missing, or has fewer prompts.
+        UserError: the file is missing, is not UTF-8, or has fewer prompts.
     """
     if not file.exists():
         raise UserError(f"{file} is missing: write one prompt a line")
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    lines = enumerate(text.splitlines(), start=1)
     prompts = {f"{file}:{number}": line.strip() for number, line in lines if line.strip() and not line.startswith("#")}
     if len(prompts) < wanted:
         raise UserError(

@@ -146,4 +146,13 @@ def padded(rows: list[list[int]], side: str) -> torch.Tensor:
 def forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> Any:
     """The model's output for `ids` (shape: rows, new tokens); `mask` (shape: rows, cached and new tokens)."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model(input_ids=ids.clamp(min=0), attention_mask=mask, position_ids=positions, use_cache=True, **options)
+    hook = model.get_output_embeddings().register_forward_pre_hook(contiguous)
+    try:
+        return model(input_ids=ids.clamp(min=0), attention_mask=mask, position_ids=positions, use_cache=True, **options)
+    finally:
+        hook.remove()
+
+
+def contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Without this, torch copies the head once for each row: `logits_to_keep` selects a part of the hidden states."""
+    return (inputs[0].contiguous(),)

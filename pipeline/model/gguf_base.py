@@ -80,7 +80,7 @@ def unpack_if_gguf(model: str, threads: int) -> None:
             require_same_answers(file, aside, likeliest, threads)
     if (kind := type_of(GGUFReader(file))) not in UNQUANTIZED:
         rounded = kind.removeprefix("MOSTLY_")
-        print(f"base.model {file.name} is quantized ({rounded}): training starts from these weights")
+        print(f"base.model {file.name} is quantized ({rounded}): the base has these rounded weights")
 
 
 def unpack(file: Path, folder: Path) -> dict[int, float]:

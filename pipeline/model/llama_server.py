@@ -112,8 +112,7 @@ class Server:
         return likeliest
 
     def likeliest_of(self, reply: dict[str, Any]) -> list[dict[int, float]]:
-        """{token id: log-probability} at each token of a reply with probabilities; [] if a token is an incomplete
-        character.
+        """{token id: log-probability} at each token of `reply`; [] if one of the tokens is an incomplete character.
 
         Raises:
             UserError: the probabilities are NaN.

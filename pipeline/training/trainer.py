@@ -130,7 +130,7 @@ class BatchesByLength(Sampler[list[int]]):
         epoch: Callable[[], int],
     ) -> None:
         self.lengths, self.seed, self.epoch = lengths, seed, epoch
-        # Accelerate would leave out batches of another size than a sampler's `batch_size`.
+        # Not named batch_size: Accelerate reads that name, and leaves out batches of another size.
         self.rows_of_batch, self.processes = batch_size, processes
         self.step = batch_size * accumulation * processes
 
