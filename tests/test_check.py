@@ -237,7 +237,7 @@ def test_the_disk_that_gguf_files_fill_comes_out() -> None:
 @pytest.mark.parametrize(
     ("size", "changed", "warned"),
     [
-        (134_515_008, {"learning_rate": 2.0e-4, "epochs": 2}, ["train.learning_rate", "train.epochs"]),
+        (134_515_008, {"learning_rate": 2.0e-4, "epochs": 3}, ["train.learning_rate", "train.epochs"]),
         (134_515_008, {"learning_rate": 1.5e-3, "epochs": 10}, []),
         (8_030_261_248, {"learning_rate": 2.0e-4, "epochs": 3}, []),
         (8_030_261_248, {"learning_rate": 4.0e-3, "epochs": 3}, ["train.learning_rate"]),

@@ -18,7 +18,7 @@ class Measured:
 
 MEASURED = [
     Measured(5e7, (1e-3, 1e-2), 4, "measured on the built-in base"),
-    Measured(4e8, (5e-4, 4e-3), 3, "measured on SmolLM2 135M"),
+    Measured(4e8, (5e-4, 4e-3), 4, "measured on SmolLM2 135M"),
     Measured(float("inf"), (5e-5, 5e-4), 1, "from the literature"),
 ]
 

@@ -154,5 +154,6 @@ def forward(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, **opt
 
 
 def contiguous(head: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Without this, torch copies the head once for each row: `logits_to_keep` selects a part of the hidden states."""
+    """`logits_to_keep` selects a part of the hidden states. If they have gaps, torch copies the head for each row:
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/LinearAlgebra.cpp (should_fold)"""
     return (inputs[0].contiguous(),)

@@ -45,11 +45,10 @@ def in_llama_cpp(
     both answers have begun with the same tokens.
     """
     *_, end = answer
-    given = server.likeliest_of(reply) if reply else []
+    own, given = (reply["tokens"], server.likeliest_of(reply)) if reply else ([], [])
 
     def likeliest(i: int) -> dict[int, float]:
-        if reply and i < len(given) and reply["tokens"][:i] == answer[:i]:
-            return given[i]
-        return server.likeliest(prompt + answer[:i], N_PROBS, end)
+        known = i < len(given) and own[:i] == answer[:i]
+        return given[i] if known else server.likeliest(prompt + answer[:i], N_PROBS, end)
 
     return [NextToken(token, likeliest(i)) for i, token in enumerate(answer)]
