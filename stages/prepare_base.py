@@ -13,7 +13,7 @@ from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import BASE, LICENSE
 from pipeline.model.base import MODEL_FILES, describe, fetched
-from pipeline.model.gguf_base import unpack_if_gguf
+from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
 from pipeline.model.license import MODEL_CARD, license_of
 from pipeline.model.tensor_files import weights_by_file
 from stages import run
@@ -23,6 +23,7 @@ def main() -> None:
     parameters = load("prepare_base")
     unpack_if_gguf(parameters.base.model, os.cpu_count() or 1)
     base = describe(parameters.base.model, parameters.base.revision)
+    say_if_quantized(parameters.base.model)
     folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
     weights_by_file(folder)  # raises UserError if a file is damaged
     write_json(BASE, base)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from pipeline.common.paths import EXAM
 from pipeline.common.rows import question_and_answer
-from pipeline.evaluation.answers import answer_questions, prompt
+from pipeline.evaluation.answers import answer_questions, forward, prompt
 from pipeline.evaluation.questions import Answer, Question, read_questions
 from pipeline.model.chat_template import end_tokens, load_tokenizer
 from pipeline.model.loading import load_quantized
@@ -81,3 +81,16 @@ def test_an_exam_of_right_answers_takes_two_passes_a_batch(base: Any) -> None:
     answer_questions(model, tokenizer, own, 10, 32)
     hook.remove()
     assert len(passes) == 2 * 2
+
+
+def test_the_head_gets_hidden_states_without_gaps(base: tuple[PreTrainedModel, Any, list[Question]]) -> None:
+    """Otherwise torch would copy the head for each row."""
+    model, *_ = base
+    seen = list[bool]()
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].is_contiguous())
+    )
+    ids = torch.ones(3, 5, dtype=torch.long)
+    forward(model, ids, torch.ones_like(ids), logits_to_keep=2)
+    hook.remove()
+    assert seen == [True]

@@ -61,7 +61,7 @@ def examine(parameters: Parameters) -> None:
     from pipeline.model.adapter import lora_config, require_possible
     from pipeline.model.base import SMALL_FILES, fetched, has_weights
     from pipeline.model.free_memory import free_memory
-    from pipeline.model.gguf_base import unpack_if_gguf
+    from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
     from pipeline.model.loading import pick_device, pick_dtype
     from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, skeleton, training
     from pipeline.training.processes import require_gpus, share_of_step
@@ -71,6 +71,7 @@ def examine(parameters: Parameters) -> None:
     unpack_if_gguf(base.model, parameters.threads)
     merges_onto_nf4(parameters.merge_adapter.base, base.quantization)
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
+    say_if_quantized(base.model)
     device = pick_device(base.device)
     require_gpus(min(train.processes, torch.cuda.device_count() or 1), device)  # the others are on other machines
     share_of_step(train.batch_size, train.gradient_accumulation, train.processes)

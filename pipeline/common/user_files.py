@@ -1,4 +1,4 @@
-"""Lists the files that the user put into a folder."""
+"""Lists the files that the user put into a folder, and reads text."""
 
 import unicodedata
 from pathlib import Path
@@ -24,3 +24,11 @@ def user_files(folder: Path) -> list[Path]:
         if path.is_file():
             found.append(path)
     return found
+
+
+def read_text(file: Path) -> str:
+    """Raises UserError if the file is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None

@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Row, group_of, question_and_answer, row
+from pipeline.common.user_files import read_text
 
 FACTS = {".csv", ".json", ".yaml", ".yml"}  # files of facts, and of phrasings
 BRACES = re.compile(r"\{([^{}]*)\}")
@@ -182,13 +183,6 @@ def require_fit(phrasing: Phrasing, fact: Fact, answer: str) -> None:
 def question(phrasing: Phrasing, fact: Fact, answer: str) -> Row:
     text = BRACES.sub(lambda braces: fact.values[braces[1]], phrasing.text)
     return row(question_and_answer(text, fact.values[answer]), fact.location) | {"group": group_of(str(fact.values))}
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
 
 def parse(file: Path) -> Any:

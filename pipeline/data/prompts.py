@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pipeline.common.errors import UserError
+from pipeline.common.user_files import read_text
 
 
 def first_prompts(file: Path, wanted: int) -> dict[str, str]:
@@ -13,11 +14,7 @@ def first_prompts(file: Path, wanted: int) -> dict[str, str]:
     """
     if not file.exists():
         raise UserError(f"{file} is missing: write one prompt a line")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    lines = enumerate(text.splitlines(), start=1)
+    lines = enumerate(read_text(file).splitlines(), start=1)
     prompts = {f"{file}:{number}": line.strip() for number, line in lines if line.strip() and not line.startswith("#")}
     if len(prompts) < wanted:
         raise UserError(

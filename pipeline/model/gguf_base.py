@@ -78,9 +78,13 @@ def unpack_if_gguf(model: str, threads: int) -> None:
             aside.mkdir()
             likeliest = unpack(file, aside)
             require_same_answers(file, aside, likeliest, threads)
-    if (kind := type_of(GGUFReader(file))) not in UNQUANTIZED:
+
+
+def say_if_quantized(model: str) -> None:
+    """`model` is a base.model that `unpack_if_gguf` has accepted."""
+    if is_gguf(model) and (kind := type_of(GGUFReader(model))) not in UNQUANTIZED:
         rounded = kind.removeprefix("MOSTLY_")
-        print(f"base.model {file.name} is quantized ({rounded}): the base has these rounded weights")
+        print(f"base.model {Path(model).name} is quantized ({rounded}): training starts from these weights")
 
 
 def unpack(file: Path, folder: Path) -> dict[int, float]:
