@@ -132,8 +132,9 @@ def test_a_revision_that_cannot_be_compared_with_is_named_and_fails_nothing(proj
     (project.folder / "data/questions.jsonl").write_text(exam.replace("Who runs", "Who leads"), encoding="utf-8")
     project.run("git", "commit", "-qam", "another exam")
     (project.folder / "data/questions.jsonl").write_text(exam, encoding="utf-8")
+    correct = json.loads((project.folder / "metrics/evaluate.json").read_text(encoding="utf-8"))["tuned"]["correct"]
     passed, printed, _ = gate()
-    assert passed and "none  drop of tuned.correct: 0.951; HEAD has another exam: not compared" in printed
+    assert passed and f"none  drop of tuned.correct: {correct:.3f}; HEAD has another exam: not compared" in printed
     project.run("git", "rm", "-q", "--cached", "metrics/details/evaluate.json")
     project.run("git", "commit", "-qm", "before there was an exam")
     passed, printed, _ = gate()

@@ -145,4 +145,7 @@ def load_tuned(
     """The base with the trained adapter, as at the end of training."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_base(folder, quantization, device, dtype), adapter)
+    # The adapter takes the data type of the weights, as autocast computes in training.
+    return PeftModel.from_pretrained(
+        load_base(folder, quantization, device, dtype), adapter, autocast_adapter_dtype=False
+    )
