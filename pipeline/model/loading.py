@@ -145,7 +145,9 @@ def load_tuned(
     """The base with the trained adapter, as at the end of training."""
     from peft import PeftModel
 
-    # The adapter takes the data type of the weights, as autocast computes in training.
-    return PeftModel.from_pretrained(
-        load_base(folder, quantization, device, dtype), adapter, autocast_adapter_dtype=False
-    )
+    from pipeline.model.peft_internals import adapter_weights
+
+    tuned = PeftModel.from_pretrained(load_base(folder, quantization, device, dtype), adapter, is_trainable=True)
+    for weight in adapter_weights(tuned).values():
+        weight.data = weight.data.to(dtype)  # as autocast has the weights in training
+    return tuned.requires_grad_(False)
