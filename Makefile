@@ -1,4 +1,5 @@
 # make repro: run the pipeline, to evaluated GGUF files.   make check: check data and memory first.   make test: all tests.
+# make check DEEP=1: also send a small random model of the base's architecture through all stages.
 # make start: replace the demo by your own project.   make use RECIPE=...: the parameters of a real model.
 # make gate: compare the scores with limits.   make curate: propose rows for failed questions.   make noise: variance of scores.
 # make demo-real: the demo with a real language model.
@@ -23,7 +24,7 @@ test: setup $(VENV)/.dev $(VENV)/.sky
 	@pytest --numprocesses 2 --dist loadfile $(PYTEST)
 
 check: setup
-	@python -m tools.check
+	@python -m tools.check $(if $(DEEP),--deep)
 
 # Only from the command line, and unchanged: make would expand $5 in a name as a variable.
 override NAME := $(if $(filter command,$(origin NAME)),$(value NAME))

@@ -41,6 +41,10 @@ def main() -> None:
         sys.exit(f"llama.cpp's converter is missing ({CONVERTER}): run python llama.cpp/fetch.py")
     sys.path[:0] = [str(CONVERTER), str(CONVERTER / "gguf-py")]  # before PyPI's gguf, which is older
     know_split_patterns()
+    leave_out_further_heads()
+    read_kinds_of_layers_as_written()
+    if options.program == "lora":
+        convert_adapters_of_mistral()
     begin_texts_as_transformers_does()
     if options.card:
         write_metadata(json.loads(options.card.read_text(encoding="utf-8")))
@@ -69,6 +73,51 @@ def by_pattern(folder: Path) -> str:
         if name := SPLIT_PATTERNS.get(step.get("pattern", {}).get("Regex")):
             return name
     sys.exit(f"{folder}/tokenizer.json has a split pattern that llama.cpp does not know: choose another base.model")
+
+
+def leave_out_further_heads() -> None:
+    """Leave out heads that predict further tokens (MTP): training does not adapt them, and not every base has them.
+
+    The option --no-mtp does the same, and is an error for most architectures:
+    https://github.com/ggml-org/llama.cpp/blob/master/convert_hf_to_gguf.py
+    """
+    from conversion.base import ModelBase
+
+    ModelBase.no_mtp = True
+
+
+def read_kinds_of_layers_as_written() -> None:
+    """Read the kinds of layers from config.json. Transformers renames them, and the converter knows the old names.
+
+    https://github.com/ggml-org/llama.cpp/blob/master/conversion/granite.py (get_attn_layers)
+    """
+    from conversion.base import ModelBase
+
+    upstream = ModelBase.load_hparams
+
+    def as_written(folder: Path, is_mistral_format: bool) -> dict[str, Any]:
+        config = upstream(folder, is_mistral_format)
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for into, of in ((config, written), (config.get("text_config", {}), written.get("text_config", {}))):
+            into.update({key: of[key] for key in ("layer_types", "layers_block_type") if key in of})
+        return config
+
+    ModelBase.load_hparams = staticmethod(as_written)
+
+
+def convert_adapters_of_mistral() -> None:
+    """Use the class that converts Mistral 3 and Ministral. Upstream's wraps this class, and converts no adapter.
+
+    Mistral 4 has another class, and then the conversion fails at the first name.
+    https://github.com/ggml-org/llama.cpp/blob/master/conversion/mistral3.py
+    """
+    from conversion.base import ModelBase, ModelType
+    from conversion.mistral3 import Mistral3Model  # type: ignore[import-not-found]
+
+    text_models = ModelBase._model_classes[ModelType.TEXT]
+    for name, of in list(text_models.items()):
+        if of is Mistral3Model:
+            text_models[name] = Mistral3Model.Ministral3Model
 
 
 def begin_texts_as_transformers_does() -> None:

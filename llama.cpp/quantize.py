@@ -70,7 +70,7 @@ def give_importance(wanted: LlamaModelQuantizeParams, importance: dict[str, Any]
 
 
 def importance_by_tensor(model: str, file: str) -> dict[str, Any]:
-    """{tensor name in the GGUF file `model`: array of `file`}."""
+    """{tensor name in the GGUF file `model`: array of `file`}. Prints how many matrices have no array."""
     reader = gguf.GGUFReader(model)
     architecture = reader.fields["general.architecture"].contents()
     blocks = reader.fields[f"{architecture}.block_count"].contents()
@@ -81,9 +81,9 @@ def importance_by_tensor(model: str, file: str) -> dict[str, Any]:
         for name, values in load_file(file).items()
     }
     matrices = [tensor.name for tensor in reader.tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1]
-    if unknown := sorted(set(matrices) - set(found)):
-        sys.exit(f"the importance of {unknown[0]} was not measured: set gguf.imatrix to false")
-    return {name: found[name] for name in matrices}
+    if unknown := sorted(set(matrices) - set(found)):  # such as experts, which are no linear layers in Transformers
+        print(f"{len(unknown)} of {len(matrices)} matrices are quantized without importance, such as {unknown[0]}")
+    return {name: found[name] for name in matrices if name in found}
 
 
 if __name__ == "__main__":

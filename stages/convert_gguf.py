@@ -23,7 +23,7 @@ from pipeline.common.paths import GGUF, LICENSE, MERGED, TOKENS, TRAIN_ROWS, TRA
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.export.disk import gguf_bytes, room_for
 from pipeline.export.importance import mean_squares, some_rows
-from pipeline.export.llama_cpp import no_gguf_lora, run_script
+from pipeline.export.llama_cpp import convert_adapter, no_gguf_lora, run_script
 from pipeline.export.modelfile import adapter_modelfile, modelfile
 from pipeline.model.base import file_hash, located, public_name, require_same_base
 from pipeline.model.loading import load_merged, pick_device, pick_dtype, reproducible
@@ -47,10 +47,9 @@ def main() -> None:
         card = temporary / "card.json"
         write_json(card, metadata(base))
         adapter_config = read_json(TRAINED / "adapter_config.json")
-        if why_not := no_gguf_lora(adapter_config):
+        why_not = no_gguf_lora(adapter_config) or convert_lora(adapter_config, folder, card, aside / LORA)
+        if why_not:
             print(f"{GGUF} gets no {LORA}: {why_not}; the merged GGUF files contain the complete adapter")
-        else:
-            convert_lora(adapter_config, folder, card, aside / LORA)
         convert_merged("f16", card, aside)
         importance = measured_importance(parameters, temporary) if parameters.gguf.imatrix else None
         for quantization in parameters.gguf.quantize:
@@ -84,16 +83,19 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: Path) -> None:
-    """Convert the adapter to a GGUF LoRA. llama.cpp scales every adapter by alpha / r, so the alpha of an rsLoRA
-    adapter, which is scaled by alpha / sqrt(r), is multiplied by sqrt(r)."""
+def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: Path) -> str | None:
+    """Convert the adapter to a GGUF LoRA. Returns why there is none, or None.
+
+    llama.cpp scales every adapter by alpha / r, so the alpha of an rsLoRA adapter, which is scaled by alpha / sqrt(r),
+    is multiplied by sqrt(r).
+    """
     adapter = TRAINED
     if adapter_config["use_rslora"]:
         adapter = card.with_name(TRAINED.name)
         shutil.copytree(TRAINED, adapter, copy_function=shutil.copyfile)  # without the mode: DVC may have linked it
         adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
         (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
-    run_script("convert.py", "lora", adapter, "--base", base, "--card", card, "--outtype", "f16", "--outfile", file)
+    return convert_adapter(adapter, base, file, "--card", card)
 
 
 def convert_merged(outtype: str, card: Path, folder: Path) -> None:
@@ -115,6 +117,9 @@ def quantize(folder: Path, quantization: str, importance: Path | None) -> None:
     name = f"model-{quantization}.gguf"
     weighed: list[str | Path] = ["--importance", importance] if importance else []
     log = run_script("quantize.py", folder / "model-f16.gguf", folder / name, quantization, *weighed)
+    for line in log.splitlines():
+        if "without importance" in line:
+            print(f"{name}: {line}")
     if replaced := log.count("falling back to"):
         print(f"{name}: {replaced} tensors get a larger type, because their row length is not a multiple of 256")
 

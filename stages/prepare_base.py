@@ -12,6 +12,7 @@ import os
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import BASE, LICENSE
+from pipeline.export.llama_cpp import require_convertible
 from pipeline.model.base import MODEL_FILES, describe, fetched
 from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
 from pipeline.model.license import MODEL_CARD, license_of
@@ -26,6 +27,7 @@ def main() -> None:
     say_if_quantized(parameters.base.model)
     folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
     weights_by_file(folder)  # raises UserError if a file is damaged
+    require_convertible(folder)
     write_json(BASE, base)
     write_json(LICENSE, license_of(folder))
 

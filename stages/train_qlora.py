@@ -21,14 +21,15 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, TrainerState
+from transformers import TrainerState
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
-from pipeline.model.adapter import lora_config, require_possible, with_adapter
+from pipeline.export.rehearsal import require_mergeable
+from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
@@ -40,6 +41,7 @@ from pipeline.model.loading import (
     pick_device,
     pick_dtype,
     reproducible,
+    without_dropout,
 )
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training.accelerate_internals import launch
@@ -74,12 +76,14 @@ def main() -> None:
 def train(parameters: Parameters, process: PartialState) -> None:
     """Train in one of the processes. The first process writes the outputs."""
     folder, base = located()
+    tokenizer = load_tokenizer(folder)
+    tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
+    require_mergeable(folder, parameters.lora, tokens)
     device = process.device
     with checkpoint_folder(fingerprint(parameters, device.type), process.is_local_main_process) as checkpoints:
         checkpoint = newest_common(checkpoints, process)
         reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
-        tokenizer = load_tokenizer(folder)
-        model = load_trainable(parameters, folder, tokenizer, device)
+        model = load_trainable(parameters, folder, tokens, device)
         train_rows, valid_rows = (Dataset.from_file(str(TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
         trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, checkpoints)
         cost = timed(trainer, checkpoint)
@@ -93,10 +97,8 @@ def train(parameters: Parameters, process: PartialState) -> None:
             write_json("metrics/train_cost.json", cost)
 
 
-def load_trainable(
-    parameters: Parameters, folder: Path, tokenizer: PreTrainedTokenizerFast, device: torch.device
-) -> PeftModel:
-    """The base with a new adapter on it."""
+def load_trainable(parameters: Parameters, folder: Path, tokens: list[int], device: torch.device) -> PeftModel:
+    """The base with a new adapter on it. `tokens` are the ids of tokens whose embeddings are trained."""
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     sharded = is_sharded(parameters.train.processes, parameters.train.strategy)
     quantization = parameters.base.quantization
@@ -107,8 +109,7 @@ def load_trainable(
     else:
         base = load_base(folder, quantization, device, dtype, parameters.train.processes)
     pick_attention(base, device)
-    require_possible(parameters.lora, base)
-    tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
+    without_dropout(base)
     tuned = with_adapter(base, lora_config(parameters.lora, tokens))
     if sharded:
         shard(tuned, device)

@@ -1,6 +1,7 @@
 """What ships: files that llama.cpp runs."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -185,12 +186,14 @@ def test_importance_is_the_mean_square_of_what_enters_a_layer() -> None:
     torch.testing.assert_close(measured["model.layers.0.self_attn.q_proj.weight"], entering.square().mean(0).detach())
 
 
-def test_a_model_whose_importance_was_not_measured_is_refused_by_its_tensor(base_gguf: Path, tmp_path: Path) -> None:
+def test_matrices_whose_importance_was_not_measured_are_counted(
+    base_gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(base_gguf, tmp_path / "model-f16.gguf")
     save_file({"model.layers.0.self_attn.q_proj.weight": np.ones(256, np.float32)}, tmp_path / "i")
-    with pytest.raises(
-        UserError, match=r"importance of blk\.0\.attn_k\.weight was not measured: set gguf\.imatrix to fal"
-    ):
-        run_script("quantize.py", base_gguf, tmp_path / "out.gguf", "q4_k_m", "--importance", tmp_path / "i")
+    convert_gguf.quantize(tmp_path, "q4_k_m", tmp_path / "i")
+    expected = "model-q4_k_m.gguf: 27 of 28 matrices are quantized without importance, such as blk.0.attn_k.weight"
+    assert expected in capsys.readouterr().out
 
 
 def test_tensors_that_get_a_larger_type_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

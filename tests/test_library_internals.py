@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import architectures
 import bitsandbytes as bnb
 import gguf  # noqa: F401  # PyPI's, before llama.cpp/quantize.py imports the converter's
 import numpy as np
@@ -29,6 +30,7 @@ from datasets import Dataset
 from dvc.cli.parser import get_main_parser
 from dvc.repo import Repo
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,7 +52,15 @@ from pipeline.model.peft_internals import (
     load_adapters_as_saved,
     targets_parameters,
 )
-from pipeline.model.transformers_internals import attention_of, ended, forget_quantization, layers_of, names_in_4_bits
+from pipeline.model.skeleton import auto_class, skeleton
+from pipeline.model.transformers_internals import (
+    attention_of,
+    ended,
+    forget_quantization,
+    layers_of,
+    names_in_4_bits,
+    names_in_files,
+)
 from pipeline.training import accelerate_internals, trl_internals
 from pipeline.training.torch_internals import Alive, fused_on_meta
 from tools import dvc_internals
@@ -194,9 +204,19 @@ def test_transformers_keeps_the_attention_of_a_model(attention: str) -> None:
 
 def test_transformers_names_the_layers_that_it_loads_in_4_bits() -> None:
     loaded = load_quantized(BASE, CPU, torch.float32)
-    assert names_in_4_bits(BASE) == {
+    assert names_in_4_bits(skeleton(BASE)) == {
         name for name, module in loaded.named_modules() if isinstance(module, bnb.nn.Linear4bit)
     }
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "nemotron_h", "qwen2_moe"])
+def test_transformers_loads_tensors_under_the_names_that_are_found(tmp_path: Path, name: str) -> None:
+    architectures.make(name, tmp_path)
+    stored, loaded = load_file(tmp_path / "model.safetensors"), auto_class(tmp_path).from_pretrained(tmp_path)
+    names, parameters = names_in_files(skeleton(tmp_path), stored), dict(loaded.named_parameters())
+    assert all(parameters[name].equal(stored[of]) for name, of in names.items())
+    changed_while_loading = {name for name in parameters if ".experts." in name}
+    assert names.keys() == parameters.keys() - changed_while_loading
 
 
 def test_transformers_makes_a_quantized_model_without_files() -> None:
@@ -400,6 +420,9 @@ def test_cyllama_has_the_struct_of_llama_cpp_at_the_end_of_its_parameters(monkey
             "self.get_vocab_base_pre(tokenizer)",
         ),
         ("conversion/base.py", "TextModel._set_vocab_sentencepiece", ["self", "add_to_gguf"], "def set_vocab"),
+        ("conversion/base.py", "ModelBase.load_hparams", ["dir_model", "is_mistral_format"], "no_mtp: bool = False"),
+        ("conversion/base.py", "ModelBase.from_model_architecture", ["cls", "arch", "model_type"], "_model_classes"),
+        ("conversion/mistral3.py", "Mistral3Model.__init__", ["self"], "class Ministral3Model(LlamaModel)"),
         (
             "gguf-py/gguf/metadata.py",
             "Metadata.load_model_card",

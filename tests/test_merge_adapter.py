@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, PreTrainedModel
 
 from pipeline.common.errors import UserError
+from pipeline.common.outputs import write_json
 from pipeline.export.disk import room_for
-from pipeline.export.merging import merge, without_prefix
-from pipeline.model.base import copy_tokenizer, file_hashes
+from pipeline.export.merging import merge
+from pipeline.model.base import copy_tokenizer, describe, file_hashes
 from pipeline.model.loading import load_quantized, load_tuned
+from pipeline.model.skeleton import skeleton
+from pipeline.model.transformers_internals import names_in_files
 from stages import merge_adapter, prepare_base
 
 CPU = torch.device("cpu")
@@ -59,7 +62,7 @@ def sharded(project: Project) -> Path:
     AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="2MB")
     copy_tokenizer(TINY, base)
     project.set(base__model=str(base))
-    prepare_base.main()
+    write_json("models/base.json", describe(str(base), None))
     make_adapter(base, LORA.parent)
     shutil.copy("models/base.json", LORA.parent)
     return base
@@ -110,11 +113,10 @@ def test_only_what_training_had_in_nf4_is_rounded_to_it(tmp_path: Path) -> None:
     make_adapter(base, adapter, target_modules=["q_proj"])
     shutil.copytree(base, merged)
     merge(base, adapter, merged, on_nf4=True)
-    changed = {
-        without_prefix(name) for name, weight in tensors(merged).items() if not weight.equal(as_on_the_hub[name])
-    }
+    changed = {name for name, weight in tensors(merged).items() if not weight.equal(as_on_the_hub[name])}
+    names = names_in_files(skeleton(base), as_on_the_hub)
     in_memory = load_quantized(base, CPU, torch.float32).named_parameters()
-    assert changed == {without_prefix(name) for name, weight in in_memory if weight.dtype == torch.uint8}
+    assert changed == {names[name] for name, weight in in_memory if weight.dtype == torch.uint8}
 
 
 def test_a_tied_base_with_its_head_in_a_file_too_stays_tied(folders: tuple[Path, Path, Path]) -> None:
@@ -168,7 +170,7 @@ from pathlib import Path
 import bitsandbytes.functional
 from pipeline.export.merging import in_nf4, merge
 
-in_nf4(Path(sys.argv[1], "large"))  # imports what merge needs for NF4, which has its own size
+in_nf4(Path(sys.argv[1], "large"), {})  # imports what merge needs for NF4, which has its own size
 
 for name, on_nf4 in [("small", False), ("large", False), ("large", True)]:
     folder = Path(sys.argv[1], name)
@@ -280,12 +282,12 @@ def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
     sharded: Path, damage: Callable[[Path], None], why: str
 ) -> None:
     damage(sharded)
-    prepare_base.main()  # as if the base had always been so
+    write_json("models/base.json", describe(str(sharded), None))  # as if the base had always been so
     shutil.copy("models/base.json", LORA.parent)
     with pytest.raises(UserError, match=why) as refusal:
         merge_adapter.main()
     assert "\n" not in str(refusal.value)
-    assert {path.name for path in MERGED.parent.iterdir()} == {"base.json", "license.json", "sharded", "tiny-base"}
+    assert {path.name for path in MERGED.parent.iterdir()} == {"base.json", "sharded", "tiny-base"}
 
 
 def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) -> None:

@@ -147,7 +147,12 @@ def test_no_parameter_of_a_section_ever_reruns(reruns: Reruns, section: str, nev
 
 
 def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
-    for name in ("stages/evaluate.py", "pipeline/evaluation/scores.py", "llama.cpp/source.txt", "stages/model_card.md"):
+    for name in (
+        "stages/evaluate.py",
+        "pipeline/evaluation/scores.py",
+        "llama.cpp/quantize.py",
+        "stages/model_card.md",
+    ):
         assert "train_qlora" not in reruns.at_most(name), name
     for name in ("gate.minimum", "evaluate.repeats", "params.yaml", "stages/report.py"):  # params.yaml: a comment there
         assert reruns.at_most(name) == {"report"}, name
@@ -181,7 +186,7 @@ def test_what_must_run_again(reruns: Reruns) -> None:
         "model_card",
         "report",
     }  # a limit that cuts no row retrains nothing
-    assert reruns.of("llama.cpp/source.txt") == {"convert_gguf", "evaluate_gguf"}
+    assert reruns.of("llama.cpp/source.txt") == {"prepare_base", "convert_gguf", "evaluate_gguf"}
     assert reruns.of("data/questions.jsonl") == {"merge", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
     assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}
     assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate"}

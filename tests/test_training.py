@@ -29,6 +29,7 @@ from pipeline.common.parameters.train import Train
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype
+from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training import checkpoints
 from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, training_arguments
 from stages import prepare_base, tokenize, train_qlora
@@ -280,7 +281,8 @@ SECTIONS: dict[str, type[Section]] = {"lora": Lora, "tokenize": Tokenize, "train
 
 def built_trainer() -> Trainer:
     parameters, tokenizer = load("train_qlora"), load_tokenizer(TINY)
-    model = train_qlora.load_trainable(parameters, TINY, tokenizer, torch.device("cpu"))
+    tokens = trainable_tokens(parameters.lora.trainable_tokens, TINY, tokenizer)
+    model = train_qlora.load_trainable(parameters, TINY, tokens, torch.device("cpu"))
     train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     return build_trainer(parameters, model, tokenizer, train_rows, valid_rows, Path("checkpoints"))
 

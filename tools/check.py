@@ -1,14 +1,17 @@
 """Check params.yaml, the user's files, the base and this machine, without running a stage.
 
-    python -m tools.check
+    python -m tools.check [--deep]
 
 Prints what is missing, with examples, what the stages will train and make, and estimates of memory and disk. If a stage
 would refuse something, or memory or disk is too small, the exit status is 1 and one line says what to change. The tool
-changes no file of the repository. Of a base on the hub it downloads all files but the weights.
+changes no file of the repository. Of a base on the hub it downloads all files but the weights. With --deep, a small
+random model of the base's architecture also goes through all stages.
 """
 
+import argparse
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +33,13 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def main() -> None:
+def main(*arguments: str) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--deep", action="store_true")
+    deep = parser.parse_args(arguments).deep
     parameters = check(Path("params.yaml"))  # other imports take seconds, and a typo is reported at once
     lacking = print_material(parameters)
-    examine(parameters)
+    examine(parameters, deep)
     if lacking:
         raise UserError(f"{', '.join(lacking)}: see TO DO above, then make check again")
     print("nothing is missing: make repro")
@@ -52,20 +58,21 @@ def print_material(parameters: Parameters) -> list[str]:
     return lacking
 
 
-def examine(parameters: Parameters) -> None:
+def examine(parameters: Parameters, deep: bool) -> None:
     """Print the table. Raises UserError at once for what is impossible, at the end for what does not fit."""
     import torch
 
-    from pipeline.export.llama_cpp import no_gguf_lora
     from pipeline.export.merging import merges_onto_nf4
-    from pipeline.model.adapter import lora_config, require_possible
     from pipeline.model.base import SMALL_FILES, fetched, has_weights
     from pipeline.model.free_memory import free_memory
     from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
     from pipeline.model.loading import pick_device, pick_dtype
-    from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, skeleton, training
+    from pipeline.model.skeleton import skeleton
+    from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, training
     from pipeline.training.processes import require_gpus, share_of_step
+    from tools import twin
     from tools.disk import disk_needed
+    from tools.rehearsal import rehearse
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     unpack_if_gguf(base.model, parameters.threads)
@@ -78,20 +85,22 @@ def examine(parameters: Parameters) -> None:
     dtype = pick_dtype(base.compute_dtype, device)
     model = skeleton(folder, dtype)
     size, saved = model.num_parameters(), saved_dtype(folder)
-    require_possible(lora, model)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
     if device.type == "cuda" and dtype == torch.float32:
         say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
     tokens = special_tokens(folder, parameters)
+    for name, found in rehearse(folder, base, lora, tokens):
+        say(name, found)
+    for name, found in twin.rehearsed(folder, parameters) if deep else ():
+        say(name, found)
     length = longest_row(parameters.tokenize)
 
     def needed(train: Train) -> dict[str, int]:
         return training(folder, lora, train, tokens, length, device, dtype, base.quantization)
 
-    left_out = no_gguf_lora(lora_config(lora, tokens).to_dict())
-    say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}, {left_out or 'GGUF LoRA'}")
+    say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}")
 
     memory = "GPU memory" if device.type == "cuda" else "memory"
     refusals = []
@@ -256,4 +265,4 @@ def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -111,7 +111,7 @@ def used_by(file: str) -> Iterator[str]:
     """The modules of this project that a file imports, and the scripts of llama.cpp/ that the file runs."""
     yield from filter(None, map(own_file, imports(file)))
     if file.endswith(".py") and not file.startswith("llama.cpp/"):
-        scripts = re.findall(r'run_script\(\s*"(\w+\.py)"', (ROOT / file).read_text(encoding="utf-8"))
+        scripts = re.findall(r'(?:run_script|completed)\(\s*"(\w+\.py)"', (ROOT / file).read_text(encoding="utf-8"))
         yield from (f"llama.cpp/{script}" for script in scripts)
         yield from CONVERTER if scripts else ()
 

@@ -17,8 +17,9 @@ import torch
 
 from pipeline.common.errors import UserError
 from pipeline.model.base import SMALL_FILES
+from pipeline.model.skeleton import skeleton
 from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
-from pipeline.model.transformers_internals import names_in_4_bits
+from pipeline.model.transformers_internals import names_in_4_bits, names_in_files
 
 Parts = dict[str, StoredTensor]  # the tensors of an adapter for one weight, by the endings below
 # (rows of a weight in 32 bits, number of the first row) -> the changed rows. The input may be changed in place.
@@ -30,9 +31,16 @@ TOKENS = "token_adapter.trainable_tokens_delta"
 ALL, FIRST, OTHERS = slice(None), slice(0, 1), slice(1, None)
 SHARED = {A: OTHERS, B: FIRST, MAGNITUDE: FIRST, TOKENS: OTHERS, "weight": ALL, "bias": ALL}
 NAME = re.compile(rf"base_model\.model\.(.+?)\.({'|'.join(map(re.escape, SHARED))})")
-CONFIG = ["lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save", "trainable_token_indices"]
+CONFIG = [
+    "exclude_modules",
+    "lora_alpha",
+    "modules_to_save",
+    "target_modules",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+]
 AGAIN = "run dvc repro -f train_qlora"
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch.dtype = torch.float32) -> None:
@@ -45,17 +53,17 @@ def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch
     Raises:
         UserError: a file is damaged, the adapter does not fit this base, or a sum is not finite.
     """
-    files = weights_by_file(base)
-    weights = dict(chain.from_iterable(tensors.items() for tensors in files.values()))
+    files, names = model_weights(base)
+    weights = joined(files)
     config = read_config(adapter) if adapter else {}
-    parts = parts_by_weight(adapter, config, weights) if adapter else {}
-    quantized = in_nf4(base) if on_nf4 else set()
+    parts = parts_by_weight(adapter, config, weights, names) if adapter else {}
+    quantized = in_nf4(base, names) if on_nf4 else set()
     for file, tensors in files.items():
         with open(to / file.name, "wb") as merged:
             merged.write(read_header(file))
             for name, weight in tensors.items():
                 change = change_of(name, parts[name], config) if name in parts else None
-                for rows in changed(weight, change, dtype if without_prefix(name) in quantized else None):
+                for rows in changed(weight, change, dtype if name in quantized else None):
                     if change and not rows.sum(dtype=torch.float32).isfinite():
                         raise UserError(
                             f"{adapter}: the merged {name} is not finite in {rows.dtype}: train another adapter"
@@ -63,6 +71,16 @@ def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch
                     merged.write(rows.flatten().view(torch.uint8).numpy())
     for file in chain.from_iterable(base.glob(pattern) for pattern in SMALL_FILES):
         shutil.copyfile(file, to / file.name)
+
+
+def model_weights(base: Path) -> tuple[dict[Path, dict[str, StoredTensor]], dict[str, str]]:
+    """{file: {name: tensor}} of the base; and {parameter of the model: name of its tensor in the files}."""
+    files = weights_by_file(base)
+    return files, names_in_files(skeleton(base), joined(files))
+
+
+def joined(files: dict[Path, dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    return dict(chain.from_iterable(tensors.items() for tensors in files.values()))
 
 
 def merges_onto_nf4(wanted: str, quantization: str) -> bool:
@@ -93,20 +111,19 @@ def read_config(adapter: Path) -> dict[str, Any]:
         raise UserError(f"{file} is missing or damaged ({type(error).__name__}): {AGAIN}") from None
 
 
-def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, StoredTensor]) -> dict[str, Parts]:
-    """{weight of the base: parts of the adapter for it}.
+def parts_by_weight(
+    adapter: Path, config: dict[str, Any], weights: dict[str, StoredTensor], names: dict[str, str]
+) -> dict[str, Parts]:
+    """{weight of the base: parts of the adapter for it}. `names` has the weight of each parameter of the model.
 
     Raises:
         UserError: a part fits no weight, contradicts another part, or another part is missing; or a weight in the
             configuration has no parts.
     """
-    known = {without_prefix(name): name for name in weights}
-    if EMBEDDING in known:
-        known.setdefault(HEAD, known[EMBEDDING])  # a tied head
     found: dict[str, Parts] = {}
     for name, part in stored_tensors(adapter / "adapter_model.safetensors").items():
         module, ending = match.groups() if (match := NAME.fullmatch(name)) else (name, "weight")
-        weight = known.get(without_prefix(f"{module}.{'bias' if ending == 'bias' else 'weight'}"))
+        weight = names.get(f"{module}.{'bias' if ending == 'bias' else 'weight'}")
         if weight is None or part.shape[SHARED[ending]] != weights[weight].shape[SHARED[ending]]:
             raise UserError(f"{adapter}: {name} {list(part.shape)} fits no weight of the base: {AGAIN}")
         if not equal(part, found.setdefault(weight, {}).setdefault(ending, part)):
@@ -114,8 +131,9 @@ def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, St
                 f"{adapter} has different lm_head and embed_tokens, but the base has one matrix for both: {AGAIN}"
             )
     tokens = config["trainable_token_indices"] or {}
-    if "lm_head" in tokens and known[EMBEDDING] in found:
-        found.setdefault(known[HEAD], found[known[EMBEDDING]])  # PEFT saves the tokens of tied matrices once
+    embedding, head = (weight_named(ending, names) for ending in ("embed_tokens.weight", "lm_head.weight"))
+    if "lm_head" in tokens and embedding in found:
+        found.setdefault(head, found[embedding])  # PEFT saves the tokens of tied matrices once
     complete = [{A, B, MAGNITUDE} if config["use_dora"] else {A, B}, {TOKENS}, {"weight"}, {"bias"}]
     for weight, of_weight in found.items():
         if of_weight.keys() not in complete:
@@ -129,18 +147,16 @@ def parts_by_weight(adapter: Path, config: dict[str, Any], weights: dict[str, St
                     f"{adapter}: {rows} trained rows of {weight} are not those of its tokens {ids}: {AGAIN}"
                 )
     named = [*config["target_modules"], *(config["modules_to_save"] or []), *tokens]
-    endings = tuple(f".{without_prefix(module)}.weight" for module in named)
-    for weight in weights:
-        if f".{without_prefix(weight)}".endswith(endings) and weight not in found:
+    endings, excluded = tuple(f".{module}.weight" for module in named), re.compile(config["exclude_modules"] or "")
+    for parameter, weight in names.items():
+        is_named = f".{parameter}".endswith(endings) and not excluded.fullmatch(parameter.removesuffix(".weight"))
+        if is_named and weight not in found:
             raise UserError(f"{adapter} has no part for {weight}: {AGAIN}")
     return found
 
 
-def without_prefix(name: str) -> str:
-    """`name` without the prefixes that differ between files and memory for models with vision:
-    https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py
-    """
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "vision_model"))
+def weight_named(ending: str, names: dict[str, str]) -> str:
+    return next((weight for parameter, weight in names.items() if f".{parameter}".endswith(f".{ending}")), "")
 
 
 def equal(tensor: StoredTensor, other: StoredTensor) -> bool:
@@ -194,9 +210,9 @@ def changed(weight: StoredTensor, change: Change | None, nf4_of: torch.dtype | N
         yield (change(rows.float(), first) if change else rows).to(weight.dtype)
 
 
-def in_nf4(base: Path) -> set[str]:
-    """The names, `without_prefix`, of the weights that `load_quantized` has in NF4."""
-    return {without_prefix(f"{name}.weight") for name in names_in_4_bits(base)}
+def in_nf4(base: Path, names: dict[str, str]) -> set[str]:
+    """The weights that `load_quantized` has in NF4. `names` has the weight of each parameter of the model."""
+    return {names[f"{layer}.weight"] for layer in names_in_4_bits(skeleton(base)) if f"{layer}.weight" in names}
 
 
 def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:

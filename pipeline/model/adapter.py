@@ -1,5 +1,7 @@
 """Configures the LoRA adapter, and checks that the base supports the configuration."""
 
+import re
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -8,6 +10,9 @@ from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 from pipeline.model.peft_internals import give_head_a_bias, targets_parameters
 
+# Linear layers to which llama.cpp applies no adapter:
+# https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma4.cpp (project_per_layer_inputs)
+RUN_ALONE = (".per_layer_model_projection",)
 EMBEDDINGS = ("embed_tokens", "lm_head")  # the matrices with one row per token
 
 
@@ -35,19 +40,26 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
     """Check that this base supports such an adapter. `model` may be quantized, or without weights (device "meta").
 
     Raises:
-        UserError: lora.target_modules has a name that is not a linear layer of a block (llama.cpp fails with an adapter
-            on tied embeddings), or includes experts in one tensor, which cannot be merged; lora.modules_to_save has a
-            name that is not another layer, or only one of two tied matrices.
+        UserError: TRL cannot train the base; lora.target_modules has a name that is not a linear layer of a block
+            (llama.cpp fails with an adapter on tied embeddings), or includes experts in one tensor, which cannot be
+            merged; lora.modules_to_save has a name that is not another layer, or only one of two tied matrices.
     """
+    if model.base_model is model:  # such as Llama 4
+        raise UserError(
+            f"base.model: {type(model).__name__} has no text model apart from its head in Transformers, and TRL needs "
+            "one: choose another base.model"
+        )
     head = model.get_output_embeddings()
-    linear, others = set[str](), set[str]()
+    linear, others, excluded = set[str](), set[str](), without_adapter(model)
     for path, module in model.named_modules():
-        if list(module.parameters(recurse=False)):
+        if list(module.parameters(recurse=False)) and (module is head or not re.fullmatch(excluded or "", path)):
             is_linear = isinstance(module, torch.nn.Linear) and module is not head
             (linear if is_linear else others).add(path.rpartition(".")[2])
     targets = [] if lora.target_modules == "all-linear" else lora.target_modules
     require_among("lora.target_modules", targets, linear)
-    if targets_parameters(lora_config(lora, []), model):
+    config = lora_config(lora, [])
+    config.exclude_modules = excluded
+    if targets_parameters(config, model):
         raise UserError(
             "lora.target_modules includes the experts of base.model, and an adapter on experts cannot be merged: name "
             "only layers of the attention, such as [q_proj, v_proj], or choose a base without experts"
@@ -65,8 +77,38 @@ def require_among(parameter: str, names: list[str], known: set[str]) -> None:
 
 
 def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """`model` with a new adapter, for training with TRL."""
+    """`model` with a new adapter, for training with TRL.
+
+    Raises:
+        UserError: PEFT does not support such an adapter on this base.
+    """
     config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns if nothing is tied
-    tuned = get_peft_model(model, config)
+    config.exclude_modules = without_adapter(model)
+    try:
+        tuned = get_peft_model(model, config)
+    except (ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"PEFT refuses the adapter: {reason}: set lora.target_modules to other layers") from None
     give_head_a_bias(tuned)
     return tuned
+
+
+def without_adapter(model: PreTrainedModel) -> str | None:
+    """A pattern for PEFT of the modules that get no adapter; None if there are none.
+
+    These are all modules outside the text model, such as a vision tower; linear layers of a class of their own, because
+    some routers of experts return more than a product; and layers that llama.cpp would run without their adapter.
+    """
+    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    patterns = [re.escape(path) for path, layer in linear if not is_plain(layer) or path.endswith(RUN_ALONE)]
+    if model.config.get_text_config() is not model.config:
+        text = model.get_decoder()
+        [path] = [path for path, module in model.named_modules() if module is text]
+        patterns.append(rf"(?!{re.escape(path)}\.).*")
+    return "|".join(patterns) or None
+
+
+def is_plain(layer: torch.nn.Linear) -> bool:
+    """Whether a linear layer computes a plain product, as those of torch and bitsandbytes do."""
+    kind = type(layer)
+    return not kind.__module__.startswith("transformers.") or kind.__name__ == "FalconLinear"

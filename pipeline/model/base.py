@@ -49,7 +49,8 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     """The base's folder, and its chat template. Of a hub model, only `files` (names and patterns) are downloaded.
 
     Raises:
-        UserError: the folder or hub model does not exist, has no chat template, or a local folder has no weights.
+        UserError: the folder or hub model does not exist, has no chat template, a damaged config.json or quantized
+            weights; or a local folder has no weights.
     """
     if is_local(model) and revision is not None:
         raise UserError(
@@ -58,6 +59,15 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     folder = local_folder(model) if is_local(model) else download(model, revision, files)
     if not (folder / "config.json").exists():
         raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"base.model: {folder}/config.json is damaged ({error}): fetch it again") from None
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise UserError(
+            f"base.model {model} is quantized already ({method}), and an adapter cannot be merged into it: name the "
+            "model that it was made of"
+        )
     if Path(model).is_dir() and not has_weights(folder):
         raise UserError(
             f"base.model {model} has no .safetensors weights, or not all: add model.safetensors, or every file "

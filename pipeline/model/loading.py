@@ -9,11 +9,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.model.bitsandbytes_internals import never_repack
 from pipeline.model.free_memory import free_memory
+from pipeline.model.skeleton import auto_class
 
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -82,6 +83,16 @@ def load_base(
     return model.dequantize(dtype) if keeps else model
 
 
+def without_dropout(model: PreTrainedModel) -> None:
+    """Turn off the base's own dropout, so that lora.dropout alone decides. The adapter is added later."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if name.endswith("dropout") and isinstance(value, float):  # a layer passes the value to a function
+                setattr(module, name, 0.0)
+
+
 def keeps_dequantized(parameters: int, dtype: torch.dtype) -> bool:
     """Whether the dequantized weights of a model take less than half of this machine's free memory."""
     return 2 * parameters * dtype.itemsize < free_memory(torch.device("cpu"))
@@ -104,7 +115,7 @@ def load_weights(
 ) -> PreTrainedModel:
     """The base as its files have it, or quantized."""
     give_back_from(2**20)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(folder).from_pretrained(
         folder, dtype=dtype, device_map={"": device}, quantization_config=quantization
     )
     give_back_from(KEPT)
@@ -136,7 +147,7 @@ def give_back_from(size: int) -> None:
 def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """The merged model. Weights that do not fit on the GPU stay in RAM."""
     device_map = "auto" if device.type == "cuda" else device
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
+    return auto_class(folder).from_pretrained(folder, dtype=dtype, device_map=device_map)
 
 
 def load_tuned(

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, PreTrainedModel
 
-from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.train import Train
 from pipeline.model.adapter import lora_config, with_adapter
@@ -28,6 +27,7 @@ from pipeline.model.loading import (
     pick_offloading,
     pick_optimizer,
 )
+from pipeline.model.skeleton import skeleton
 from pipeline.model.transformers_internals import attention_of
 from pipeline.training.processes import is_sharded, share_of_step
 from pipeline.training.torch_internals import Alive, fused_on_meta
@@ -39,22 +39,6 @@ PROCESS = {"cpu": 600 * 2**20, "cuda": 1400 * 2**20}
 # glibc does not give back all memory of freed tensors below KEPT bytes. Measured: it keeps this share of the bytes of
 # all such tensors that a forward pass makes.
 HOLES = 0.25
-
-
-def skeleton(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the base in `folder` without weights, on the meta device.
-
-    Raises:
-        UserError: config.json does not describe a causal language model that Transformers knows.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"base.model: Transformers cannot build a language model from {folder}/config.json: {reason}"
-        ) from None
 
 
 def saved_dtype(folder: Path) -> torch.dtype:

@@ -221,6 +221,7 @@ def training_arguments(parameters: Parameters, device: torch.device, checkpoints
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
         bf16=pick_dtype(parameters.base.compute_dtype, device) == torch.bfloat16,
+        router_aux_loss_coef=0.0,  # of routers of experts, which are not trained
         max_length=None,  # TRL would truncate longer rows silently; the tokenize stage has handled them
         learning_rate=parameters.train.learning_rate,
         num_train_epochs=parameters.train.epochs,
