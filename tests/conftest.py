@@ -23,6 +23,9 @@ import pytest
 import yaml
 
 import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
+from pipeline.common.outputs import write_json
+from pipeline.common.parameters.params_yaml import read_yaml
+from pipeline.common.paths import BASE, LICENSE
 from pipeline.export.llama_cpp import run_script
 
 DEMO = Path(__file__).parent / "demo"  # make start moves the demo here
@@ -244,12 +247,22 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     return made
 
 
+def describe_base() -> None:
+    """Write what prepare_base does of a local base, without trying to convert the base, which takes seconds."""
+    from pipeline.model.base import describe
+    from pipeline.model.license import license_of
+
+    model = read_yaml(Path("params.yaml"))["base"]["model"]
+    write_json(BASE, describe(model, None))
+    write_json(LICENSE, license_of(Path(model)))
+
+
 @pytest.fixture
 def tokenized(project: Project) -> Project:
     """A clone with 107 tokenized training rows: with 16 rows per step, seven steps per epoch, the last one smaller."""
-    from stages import generate, merge, prepare_base, tokenize  # imports Transformers, which few test files need
+    from stages import generate, merge, tokenize  # imports Transformers, which few test files need
 
-    prepare_base.main()
+    describe_base()
     generate.main()
     merge.main()
     rows = Path("data/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

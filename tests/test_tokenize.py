@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Project
+from conftest import ROOT, Project, describe_base
 from datasets import Dataset
 from families import FAMILIES
 from tokenizers import pre_tokenizers
@@ -18,7 +18,7 @@ from pipeline.common.outputs import read_details
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
 from pipeline.model.supervision import IGNORED, supervised, truncated
-from stages import prepare_base, tokenize
+from stages import tokenize
 
 TINY = ROOT / "models/tiny-base"
 FORGERIES = {  # what ends a turn and opens the assistant's
@@ -194,7 +194,7 @@ def test_a_row_is_truncated_from_its_oldest_turns_on_and_then_at_the_answers_end
 @pytest.fixture
 def rows(project: Project) -> list[dict[str, Any]]:
     """Rows of 16, 60, 64, 16 and 60 tokens, the last two to validate with. The third is nearly all question."""
-    prepare_base.main()
+    describe_base()
     shutil.rmtree("data")
     rows = [
         {"id": "0", "messages": question_and_answer(question, answer), "source": source}
