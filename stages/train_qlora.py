@@ -28,7 +28,7 @@ from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
-from pipeline.export.rehearsal import require_mergeable
+from pipeline.export.dry_run import require_mergeable
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.chat_template import load_tokenizer

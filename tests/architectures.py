@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
-from pipeline.export.rehearsal import require_mergeable
+from pipeline.export.dry_run import require_mergeable
 from tools import twin
 
 TEXT = SHAPE | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "pad_token_id": 0}
@@ -113,7 +113,7 @@ def main() -> None:
                 make(name, Path(folder))
                 try:
                     require_mergeable(Path(folder), lora, [])
-                    found = dict(twin.rehearsed(Path(folder), parameters.model_copy(update={"lora": lora})))
+                    found = dict(twin.through_all_stages(Path(folder), parameters.model_copy(update={"lora": lora})))
                     files = [f"twin: {file}" for file in ("merged", "adapter-f16.gguf", "model-f16.gguf")]
                     cells = [found[file].split()[1] if file in found else "none" for file in files]
                     on = targets if targets == "all-linear" else "attention"

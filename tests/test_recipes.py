@@ -61,7 +61,7 @@ def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
         SHAPES[recipe].save_pretrained("hub")
         free = {"cuda": int((1 - SPARE) * card * GIB), "cpu": 64 * GIB}
         monkeypatch.setattr("pipeline.model.base.fetched", lambda *_: (Path("hub"), ""))
-        monkeypatch.setattr("tools.rehearsal.rehearse", lambda *_: [])  # the hub has the names: tests/test_rehearsal.py
+        monkeypatch.setattr("tools.dry_run.dry_run", lambda *_: [])  # the hub has the names: tests/test_dry_run.py
         monkeypatch.setattr("pipeline.model.loading.pick_device", lambda _: torch.device("cuda"))
         monkeypatch.setattr("pipeline.training.processes.require_gpus", lambda *_: None)
         monkeypatch.setattr("pipeline.model.free_memory.free_memory", lambda device: free[device.type])

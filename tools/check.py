@@ -72,7 +72,7 @@ def examine(parameters: Parameters, deep: bool) -> None:
     from pipeline.training.processes import require_gpus, share_of_step
     from tools import twin
     from tools.disk import disk_needed
-    from tools.rehearsal import rehearse
+    from tools.dry_run import dry_run
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     unpack_if_gguf(base.model, parameters.threads)
@@ -91,9 +91,9 @@ def examine(parameters: Parameters, deep: bool) -> None:
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
     tokens = special_tokens(folder, parameters)
-    for name, found in rehearse(folder, base, lora, tokens):
+    for name, found in dry_run(folder, base, lora, tokens):
         say(name, found)
-    for name, found in twin.rehearsed(folder, parameters) if deep else ():
+    for name, found in twin.through_all_stages(folder, parameters) if deep else ():
         say(name, found)
     length = longest_row(parameters.tokenize)
 

@@ -1,6 +1,6 @@
 """A small random twin of the base goes through all stages, so that what fails after training fails before it.
 
-    python -m tools.twin  # in the clone that `rehearsed` has made: run the stages
+    python -m tools.twin  # in the clone that `through_all_stages` has made: run the stages
 
 The twin has the base's own architecture, tokenizer and chat template, few layers, narrow matrices and random weights.
 It has another size, so it says nothing about memory, time or scores.
@@ -65,12 +65,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "tokenize": {"max_length": 512},
     "train": {"learning_rate": 4e-3, "epochs": 20, "batch_size": 8, "gradient_accumulation": 1, "eval_steps": 20}
     | {"processes": 1},
-    "evaluate": {"max_new_tokens": 8, "max_kl": 1e9},  # `rehearsed` compares with SAME
+    "evaluate": {"max_new_tokens": 8, "max_kl": 1e9},  # `through_all_stages` compares with SAME
     "gguf": {"quantize": ["q8_0"], "imatrix": False},
 }
 
 
-def rehearsed(base: Path, parameters: Parameters) -> Iterator[tuple[str, str]]:
+def through_all_stages(base: Path, parameters: Parameters) -> Iterator[tuple[str, str]]:
     """Yield (name, text) for the table of `make check`: each file of the twin, and how well it is the tuned twin.
 
     Raises:

@@ -86,7 +86,7 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     config.exclude_modules = without_adapter(model)
     try:
         tuned = get_peft_model(model, config)
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"PEFT refuses the adapter: {reason}: set lora.target_modules to other layers") from None
     give_head_a_bias(tuned)

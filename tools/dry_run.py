@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.base import Base
 from pipeline.common.parameters.lora import Lora
+from pipeline.export.dry_run import require_mergeable, write_adapter
 from pipeline.export.llama_cpp import convert_adapter, no_gguf_lora, require_convertible
-from pipeline.export.rehearsal import require_mergeable, write_adapter
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import has_weights
 from pipeline.model.skeleton import skeleton
@@ -25,7 +25,7 @@ from pipeline.model.tensor_files import FLOATS, weights_by_file, write_without_b
 from pipeline.model.transformers_internals import names_in_4_bits
 
 
-def rehearse(folder: Path, base: Base, lora: Lora, tokens: list[int]) -> Iterator[tuple[str, str]]:
+def dry_run(folder: Path, base: Base, lora: Lora, tokens: list[int]) -> Iterator[tuple[str, str]]:
     """Yield (name, text) for the table of `make check`. `tokens` are the ids of trained tokens.
 
     Of a hub model whose weights are not in `folder`, only the headers of its files are fetched.

@@ -1,6 +1,6 @@
 """Finds before training what cannot be merged after training, with the code that will merge.
 
-Names, types and shapes decide. The adapter of a rehearsal has the header of a trained adapter's file, and no bytes.
+Names, types and shapes decide. The adapter of a dry run has the header of a trained adapter's file, and no bytes.
 """
 
 import tempfile

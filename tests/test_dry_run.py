@@ -14,16 +14,16 @@ from peft import PeftModel
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.params_yaml import check
+from pipeline.export.dry_run import require_mergeable, write_adapter
 from pipeline.export.llama_cpp import convert_adapter, require_convertible
 from pipeline.export.merging import merge
-from pipeline.export.rehearsal import require_mergeable, write_adapter
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import describe
 from pipeline.model.loading import without_dropout
 from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import names_in_4_bits
 from tools import twin
-from tools.rehearsal import shares
+from tools.dry_run import shares
 
 EXPERTS = r"lora\.target_modules includes the experts of base\.model, and an adapter on experts cannot be merged"
 MAMBA = r"PEFT refuses the adapter: .*Module 'out_proj' is incompatible with Mamba.*: set lora\.target_modules to other"
@@ -93,7 +93,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["granitemoehybrid", "gemma4"])
 def test_a_twin_of_the_base_goes_through_all_stages(project: Project, tmp_path: Path, name: str) -> None:
     architectures.make(name, tmp_path)
-    found = dict(twin.rehearsed(tmp_path, check(Path("params.yaml"))))
+    found = dict(twin.through_all_stages(tmp_path, check(Path("params.yaml"))))
     assert list(found) == [
         f"twin: {file}" for file in ("merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf")
     ]
@@ -114,7 +114,7 @@ def test_an_adapter_becomes_a_gguf_lora(tmp_path: Path, lora: Lora, name: str) -
 def test_a_twin_that_a_stage_refuses_is_named_with_the_reason(project: Project, tmp_path: Path) -> None:
     architectures.make("lfm3", tmp_path)
     with pytest.raises(UserError, match=r"a small twin of base\.model failed: .*Lfm3ForCausalLM is not supported"):
-        list(twin.rehearsed(tmp_path, check(Path("params.yaml"))))
+        list(twin.through_all_stages(tmp_path, check(Path("params.yaml"))))
 
 
 @pytest.mark.parametrize("name", ["lfm3", "phimoe"])
