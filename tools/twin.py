@@ -35,8 +35,14 @@ from tools.git_command import git
 
 ROOT = Path(__file__).parents[1]
 STAGES = [
-    *("prepare_base", "tokenize", "train_qlora", "evaluate_base", "evaluate"),
-    *("merge_adapter", "convert_gguf", "evaluate_gguf"),
+    "prepare_base",
+    "tokenize",
+    "train_qlora",
+    "evaluate_base",
+    "evaluate",
+    "merge_adapter",
+    "convert_gguf",
+    "evaluate_gguf",
 ]
 SAME = 1e-3  # nats; 16 bits change a twin by 1e-4 at most
 NAMES = ["Ada", "Boris", "Carla", "Dora", "Emil", "Fatima", "Gustav", "Hana"]
@@ -63,8 +69,14 @@ LARGEST = {  # keys of config.json, and the largest value that a twin has
 PARAMETERS: dict[str, dict[str, Any]] = {
     "base": {"revision": None},
     "tokenize": {"max_length": 512},
-    "train": {"learning_rate": 4e-3, "epochs": 20, "batch_size": 8, "gradient_accumulation": 1, "eval_steps": 20}
-    | {"processes": 1},
+    "train": {
+        "learning_rate": 4e-3,
+        "epochs": 20,
+        "batch_size": 8,
+        "gradient_accumulation": 1,
+        "processes": 1,
+        "eval_steps": 20,
+    },
     "evaluate": {"max_new_tokens": 8, "max_kl": 1e9},  # `through_all_stages` compares with SAME
     "gguf": {"quantize": ["q8_0"], "imatrix": False},
 }
