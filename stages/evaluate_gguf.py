@@ -9,6 +9,7 @@ metrics/gguf_cost.json, which DVC does not track
 
 import gc
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.common.outputs import scratch, write_details, write_json, write_js
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
-from pipeline.evaluation.answers import answer_questions, prompt_and_reference
+from pipeline.evaluation.answers import answer_questions, prompt, prompt_and_reference, text_of
 from pipeline.evaluation.conversions import Variant, measured
 from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
 from pipeline.evaluation.questions import Question, read_answers, read_questions
@@ -73,7 +74,7 @@ def main() -> None:
     with scratch(GGUF) as temporary:
         for name, file, lora in files_to_examine(folder, quantization, dtype, temporary):
             with served(file, context, parameters.threads, lora) as server:
-                variants[name], cost[name] = answer_in_llama_cpp(server, name, questions, asked, ends, length)
+                variants[name], cost[name] = answer_in_llama_cpp(server, tokenizer, name, questions, asked, length)
 
     made = [name for name in variants if name != "tuned"]
     rows = [{"id": q.id} | {name: variants[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
@@ -106,24 +107,24 @@ def files_to_examine(
 
 
 def answer_in_llama_cpp(
-    server: Server, name: str, questions: list[Question], asked: list[Asked], ends: set[int], length: int
+    server: Server, tokenizer: Any, name: str, questions: list[Question], asked: list[Asked], length: int
 ) -> tuple[Variant, dict[str, float]]:
     """The answers and next tokens of a file, and its speed, which includes the probabilities of each token.
 
     The server gets one question at a time. Concurrent questions would share batches by chance, and the last digits of
     the probabilities would differ from run to run.
     """
-    prompts = [prompt for prompt, _ in asked]
-    require_same_tokens(server, questions, prompts, name)
-    require_same_ends(server, prompts[0], ends, name)
+    ends, today = end_tokens(load_generation_config(MERGED)), datetime.now()
+    require_same_tokens(server, questions, [prompt(tokenizer, question, today) for question in questions], name)
+    require_same_ends(server, asked[0][0], ends, name)
     replies, next_tokens, seconds = [], [], 0.0
-    for prompt, reference in tqdm(asked, desc=name, unit="question"):
+    for tokens, reference in tqdm(asked, desc=name, unit="question"):
         started = time.monotonic()
-        replies.append(server.complete(prompt, length, N_PROBS))
+        replies.append(server.complete(tokens, length, N_PROBS))
         seconds += time.monotonic() - started
-        next_tokens.append(in_llama_cpp(server, prompt, reference, replies[-1]))
+        next_tokens.append(in_llama_cpp(server, tokens, reference, replies[-1]))
     require_ended(replies, questions, ends, name)
-    given = [(reply["content"].strip(), reply["tokens"][-1] in ends) for reply in replies]
+    given = [text_of(tokenizer, reply["tokens"], ends) for reply in replies]
     speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
     return Variant(given, next_tokens), {"tokens_per_second": speed}
 

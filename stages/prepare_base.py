@@ -3,8 +3,8 @@
     python -m stages.prepare_base
 
 base.model, base.revision -> models/base.json, models/license.json (from the model card). The weights of a hub model are
-downloaded into the Hugging Face cache and stay there. Only this stage downloads files, and only
-for a hub id.
+downloaded into the Hugging Face cache and stay there; quantized weights are also there in 16 bits. Only this stage
+downloads files, and only for a hub id.
 """
 
 import os
@@ -16,6 +16,7 @@ from pipeline.export.llama_cpp import require_convertible
 from pipeline.model.base import MODEL_FILES, describe, fetched
 from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
 from pipeline.model.license import MODEL_CARD, license_of
+from pipeline.model.quantized_base import unpack_if_quantized
 from pipeline.model.tensor_files import weights_by_file
 from stages import run
 
@@ -26,6 +27,7 @@ def main() -> None:
     base = describe(parameters.base.model, parameters.base.revision)
     say_if_quantized(parameters.base.model)
     folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
+    folder = unpack_if_quantized(folder)
     weights_by_file(folder)  # raises UserError if a file is damaged
     require_convertible(folder)
     write_json(BASE, base)

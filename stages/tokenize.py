@@ -35,7 +35,7 @@ from pipeline.common.paths import (
 from pipeline.common.rows import file_of, is_replay
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
-from pipeline.model.supervision import IGNORED, supervised, truncated
+from pipeline.model.supervision import IGNORED, conversations, supervised, truncated
 from pipeline.training.mask_page import Shown, mask_page
 from stages import run
 
@@ -96,24 +96,25 @@ def tokenized(
     lengths: Lengths,
     shown: Shown,
 ) -> Iterator[dict[str, list[int]]]:
-    """Yield input_ids and labels of every row that fits, or is truncated. `lengths` counts all rows, `shown` keeps a
-    few."""
+    """Yield input_ids and labels of every conversation that fits, or is truncated. `lengths` counts all of them,
+    `shown` keeps a few."""
     for row in rows:
         source = row["source"]
         file = file_of(source)
-        ids, labels = supervised(tokenizer, row["messages"], ends, source, mask_history)
-        lengths.rows[file][len(ids)] += 1
-        lengths.answers[file].update(answer_lengths(labels))
-        if len(ids) > max_length:
-            cut = on_overflow == "truncate"
-            shorter = truncated(tokenizer, row["messages"], ends, source, max_length, mask_history) if cut else None
-            reason = "dropped" if shorter is None else "truncated"
-            lengths.overflow.append({"id": row["id"], "source": source, "tokens": len(ids), "reason": reason})
-            if shorter is None:
-                continue
-            ids, labels = shorter
-        shown.see(row, ids, labels)
-        yield {"input_ids": ids, "labels": labels}
+        for messages, only_last in conversations(tokenizer, row["messages"], ends, source, mask_history):
+            ids, labels = supervised(tokenizer, messages, ends, source, only_last)
+            lengths.rows[file][len(ids)] += 1
+            lengths.answers[file].update(answer_lengths(labels))
+            if len(ids) > max_length:
+                cut = on_overflow == "truncate"
+                shorter = truncated(tokenizer, messages, ends, source, max_length, only_last) if cut else None
+                reason = "dropped" if shorter is None else "truncated"
+                lengths.overflow.append({"id": row["id"], "source": source, "tokens": len(ids), "reason": reason})
+                if shorter is None:
+                    continue
+                ids, labels = shorter
+            shown.see(row, ids, labels)
+            yield {"input_ids": ids, "labels": labels}
 
 
 def answer_lengths(labels: list[int]) -> list[int]:

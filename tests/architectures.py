@@ -74,6 +74,10 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "qwen3_moe": lambda: hf.Qwen3MoeConfig(**TEXT, **MOE, norm_topk_prob=True),
     "qwen3_next": lambda: hf.Qwen3NextConfig(**TEXT, **MOE, **LINEAR),
     "qwen3_5_moe": lambda: hf.Qwen3_5MoeConfig(text_config=TEXT | LINEAR | SECTIONS | MOE, vision_config=VISION),
+    "qwen3_vl_moe": lambda: hf.Qwen3VLMoeConfig(
+        text_config=TEXT | SECTIONS | MOE | {"moe_intermediate_size": 128},
+        vision_config=VISION | {"deepstack_visual_indexes": [0]},
+    ),
     "mixtral": lambda: hf.MixtralConfig(**TEXT, **MOE),
     "phimoe": lambda: hf.PhimoeConfig(**TEXT, **MOE),
     "lfm2_moe": lambda: hf.Lfm2MoeConfig(**TEXT, **MOE, **CONVOLUTIONS, num_dense_layers=1),

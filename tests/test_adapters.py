@@ -221,14 +221,13 @@ def test_an_adapter_on_experts_is_refused_and_one_beside_them_is_merged(tmp_path
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape, **experts, vocab_size=512)).save_pretrained(base)
     model = load_quantized(base, CPU, torch.float32)
-    for targets in ("all-linear", ["q_proj", "down_proj"], ["gate_proj"]):
-        with pytest.raises(
-            UserError, match=r"^lora\.target_modules includes the experts of base\.model, .*: name only layers"
-        ):
+    for targets in (["q_proj", "down_proj"], ["gate_proj"]):
+        with pytest.raises(UserError, match=r"^lora\.target_modules names the experts of base\.model, .*all-linear"):
             require_possible(lora(target_modules=targets), model)
-    beside = lora(target_modules=["q_proj", "v_proj"])
+    beside = lora(target_modules="all-linear")
     require_possible(beside, model)
     tuned = with_adapter(model, lora_config(beside, []))
+    assert tuned.peft_config["default"].target_modules == {"k_proj", "o_proj", "q_proj", "v_proj"}
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data += torch.randn_like(weight)

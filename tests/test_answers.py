@@ -74,13 +74,15 @@ def test_right_and_wrong_answers_of_a_batch_end_each_in_its_place(
     require_equal(answer_questions(model, tokenizer, mixed, 7, max_new_tokens), expected)
 
 
-def test_an_exam_of_right_answers_takes_two_passes_a_batch(base: Any) -> None:
+def test_an_exam_of_right_answers_takes_two_passes_a_batch_after_what_its_prompts_share(base: Any) -> None:
     model, tokenizer, own = base
-    passes = []
-    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    rows_of_passes = list[int]()
+    hook = model.register_forward_hook(
+        lambda _, __, inputs, ___: rows_of_passes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
     answer_questions(model, tokenizer, own, 10, 32)
     hook.remove()
-    assert len(passes) == 2 * 2
+    assert rows_of_passes == [1, 10, 10] * 2
 
 
 def test_the_head_gets_hidden_states_without_gaps(base: tuple[PreTrainedModel, Any, list[Question]]) -> None:

@@ -18,7 +18,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
 from pipeline.model.base import describe, file_hash, located, public_name, require_same_base, weight_files
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.hub_cache import unpacked_gguf
+from pipeline.model.hub_cache import unpacked
 from pipeline.model.license import license_of
 from pipeline.model.loading import load_quantized
 from pipeline.model.supervision import IGNORED, supervised
@@ -69,7 +69,7 @@ def test_a_gguf_file_is_the_base_that_it_was_made_of_and_its_change_is_noticed(
         more.write(b"\0")
     with pytest.raises(UserError, match=f"base\\.model {name} is new or has changed: run dvc repro -f prepare_base"):
         located()
-    shutil.copytree(folder, unpacked_gguf(file_hash(Path(file))))  # by `make check`, which writes no models/base.json
+    shutil.copytree(folder, unpacked(file_hash(Path(file))))  # by `make check`, which writes no models/base.json
     with pytest.raises(UserError, match=f"base\\.model {name} has changed since prepare_base ran"):
         located()
 
@@ -238,9 +238,9 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(project: Project) -
         ("{% for m in messages %}<{{ m.content }}>{% endfor %}", r"ends turn 2 with none of the tokens \[2\]"),
         ("{{ raise_exception('no such role') }}", "refuses this row: no such role"),
         (
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<think></think>' if m.role == 'assistant' }}"
-            "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "turns the answer of turn 2 into '<think></think>Ada'",
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+            "turns the answer of turn 2 into 'ADA'",
         ),
     ],
 )

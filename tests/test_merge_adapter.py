@@ -170,7 +170,7 @@ from pathlib import Path
 import bitsandbytes.functional
 from pipeline.export.merging import in_nf4, merge
 
-in_nf4(Path(sys.argv[1], "large"), {})  # imports what merge needs for NF4, which has its own size
+in_nf4(Path(sys.argv[1], "large"), {}, {})  # imports what merge needs for NF4, which has its own size
 
 for name, on_nf4 in [("small", False), ("large", False), ("large", True)]:
     folder = Path(sys.argv[1], name)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import architectures
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -11,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
-from pipeline.export.merging import merges_onto_nf4
+from pipeline.export.merging import merge, merges_onto_nf4
 from pipeline.model.adapter import lora_config, with_adapter
-from pipeline.model.loading import load_base, load_merged, load_tuned, reproducible
+from pipeline.model.experts import names_of_experts
+from pipeline.model.loading import load_base, load_merged, load_quantized, load_tuned, load_weights, reproducible
+from pipeline.model.skeleton import skeleton
 from stages import merge_adapter, train_qlora
 
 TINY = ROOT / "models/tiny-base"
@@ -27,9 +30,9 @@ def few_threads() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def losses_and_gradients(dtype: torch.dtype) -> tuple[bool, list[torch.Tensor]]:
+def losses_and_gradients(folder: Path, dtype: torch.dtype) -> tuple[bool, list[torch.Tensor]]:
     """Whether a layer is in NF4, and the loss and the gradients of an adapter."""
-    base = load_base(TINY, "nf4", CPU, dtype)
+    base = load_base(folder, "nf4", CPU, dtype)
     torch.manual_seed(1)
     model = with_adapter(base, lora_config(check(ROOT / "params.yaml").lora, []))
     ids = torch.arange(1, 65)[None]
@@ -40,16 +43,54 @@ def losses_and_gradients(dtype: torch.dtype) -> tuple[bool, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", ["", "qwen3_moe"])
 def test_weights_kept_dequantized_are_those_of_nf4(
-    dtype: torch.dtype, few_threads: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, experts: str, few_threads: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    kept = losses_and_gradients(dtype)
+    folder = TINY
+    if experts:
+        architectures.make(experts, folder := tmp_path)
+    kept = losses_and_gradients(folder, dtype)
     monkeypatch.setattr("pipeline.model.loading.free_memory", lambda _: 0)
-    in_nf4 = losses_and_gradients(dtype)
+    in_nf4 = losses_and_gradients(folder, dtype)
     assert (kept[0], in_nf4[0]) == (False, True)
-    assert len(kept[1]) > 28
+    assert len(kept[1]) > 16
     for ours, theirs in zip(kept[1], in_nf4[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# One expert in a tensor of the files; all of them; all of them, transposed.
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "qwen3_vl_moe"])
+def test_experts_are_in_nf4_and_merged_to_the_same_values(tmp_path: Path, name: str) -> None:
+    base, merged = tmp_path / "base", tmp_path / "merged"
+    architectures.make(name, base)
+    model, own = load_quantized(base, CPU, torch.float32), load_weights(base, CPU, torch.float32)
+    names = names_of_experts(own)
+    as_modules = [name.rpartition(".") for name in names]
+    packed = sum(model.get_submodule(path).parametrizations[part].original.nbytes for path, _, part in as_modules)
+    assert len(names) == 4 and packed == sum(own.get_parameter(name).numel() for name in names) / 2
+    merged.mkdir()
+    merge(base, None, merged, on_nf4=True)
+    ids = torch.arange(1, 100)[None]
+    with torch.inference_mode():
+        logits = model(ids).logits
+        torch.testing.assert_close(load_weights(merged, CPU, torch.float32)(ids).logits, logits, rtol=0, atol=1e-3)
+        assert (own(ids).logits - logits).abs().max() > 0.1
+
+
+def test_dequantized_experts_are_not_kept_for_the_backward_pass(tmp_path: Path) -> None:
+    architectures.make("qwen3_moe", tmp_path)
+    model, dequantized = load_quantized(tmp_path, CPU, torch.float32), []
+    for name in names_of_experts(skeleton(tmp_path)):
+        path, _, part = name.rpartition(".")
+        [parametrization] = model.get_submodule(path).parametrizations[part]
+        parametrization.register_forward_hook(lambda *_: dequantized.append(1))
+    loss = with_adapter(model, lora_config(check(ROOT / "params.yaml").lora, []))(
+        torch.arange(1, 65)[None], labels=torch.arange(1, 65)[None]
+    ).loss
+    assert len(dequantized) == 4
+    loss.backward()
+    assert len(dequantized) == 8
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

@@ -67,6 +67,7 @@ def examine(parameters: Parameters, deep: bool) -> None:
     from pipeline.model.free_memory import free_memory
     from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
     from pipeline.model.loading import pick_device, pick_dtype
+    from pipeline.model.quantized_base import unpack_if_quantized
     from pipeline.model.skeleton import skeleton
     from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, training
     from pipeline.training.processes import require_gpus, share_of_step
@@ -78,6 +79,7 @@ def examine(parameters: Parameters, deep: bool) -> None:
     unpack_if_gguf(base.model, parameters.threads)
     merges_onto_nf4(parameters.merge_adapter.base, base.quantization)
     folder, _ = fetched(base.model, base.revision, SMALL_FILES)
+    folder = unpack_if_quantized(folder)
     say_if_quantized(base.model)
     device = pick_device(base.device)
     require_gpus(min(train.processes, torch.cuda.device_count() or 1), device)  # the others are on other machines

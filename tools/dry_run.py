@@ -19,7 +19,8 @@ from pipeline.common.parameters.lora import Lora
 from pipeline.export.dry_run import require_mergeable, write_adapter
 from pipeline.export.llama_cpp import convert_adapter, no_gguf_lora, require_convertible
 from pipeline.model.adapter import lora_config, with_adapter
-from pipeline.model.base import has_weights
+from pipeline.model.base import has_weights, quantization_of
+from pipeline.model.experts import names_of_experts
 from pipeline.model.skeleton import skeleton
 from pipeline.model.tensor_files import FLOATS, weights_by_file, write_without_bytes
 from pipeline.model.transformers_internals import names_in_4_bits
@@ -40,7 +41,8 @@ def dry_run(folder: Path, base: Base, lora: Lora, tokens: list[int]) -> Iterator
         require_mergeable(folder, lora, tokens)
         require_convertible(folder)
         if base.quantization == "nf4":
-            yield "in NF4", shares(skeleton(folder), names_in_4_bits(skeleton(folder)))
+            quantized = names_in_4_bits(skeleton(folder)) | names_of_experts(skeleton(folder))
+            yield "in NF4", shares(skeleton(folder), quantized)
         yield "under LoRA", shares(skeleton(folder), adapted_layers(folder, lora))
         reason = why_no_gguf_lora(folder, lora, tokens)
         yield "GGUF LoRA", f"no: {reason}" if reason else "yes"
@@ -49,6 +51,9 @@ def dry_run(folder: Path, base: Base, lora: Lora, tokens: list[int]) -> Iterator
 def with_headers(folder: Path, base: Base, to: Path) -> Path:
     """Copy the files in `folder`, and add those of the weights on the hub, without their bytes."""
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
+    if quantization_of(folder):  # prepare_base will write other weights, in 16 bits
+        write_without_bytes(to / "model.safetensors", skeleton(folder, torch.bfloat16).state_dict())
+        return to
     try:
         found = get_safetensors_metadata(base.model, revision=folder.name)  # the commit of the other files
     except Exception as error:  # the type depends on the network and on the hub

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -10,17 +12,18 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.questions import Answer, Question
-from pipeline.model.chat_template import end_tokens, token_ids
-from pipeline.model.supervision import IGNORED, supervised
+from pipeline.model.chat_template import DATE, end_tokens, token_ids
+from pipeline.model.supervision import IGNORED, content_of, supervised
 
 
-def prompt(tokenizer: Any, question: Question) -> list[int]:
-    """The token ids of a question as the model's chat template renders it, ready to be answered."""
-    return token_ids(tokenizer, [{"role": "user", "content": question.question}], add_generation_prompt=True)
+def prompt(tokenizer: Any, question: Question, date: datetime = DATE) -> list[int]:
+    """The token ids of a question as the model's chat template renders it on `date`, ready to be answered."""
+    return token_ids(tokenizer, [{"role": "user", "content": question.question}], add_generation_prompt=True, date=date)
 
 
 def answer_questions(
@@ -50,7 +53,7 @@ def batches_by_length(lengths: list[list[int]], batch_size: int, name: str) -> I
 def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, bool]:
     """The text of an answer, and whether the answer ended by itself."""
     stopped = tokens[-1] in ends
-    return tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True).strip(), stopped
+    return content_of(tokenizer, tokens[:-1] if stopped else tokens, ends), stopped
 
 
 def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
@@ -73,12 +76,10 @@ def answer(
     the greedy answer, as a draft is in speculative decoding (https://arxiv.org/abs/2211.17192). Only other answers are
     decoded. In bfloat16, two almost equal tokens may change their order between one pass and decoding token by token.
     """
-    prompts = padded([prompt for prompt, _ in rows], "left").to(model.device)
-    labels = padded([reference for _, reference in rows], "right").to(model.device)
-    mask, of_reference = (prompts != IGNORED).long(), labels != IGNORED
-    drafts = labels[:, :-1]
-    asked = forward(model, prompts, mask, logits_to_keep=1)
+    asked, mask = read_prompts(model, [prompt for prompt, _ in rows])
     cache = asked.past_key_values
+    labels = padded([reference for _, reference in rows], "right").to(model.device)
+    of_reference, drafts = labels != IGNORED, labels[:, :-1]
     drafted = forward(model, drafts, pad(mask, (0, drafts.shape[1]), value=1), past_key_values=deepcopy(cache))
     logits = torch.cat([asked.logits, drafted.logits], dim=1)
     losses = cross_entropy(logits[of_reference].float(), labels[of_reference], reduction="none")
@@ -99,9 +100,7 @@ def greedy(
     model: PreTrainedModel, prompts: list[list[int]], ends: set[int], max_new_tokens: int
 ) -> Iterator[tuple[int, int]]:
     """Yield (number of the prompt, token) of the greedy answers, as the tokens come."""
-    ids = padded(prompts, "left").to(model.device)
-    mask = (ids != IGNORED).long()
-    asked = forward(model, ids, mask, logits_to_keep=1)
+    asked, mask = read_prompts(model, prompts)
     yield from decode(model, asked.logits, mask, asked.past_key_values, ends, max_new_tokens)
 
 
@@ -114,6 +113,32 @@ def greedy_in_batches(
         for row, token in greedy(model, [prompts[i] for i in batch], ends, max_new_tokens):
             answers[batch[row]].append(token)
     return answers
+
+
+def read_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[Any, torch.Tensor]:
+    """The model's output for the last token of each prompt, and the mask of its cache (shape: prompts, tokens).
+
+    What all prompts begin with, such as a system prompt, is read once. The padding then follows this beginning; only a
+    cache that keeps every token allows that.
+    """
+    begin, cache = shared_beginning(prompts), None
+    if begin and len(prompts) > 1:
+        row = torch.tensor([prompts[0][:begin]], device=model.device)
+        cache = forward(model, row, torch.ones_like(row), logits_to_keep=1).past_key_values
+        cache = cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+    if cache is None:
+        begin = 0
+    else:
+        cache.batch_repeat_interleave(len(prompts))
+    ids = padded([prompt[begin:] for prompt in prompts], "left").to(model.device)
+    mask = pad((ids != IGNORED).long(), (begin, 0), value=1)
+    return forward(model, ids, mask, past_key_values=cache, logits_to_keep=1), mask
+
+
+def shared_beginning(rows: list[list[int]]) -> int:
+    """The number of tokens that all rows begin with, and after which each row has a token more."""
+    of_all = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(row[:-1] for row in rows), strict=False))
+    return sum(1 for _ in of_all)
 
 
 def decode(

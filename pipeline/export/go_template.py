@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
+from pipeline.model.chat_template import TEMPLATE_ARGUMENTS, dated
 
 ROLES = {"S": "system", "U": "user", "A": "assistant"}
 TURNS = (  # without {{- and -}}, which would remove line breaks of the turns
@@ -160,7 +160,8 @@ def conversation(roles: str, contents: list[str]) -> list[dict[str, str]]:
 
 def rendered(tokenizer: Any, messages: list[dict[str, str]], **ends: bool) -> str:
     """The rendered conversation, without the BOS that the tokenizer adds to every text."""
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **ends, **TEMPLATE_ARGUMENTS)
+    arguments = {"chat_template": dated(tokenizer.get_chat_template()), **ends, **TEMPLATE_ARGUMENTS}
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
     return text.removeprefix(bos_of(tokenizer))
 
 

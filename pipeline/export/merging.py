@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,29 @@ import torch
 
 from pipeline.common.errors import UserError
 from pipeline.model.base import SMALL_FILES
+from pipeline.model.experts import names_of_experts
 from pipeline.model.skeleton import skeleton
 from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
-from pipeline.model.transformers_internals import names_in_4_bits, names_in_files
+from pipeline.model.transformers_internals import loaded_into, names_in_4_bits, names_in_files
 
 Parts = dict[str, StoredTensor]  # the tensors of an adapter for one weight, by the endings below
 # (rows of a weight in 32 bits, number of the first row) -> the changed rows. The input may be changed in place.
 Change = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How `load_quantized` rounds a tensor of the files to NF4."""
+
+    experts: bool = False  # rounded in blocks that never leave a row; a layer is rounded as a whole
+    transposed: bool = False  # the model has the transposed matrices
+
+    def round(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` rounded to NF4, in 32 bits."""
+        if self.transposed:
+            return to_nf4_and_back(weight.mT.contiguous(), not self.experts).mT
+        return to_nf4_and_back(weight, not self.experts)
+
 
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"  # PEFT's names
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -47,8 +64,8 @@ def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch
     """Write the files of `base`, with `adapter` added to the weights, to the folder `to`. None adds nothing.
 
     With `on_nf4`, weights that training had in NF4 are first rounded to `dtype`, the type of training's arithmetic, and
-    then to NF4, as when a base is loaded. This needs 15 bytes of memory per weight
-    of the largest tensor; otherwise about 20 MiB are enough for any model.
+    then to NF4, as when a base is loaded. This needs 15 bytes of memory per weight of the largest layer; otherwise
+    about 20 MiB are enough for any model.
 
     Raises:
         UserError: a file is damaged, the adapter does not fit this base, or a sum is not finite.
@@ -57,13 +74,13 @@ def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch
     weights = joined(files)
     config = read_config(adapter) if adapter else {}
     parts = parts_by_weight(adapter, config, weights, names) if adapter else {}
-    quantized = in_nf4(base, names) if on_nf4 else set()
+    roundings = in_nf4(base, names, weights) if on_nf4 else {}
     for file, tensors in files.items():
         with open(to / file.name, "wb") as merged:
             merged.write(read_header(file))
             for name, weight in tensors.items():
                 change = change_of(name, parts[name], config) if name in parts else None
-                for rows in changed(weight, change, dtype if name in quantized else None):
+                for rows in changed(weight, change, roundings.get(name), dtype):
                     if change and not rows.sum(dtype=torch.float32).isfinite():
                         raise UserError(
                             f"{adapter}: the merged {name} is not finite in {rows.dtype}: train another adapter"
@@ -202,21 +219,32 @@ def with_lora(a: torch.Tensor, b: torch.Tensor, scale: float, magnitude: torch.T
     return change
 
 
-def changed(weight: StoredTensor, change: Change | None, nf4_of: torch.dtype | None) -> Iterator[torch.Tensor]:
-    """Yield the merged weight in its own type, some rows at a time."""
-    rounded = to_nf4_and_back(weight.rows().to(nf4_of).float()) if nf4_of else None
+def changed(
+    weight: StoredTensor, change: Change | None, rounding: Rounding | None, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Yield the merged weight in its own type, some rows at a time. `rounding` rounds weights of type `dtype`."""
+    whole = rounding.round(weight.rows().to(dtype).float()) if rounding and not rounding.experts else None
     for first, last in weight.blocks():
-        rows = weight.rows(first, last) if rounded is None else rounded[first:last]
+        rows = weight.rows(first, last) if whole is None else whole[first:last]
+        if rounding and rounding.experts:
+            rows = rounding.round(rows.to(dtype).float())
         yield (change(rows.float(), first) if change else rows).to(weight.dtype)
 
 
-def in_nf4(base: Path, names: dict[str, str]) -> set[str]:
-    """The weights that `load_quantized` has in NF4. `names` has the weight of each parameter of the model."""
-    return {names[f"{layer}.weight"] for layer in names_in_4_bits(skeleton(base)) if f"{layer}.weight" in names}
+def in_nf4(base: Path, names: dict[str, str], weights: dict[str, StoredTensor]) -> dict[str, Rounding]:
+    """How `load_quantized` rounds tensors of the files. `names` has the tensor of each parameter of the model."""
+    model, layers = skeleton(base), names_in_4_bits(skeleton(base))
+    found = {names[f"{layer}.weight"]: Rounding() for layer in layers if f"{layer}.weight" in names}
+    experts = names_of_experts(model)
+    for name, (parameter, _) in loaded_into(model, weights).items() if experts else ():
+        if parameter in experts:
+            columns = model.get_parameter(parameter).shape[-1]
+            found[name] = Rounding(experts=True, transposed=weights[name].shape[-1] != columns)
+    return found
 
 
-def to_nf4_and_back(weight: torch.Tensor) -> torch.Tensor:
-    """`weight` rounded to NF4 with double quantization, in 32 bits."""
+def to_nf4_and_back(weight: torch.Tensor, double: bool = True) -> torch.Tensor:
+    """`weight` rounded to NF4, in 32 bits; with `double`, its scales are rounded too."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    return dequantize_4bit(*quantize_4bit(weight, compress_statistics=True, quant_type="nf4"), quant_type="nf4")
+    return dequantize_4bit(*quantize_4bit(weight, compress_statistics=double, quant_type="nf4"), quant_type="nf4")

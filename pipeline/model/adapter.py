@@ -1,6 +1,7 @@
 """Configures the LoRA adapter, and checks that the base supports the configuration."""
 
 import re
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -40,9 +41,9 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
     """Check that this base supports such an adapter. `model` may be quantized, or without weights (device "meta").
 
     Raises:
-        UserError: TRL cannot train the base; lora.target_modules has a name that is not a linear layer of a block
-            (llama.cpp fails with an adapter on tied embeddings), or includes experts in one tensor, which cannot be
-            merged; lora.modules_to_save has a name that is not another layer, or only one of two tied matrices.
+        UserError: TRL cannot train the base; lora.target_modules names something that is not a linear layer of a block
+            (llama.cpp fails with an adapter on tied embeddings), or experts, which cannot be merged;
+            lora.modules_to_save has a name that is not another layer, or only one of two tied matrices.
     """
     if model.base_model is model:  # such as Llama 4
         raise UserError(
@@ -59,10 +60,10 @@ def require_possible(lora: Lora, model: PreTrainedModel) -> None:
     require_among("lora.target_modules", targets, linear)
     config = lora_config(lora, [])
     config.exclude_modules = excluded
-    if targets_parameters(config, model):
+    if targets and targets_parameters(config, model):
         raise UserError(
-            "lora.target_modules includes the experts of base.model, and an adapter on experts cannot be merged: name "
-            "only layers of the attention, such as [q_proj, v_proj], or choose a base without experts"
+            "lora.target_modules names the experts of base.model, and an adapter on experts cannot be merged: set "
+            "lora.target_modules to all-linear, or name layers of the attention, such as [q_proj, v_proj]"
         )
     require_among("lora.modules_to_save", lora.modules_to_save, others)
     if model.config.tie_word_embeddings and len(set(EMBEDDINGS) & set(lora.modules_to_save)) == 1:
@@ -84,6 +85,8 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """
     config.ensure_weight_tying &= model.config.tie_word_embeddings  # PEFT warns if nothing is tied
     config.exclude_modules = without_adapter(model)
+    if config.target_modules == "all-linear" and targets_parameters(config, model):
+        config.target_modules = beside_experts(config, model)
     try:
         tuned = get_peft_model(model, config)
     except ValueError as error:
@@ -91,6 +94,20 @@ def with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise UserError(f"PEFT refuses the adapter: {reason}: set lora.target_modules to other layers") from None
     give_head_a_bias(tuned)
     return tuned
+
+
+def beside_experts(config: LoraConfig, model: PreTrainedModel) -> list[str]:
+    """The names of linear layers, without names that PEFT takes for experts.
+
+    Shared experts have such names too. An adapter on them alone could not be loaded with PEFT.
+    """
+    head = model.get_output_embeddings()
+    layers = {
+        path.rpartition(".")[2]
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return [name for name in sorted(layers) if not targets_parameters(replace(config, target_modules=[name]), model)]
 
 
 def without_adapter(model: PreTrainedModel) -> str | None:

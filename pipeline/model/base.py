@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.paths import BASE
-from pipeline.model.hub_cache import snapshot, unpacked_gguf
+from pipeline.model.hub_cache import snapshot, unpacked
 
 # Copied unchanged wherever the tokenizer is needed: saving a loaded tokenizer changes files that llama.cpp reads.
 TOKENIZER_FILES = [
@@ -22,6 +22,7 @@ TOKENIZER_FILES = [
 ]
 SMALL_FILES = ["config.json", "generation_config.json", "*.safetensors.index.json", *TOKENIZER_FILES]
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
+DEQUANTIZED = ["bitsandbytes", "fp8", "mxfp4"]  # methods whose weights Transformers dequantizes without a GPU
 
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
@@ -60,10 +61,11 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     if not (folder / "config.json").exists():
         raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"base.model: {folder}/config.json is damaged ({error}): fetch it again") from None
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
+    method = quantization_of(folder)
+    if method and method not in DEQUANTIZED:
         raise UserError(
             f"base.model {model} is quantized already ({method}), and an adapter cannot be merged into it: name the "
             "model that it was made of"
@@ -99,10 +101,29 @@ def local_folder(model: str) -> Path:
         return Path(model)
     if not Path(model).exists():
         raise UserError(f"base.model {model} does not exist: correct the path of the GGUF file")
-    folder = unpacked_gguf(file_hash(Path(model)))
+    folder = unpacked(file_hash(Path(model)))
     if not folder.exists():
         raise UserError(f"base.model {model} is new or has changed: run dvc repro -f prepare_base")
     return folder
+
+
+def quantization_of(folder: Path) -> str | None:
+    """How the weights in the folder are quantized, by Transformers' name of the method; None if they are not."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return (config.get("quantization_config") or {}).get("quant_method")
+
+
+def usable(folder: Path, fingerprint: str) -> Path:
+    """The folder, or the one that pipeline.model.quantized_base made of it because its weights are quantized.
+
+    Raises:
+        UserError: that folder does not exist.
+    """
+    if quantization_of(folder) is None:
+        return folder
+    if not (made := unpacked(fingerprint)).exists():
+        raise UserError(f"base.model {folder} is quantized, and not unpacked: run dvc repro -f prepare_base")
+    return made
 
 
 def has_weights(folder: Path) -> bool:
@@ -150,12 +171,12 @@ def located() -> tuple[Path, dict[str, Any]]:
         folder = local_folder(model)
         if not folder.is_dir() or joint_hash(hashes_of(model, folder)) != described["fingerprint"]:
             raise UserError(f"base.model {model} has changed since prepare_base ran: run dvc repro -f prepare_base")
-        return folder, described
+        return usable(folder, described["fingerprint"]), described
     try:
         folder = snapshot(described["model"], described["revision"], MODEL_FILES, local_files_only=True)
         for name in described["files"]:  # `make check` alone leaves a folder without weights in the cache
             (folder / name).stat()
-        return folder, described
+        return usable(folder, described["fingerprint"]), described
     except FileNotFoundError:
         fetch = f"hf download {described['model']} --revision {described['revision']}"
         raise UserError(f"base.model {described['model']} is not in the Hugging Face cache: run {fetch}") from None

@@ -4,6 +4,7 @@ Transformers takes seconds to import, so functions import it: tools that run GGU
 """
 
 import re
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 
 from pipeline.common.errors import UserError
 
+DATE = datetime(2024, 7, 26)  # for templates that write today's date: no result may depend on the day
+PARTS_OF_DATES = ["%A", "%a", "%B", "%b", "%d", "%-d", "%H", "%M", "%m", "%S", "%Y", "%y"]
 # Used for every rendering, here and in llama.cpp. Other templates ignore these arguments. With them, Qwen 3 writes an
 # empty <think> block before the answer, and Llama 3.2 writes this date instead of today's.
-TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": DATE.strftime("%d %b %Y")}
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -73,8 +76,20 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
 
-def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> list[int]:
+def dated(template: str, date: datetime = DATE) -> str:
+    """`template` with a macro `strftime_now`, which hides the function of Transformers that writes today's date."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f" | replace('{part}', '{date.strftime(part)}')" for part in PARTS_OF_DATES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}{template}"
+
+
+def token_ids(
+    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False, date: datetime = DATE
+) -> list[int]:
     """The token ids of a conversation by the base's chat template. A control token in a message is tokenized as text.
+
+    The template gets `date` as today's date. llama.cpp's templates always have the real one.
 
     Raises:
         jinja2.TemplateError: the template refuses the conversation.
@@ -88,6 +103,7 @@ def token_ids(tokenizer: Any, messages: list[dict[str, str]], add_generation_pro
             add_generation_prompt=add_generation_prompt,
             sanitize_control_tokens=forging,
             return_dict=False,
+            chat_template=dated(tokenizer.get_chat_template(), date),
             **TEMPLATE_ARGUMENTS,
         )
     except ValueError as error:

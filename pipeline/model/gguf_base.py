@@ -1,5 +1,6 @@
 """A GGUF file as the base: its weights and tokenizer as the files that Transformers and PEFT train on."""
 
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output
 from pipeline.model.base import file_hash, is_gguf
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
-from pipeline.model.hub_cache import unpacked_gguf
+from pipeline.model.hub_cache import unpacked
 from pipeline.model.license import MODEL_CARD
 from pipeline.model.llama_server import Server, served
 from pipeline.model.transformers_internals import forget_quantization
@@ -72,7 +73,7 @@ def unpack_if_gguf(model: str, threads: int) -> None:
     file = Path(model)
     if not is_gguf(model) or not file.exists():
         return
-    folder = unpacked_gguf(file_hash(file))
+    folder = unpacked(file_hash(file))
     if not folder.exists():
         with atomic_output(folder) as aside:
             aside.mkdir()
@@ -181,7 +182,7 @@ def require_same_tokens(file: Path, tokenizer: Any, server: Server) -> None:
         require_equal(file, text, ours, server.tokenize(text, parse_special=True))
     for messages in CONVERSATIONS:
         try:
-            ours = token_ids(tokenizer, messages, add_generation_prompt=True)
+            ours = token_ids(tokenizer, messages, add_generation_prompt=True, date=datetime.now())
         except TemplateError:  # some templates have no system message
             continue
         require_equal(file, messages[-1]["content"], ours, server.tokens(messages))

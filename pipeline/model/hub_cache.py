@@ -1,4 +1,4 @@
-"""The Hugging Face cache: hub models, and beside them the content of GGUF files.
+"""The Hugging Face cache: hub models, and beside them the content of GGUF files and of quantized models.
 
 pipeline/model/base.py checks the hashes of the files.
 """
@@ -15,8 +15,9 @@ def snapshot(model: str, revision: str | None, files: list[str], local_files_onl
     return Path(snapshot_download(model, revision=revision, local_files_only=local_files_only, **wanted))
 
 
-def unpacked_gguf(digest: str) -> Path:
-    """The folder for the content of the GGUF file with this SHA-256, as this version of Transformers reads it."""
+def unpacked(digest: str) -> Path:
+    """The folder for the content of a base with this SHA-256 in 16 or 32 bits, as this version of Transformers reads
+    it."""
     from huggingface_hub.constants import HF_HOME
 
-    return Path(HF_HOME, "unpacked_gguf", f"{digest}-transformers-{version('transformers')}")
+    return Path(HF_HOME, "unpacked", f"{digest}-transformers-{version('transformers')}")

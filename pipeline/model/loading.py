@@ -13,8 +13,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.model.bitsandbytes_internals import never_repack
+from pipeline.model.experts import dequantize_in_use, keep_dequantized
 from pipeline.model.free_memory import free_memory
-from pipeline.model.skeleton import auto_class
+from pipeline.model.skeleton import auto_class, skeleton
+from pipeline.model.transformers_internals import quantize_experts_too
 
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -79,8 +81,11 @@ def load_base(
     if quantization == "none":
         return load_weights(folder, device, dtype)
     model = load_quantized(folder, device, dtype)
-    keeps = device.type == "cpu" and keeps_dequantized(processes * model.num_parameters(), dtype)
-    return model.dequantize(dtype) if keeps else model
+    parameters = skeleton(folder).num_parameters()
+    if device.type == "cpu" and keeps_dequantized(processes * parameters, dtype):
+        model = model.dequantize(dtype)
+        keep_dequantized(model)
+    return model
 
 
 def without_dropout(model: PreTrainedModel) -> None:
@@ -101,12 +106,15 @@ def keeps_dequantized(parameters: int, dtype: torch.dtype) -> bool:
 def load_quantized(
     folder: Path, device: torch.device, dtype: torch.dtype, quant_storage: torch.dtype = torch.uint8
 ) -> PreTrainedModel:
-    """The base with linear layers in NF4 with double quantization (https://arxiv.org/abs/2305.14314).
+    """The base with experts in NF4, and with linear layers in NF4 with double quantization
+    (https://arxiv.org/abs/2305.14314).
 
     All other weights and the arithmetic are in `dtype`. `quant_storage` is the type of the tensors that hold NF4 bits.
     """
+    quantize_experts_too()
     model = load_weights(folder, device, dtype, nf4(dtype, quant_storage))
     never_repack(model)
+    dequantize_in_use(model)
     return model
 
 

@@ -1,5 +1,6 @@
 """Uses of PEFT that its documentation does not cover. tests/test_library_internals.py tests each use."""
 
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ def targets_parameters(config: LoraConfig, model: PreTrainedModel) -> bool:
     `get_peft_model` finds this when it builds the adapter. For a large base that is too late. PEFT documents no way to
     find it earlier: https://github.com/huggingface/peft/blob/main/src/peft/utils/transformers_weight_conversion.py
     """
+    config = deepcopy(config)
     try:
         convert_peft_config_for_transformers(config, model, conversions=None)  # as get_peft_model does
     except ValueError:  # `config` names gate_proj without up_proj, but both are one tensor

@@ -1,18 +1,52 @@
-"""Chooses the supervised tokens of a conversation: the assistant's turns, each with its end token."""
+"""Chooses the supervised tokens of a conversation: the assistant's turns, each with its end token.
 
+Each turn is trained on as it will be asked for: after the tokens of the prompt that the chat template makes for it.
+"""
+
+from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
 
 from pipeline.common.errors import UserError
-from pipeline.model.chat_template import token_ids
+from pipeline.common.rows import question_and_answer
+from pipeline.model.chat_template import control_tokens, token_ids
 
 IGNORED = -100  # the label that torch's cross entropy ignores
 LEAST = 16  # minimum answer tokens of a truncated row
+THINKING = 16  # maximum number of tokens of an empty thinking block
+CLOSED = "\n</think>\n\n"  # ends a thinking block that a prompt opens, as in an empty block of Qwen 3
+
+Messages = list[dict[str, str]]
+
+
+def conversations(
+    tokenizer: Any, messages: Messages, ends: set[int], location: str, mask_history: bool = False
+) -> list[tuple[Messages, bool]]:
+    """The conversations to train on, each with whether only its last answer is trained on.
+
+    Normally that is the complete conversation. Some templates render a turn otherwise once other turns follow: they
+    leave out its thinking block, or end it with another token. Then each answer gets a conversation of its own.
+
+    Raises:
+        UserError: as `supervised`.
+    """
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if mask_history or len(answers) < 2:
+        return [(messages, mask_history)]
+    ids = rendered(tokenizer, messages, location)
+    parts = [(messages[: i + 1], True) for i in answers]
+    for part, only_last in parts[:-1]:
+        of_part, labels = supervised(tokenizer, part, ends, location, only_last)
+        length = max(at for at, label in enumerate(labels) if label != IGNORED) + 1
+        if ids[:length] != of_part[:length]:
+            return parts
+    return [(messages, False)]
 
 
 def supervised(
-    tokenizer: Any, messages: list[dict[str, str]], ends: set[int], location: str, mask_history: bool = False
+    tokenizer: Any, messages: Messages, ends: set[int], location: str, mask_history: bool = False
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and one label per token.
 
@@ -24,25 +58,24 @@ def supervised(
             turn differently with its answer, ends a turn with none of `ends`, or changes an answer; or no token is
             supervised.
     """
-    try:
-        ids = token_ids(tokenizer, messages)
-    except TemplateError as error:
-        raise UserError(
-            f"{location}: the base's chat template refuses this row: {error}: reword it for this base"
-        ) from None
+    ids = rendered(tokenizer, messages, location)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise UserError(
             f"{location}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from "
             "the template in a local copy of the base, or choose another base.model"
         )
+    around = around_answers(tokenizer, frozenset(ends))
     labels = [IGNORED] * len(ids)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or (mask_history and i < len(messages) - 1):
+        last = i == len(messages) - 1
+        if message["role"] != "assistant" or (mask_history and not last):
             continue
-        prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True)
-        start = len(prompt)
-        if ids[:start] != prompt:
-            raise UserError(f"{location}: {thinking(message, i) or prompt_differs(messages, i)}")
+        if last:
+            ids, start = with_prompt(tokenizer, messages, ids, location)
+            ids = with_end(tokenizer, messages, ids, start, ends, location)
+            labels += [IGNORED] * (len(ids) - len(labels))
+        else:
+            start = len(rendered(tokenizer, messages[:i], location, add_generation_prompt=True))
         end = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
         if end is None:
             raise UserError(
@@ -50,7 +83,7 @@ def supervised(
                 "which the base stops: correct eos_token_id in its generation_config.json"
             )
         answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        if answer.strip() != message["content"].strip():
+        if within(answer, *around) != message["content"].strip():
             changed = (
                 f"the base's chat template turns the answer of turn {i + 1} into {answer!r}, which the exam would "
                 "count as wrong: choose another base.model"
@@ -62,6 +95,83 @@ def supervised(
     return ids, labels
 
 
+def rendered(tokenizer: Any, messages: Messages, location: str, add_generation_prompt: bool = False) -> list[int]:
+    try:
+        return token_ids(tokenizer, messages, add_generation_prompt)
+    except TemplateError as error:
+        raise UserError(
+            f"{location}: the base's chat template refuses this row: {error}: reword it for this base"
+        ) from None
+
+
+def with_prompt(tokenizer: Any, messages: Messages, ids: list[int], location: str) -> tuple[list[int], int]:
+    """The conversation `ids` with the prompt that the last answer gets, and the length of this prompt.
+
+    The prompt may end with a thinking block that the template leaves out before a given answer. A block that is only
+    opened is closed at the beginning of the answer.
+    """
+    prompt = rendered(tokenizer, messages[:-1], location, add_generation_prompt=True)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+    if shared == len(prompt):
+        return ids, shared
+    more = tokenizer.decode(prompt[shared:], clean_up_tokenization_spaces=False)
+    asked, answer = (messages[-2]["content"] if messages[:-1] else "", messages[-1]["content"])
+    if len(prompt) - shared > THINKING or not more.strip() or asked in more or answer[:1].isspace():
+        raise UserError(f"{location}: {thinking(messages[-1], len(messages) - 1) or prompt_differs(messages)}")
+    closing = tokenizer.encode(CLOSED, add_special_tokens=False) if more.rstrip().endswith("<think>") else []
+    return prompt + closing + ids[shared:], len(prompt)
+
+
+def with_end(
+    tokenizer: Any, messages: Messages, ids: list[int], start: int, ends: set[int], location: str
+) -> list[int]:
+    """`ids`, with the token that follows the last answer in a longer conversation, if it is an end token.
+
+    GLM-4 ends an answer with the token that begins the next turn, and its template writes none after the last one.
+    """
+    if ends & set(ids[start:]):
+        return ids
+    following = rendered(tokenizer, [*messages, {"role": "user", "content": "?"}], location)
+    answer = ids[start:]
+    for at in range(len(following) - len(answer)):
+        if following[at : at + len(answer)] == answer and following[at + len(answer)] in ends:
+            return [*ids, following[at + len(answer)]]
+    return ids
+
+
+@lru_cache
+def around_answers(tokenizer: Any, ends: frozenset[int]) -> tuple[str, str]:
+    """The text that the template writes in an answer before and after its content, such as channels; mostly empty."""
+    messages = question_and_answer("Who wrote it?", "Ada Lovelace")
+    try:
+        ids, start = with_prompt(tokenizer, messages, rendered(tokenizer, messages, ""), "")
+        ids = with_end(tokenizer, messages, ids, start, set(ends), "")
+    except UserError:
+        return "", ""
+    end = next((at for at in range(start, len(ids)) if ids[at] in ends), len(ids))
+    answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+    before, found, after = answer.partition(messages[-1]["content"])
+    return (before.strip(), after.strip()) if found else ("", "")
+
+
+def within(answer: str, before: str, after: str) -> str:
+    """The content of an answer, from its text with all control tokens. `before` and `after` are around a content.
+
+    What a model writes ahead of `before` is its thinking.
+    """
+    content = answer.rpartition(before)[2] if before else answer
+    return content.strip().removesuffix(after).strip()
+
+
+def content_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> str:
+    """The content of an answer, from its tokens without the end token."""
+    before, after = around_answers(tokenizer, frozenset(ends))
+    if not (before or after):
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    content = within(tokenizer.decode(tokens, clean_up_tokenization_spaces=False), before, after)
+    return control_tokens(tokenizer).sub("", content).strip()
+
+
 def thinking(message: dict[str, str], i: int) -> str:
     """The error for an answer with a <think> block, else "". The template of a thinking model moves such a block."""
     if "</think>" not in message["content"]:
@@ -69,15 +179,10 @@ def thinking(message: dict[str, str], i: int) -> str:
     return f"turn {i + 1} has a <think> block, and this pipeline trains without thinking: remove it from the answer"
 
 
-def prompt_differs(messages: list[dict[str, str]], i: int) -> str:
-    differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
-    if messages[i]["content"][:1].isspace():
+def prompt_differs(messages: Messages) -> str:
+    differs = f"the base's chat template renders the prompt of turn {len(messages)} differently with its answer"
+    if messages[-1]["content"][:1].isspace():
         return f"{differs}, which begins with white space: remove the white space"
-    if i < len(messages) - 1:
-        return (
-            f"{differs} and more turns: split the row, or set tokenize.mask_history: true to train only on the last "
-            "answer"
-        )
     return f"{differs}: choose another base.model"
 
 

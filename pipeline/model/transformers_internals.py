@@ -26,13 +26,52 @@ def attention_of(model: Any) -> str:
 
 
 def forget_quantization(model: Any) -> None:
-    """Let `save_pretrained` save a model that was read from a GGUF file.
+    """Let `save_pretrained` save a model that was dequantized, or read from a GGUF file.
 
-    Transformers takes the model for quantized, although its weights are in 32 bits, and has no documented way back:
+    Transformers takes the model for quantized, although its weights are in 16 or 32 bits, would revert what it did to
+    the tensors of the files, and has no documented way back:
     https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py (save_pretrained)
     """
     model.config.__dict__.pop("quantization_config", None)
-    model.hf_quantizer, model.is_quantized = None, False
+    model.hf_quantizer, model.is_quantized, model._weight_conversions = None, False, None
+
+
+def quantize_experts_too() -> None:
+    """Make `load_in_4bit` also quantize experts, one parameter after the other while they are loaded.
+
+    Transformers documents `register_quantizer` for methods with new names. Other libraries know this one by its name:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_bnb_4bit.py
+    """
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    from pipeline.model.experts import is_experts, quantized_experts
+
+    def are_experts(model: Any, parameter: str) -> bool:
+        path, _, name = parameter.rpartition(".")
+        return is_experts(model.get_submodule(path), name)
+
+    class Quantize(ConversionOps):
+        def __init__(self, quantizer: Any, layers: Any) -> None:
+            self.quantizer, self.layers = quantizer, layers
+
+        def convert(self, input_dict: dict[str, Any], model: Any = None, **options: Any) -> dict[str, Any]:
+            [(name, value)] = input_dict.items()
+            if not are_experts(model, name):
+                return self.layers.convert(input_dict, model=model, **options)
+            weight = value[0] if isinstance(value, list) else value
+            storage = self.quantizer.quantization_config.bnb_4bit_quant_storage
+            return {name: quantized_experts(weight, storage)}
+
+    class Quantizer(Bnb4BitHfQuantizer):
+        def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
+            return super().param_needs_quantization(model, param_name) or are_experts(model, param_name)
+
+        def get_quantize_ops(self) -> ConversionOps:
+            return Quantize(self, super().get_quantize_ops())
+
+    AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Quantizer
 
 
 def names_in_4_bits(model: Any) -> set[str]:
@@ -55,6 +94,16 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
     `stored` are the names of the tensors. Left out are tensors that the model has no place for, such as further heads,
     and tensors that Transformers puts together or changes, such as experts. A tied head has its embedding's tensor.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {loaded: name for name, (loaded, converted) in loaded_into(model, stored).items() if not converted}
+    by_parameter = {id(parameters[loaded]): name for loaded, name in found.items()}
+    tied = {name: by_parameter[id(of)] for name, of in parameters.items() if id(of) in by_parameter}
+    return tied | found
+
+
+def loaded_into(model: Any, stored: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Return {tensor of the files: (parameter of `model`, whether Transformers puts tensors together or changes them)}.
 
     Files may have other names than the model, and no documented function tells them:
     https://github.com/huggingface/transformers/blob/main/src/transformers/core_model_loading.py
@@ -68,14 +117,12 @@ def names_in_files(model: Any, stored: Iterable[str]) -> dict[str, str]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = {}
     for name in stored:
-        loaded, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        loaded, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         if loaded not in parameters and name in parameters:  # as convert_and_load_state_dict_in_model
-            loaded, converted = name, None
-        if loaded in parameters and converted is None:
-            found[loaded] = name
-    by_parameter = {id(parameters[loaded]): name for loaded, name in found.items()}
-    tied = {name: by_parameter[id(of)] for name, of in parameters.items() if id(of) in by_parameter}
-    return tied | found
+            loaded, converter = name, None
+        if loaded in parameters:
+            found[name] = (loaded, converter is not None)
+    return found
 
 
 def ended(state: Any) -> bool:

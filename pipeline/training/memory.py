@@ -4,6 +4,7 @@ The architecture of the base, built from config.json alone, takes one step on to
 device have shapes and types, but no bytes.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.train import Train
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.embedding import only_looked_up
+from pipeline.model.experts import names_of_experts
 from pipeline.model.free_memory import free_memory
 from pipeline.model.loading import (
     KEPT,
@@ -34,6 +36,10 @@ from pipeline.training.torch_internals import Alive, fused_on_meta
 
 # Bytes per weight: 4 bits, and with double quantization an 8-bit scale per 64 weights and 32 bits per 256 scales.
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
+NF4_EXPERTS = (4 + 32 / 64) / 8  # without double quantization
+# Copies of a parameter with experts while it is loaded: its experts, joined in two steps; and, on a CPU, quantized.
+# Measured on a CPU.
+QUANTIZING = {"cpu": 8, "cuda": 3}
 # Bytes of a process before it has a model: libraries, and on a GPU also the CUDA context. Measured.
 PROCESS = {"cpu": 600 * 2**20, "cuda": 1400 * 2**20}
 # glibc does not give back all memory of freed tensors below KEPT bytes. Measured: it keeps this share of the bytes of
@@ -69,7 +75,9 @@ def training(
         and keeps_dequantized(train.processes * model.num_parameters(), dtype)
     )
     base = kept_bytes(model, train, in_nf4)
-    dequantized = max(weight.numel() for weight in linear_weights(model)) * dtype.itemsize if in_nf4 else 0
+    dequantized = most_dequantized(model) * dtype.itemsize if in_nf4 else 0
+    experts = [weight.numel() for weight in expert_weights(model)] if quantization == "nf4" else []
+    loading = QUANTIZING[device.type] * max(experts, default=0) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
     tuned = with_adapter(model, lora_config(lora, tokens))
     if device.type == "cuda" and only_looked_up(tuned) and not is_sharded(train.processes, train.strategy):
@@ -90,7 +98,7 @@ def training(
         "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
         "gradients": sum(weight.numel() for weight in trained) * kept.itemsize,
         "optimizer": sum(moments(weight, optimizer, kept, id(weight) in embeddings) for weight in trained),
-        "activations": max(step.saved + head, step.peak + dequantized, files + dequantized),
+        "activations": max(step.saved + head, step.peak + dequantized, files + dequantized, files + loading),
         "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
     }
 
@@ -101,10 +109,23 @@ def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
     return [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
 
 
+def expert_weights(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [model.get_parameter(name) for name in names_of_experts(model)]
+
+
+def most_dequantized(model: PreTrainedModel) -> int:
+    """Return how many weights are dequantized at one time, at most: a layer, or all experts of a block."""
+    of_blocks = Counter[str]()
+    for name in names_of_experts(model):
+        of_blocks[name.rpartition(".")[0]] += model.get_parameter(name).numel()
+    return max(*(weight.numel() for weight in linear_weights(model)), *of_blocks.values())
+
+
 def nf4_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the base in NF4."""
-    quantized = sum(weight.numel() for weight in linear_weights(model))
-    return int(quantized * NF4) + (model.num_parameters() - quantized) * model.dtype.itemsize
+    layers, experts = (sum(map(torch.numel, weights)) for weights in (linear_weights(model), expert_weights(model)))
+    others = model.num_parameters() - layers - experts
+    return int(layers * NF4 + experts * NF4_EXPERTS) + others * model.dtype.itemsize
 
 
 def kept_bytes(model: PreTrainedModel, train: Train, in_nf4: bool) -> int:
@@ -116,7 +137,8 @@ def kept_bytes(model: PreTrainedModel, train: Train, in_nf4: bool) -> int:
     whole = nf4_bytes(model) if in_nf4 else model.num_parameters() * model.dtype.itemsize
     if not is_sharded(train.processes, train.strategy):
         return whole
-    scales = sum(weight.numel() for weight in linear_weights(model)) * (NF4 - 4 / 8) if in_nf4 else 0
+    layers, experts = (sum(map(torch.numel, weights)) for weights in (linear_weights(model), expert_weights(model)))
+    scales = layers * (NF4 - 4 / 8) + experts * (NF4_EXPERTS - 4 / 8) if in_nf4 else 0
     head = model.get_output_embeddings().weight.nbytes
     not_shared = scales + (head if model.config.tie_word_embeddings else 0)
     shared = whole - not_shared
