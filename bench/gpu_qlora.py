@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from bench.gpu_case import MODELS, OUT_OF_MEMORY, RECIPES, ROOT, TINY, of_params_yaml
 from pipeline.training.memory import training
@@ -109,13 +109,14 @@ def flops_of_a_token(shape: PreTrainedConfig, length: int) -> float:
     Recomputation, casts and the adapter (below 1 %) are not counted. PaLM, appendix B
     (https://arxiv.org/abs/2204.02311), counts 6 operations per weight, of which 2 are for the weight's gradient; a
     frozen weight has no gradient. For attention it counts 12 x layers x heads x width of a head x length; causal
-    attention needs half.
+    attention needs half. Layers with another attention, such as a linear one, count as if theirs were complete.
     """
-    width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    queries, keys = shape.num_attention_heads * width, shape.num_key_value_heads * width
-    layer = shape.hidden_size * (2 * queries + 2 * keys + 3 * shape.intermediate_size)
-    weights = shape.num_hidden_layers * layer + shape.vocab_size * shape.hidden_size
-    return 4 * weights + 6 * shape.num_hidden_layers * queries * length
+    text = shape.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    weights = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    width = vars(text).get("head_dim") or text.hidden_size // text.num_attention_heads
+    return 4 * weights + 6 * text.num_hidden_layers * text.num_attention_heads * width * length
 
 
 def estimate(shape: PreTrainedConfig, length: int) -> int:

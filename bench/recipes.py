@@ -2,7 +2,7 @@
 
     python -m bench.recipes [RECIPE ...]    # all by default; a minute per recipe
 
-Nothing is downloaded. The shapes are copied from each model's config.json on the Hugging Face Hub.
+Nothing is downloaded: bench/shapes.py has the shape of each model.
 """
 
 import sys
@@ -10,10 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, Qwen3Config
 
-from bench.gpu_case import MODELS, config
 from bench.gpu_qlora import flops_of_a_token
+from bench.shapes import SHAPES
 from pipeline.common.parameters.params_yaml import check, read_yaml
 from pipeline.common.parameters.train import Train
 from pipeline.training.memory import training
@@ -25,17 +24,6 @@ SPARE = 0.1  # of a card, for what the prediction misses and for a desktop
 FLOP_PER_SECOND = 50e12  # what training is assumed to get: 30 % of the 165e12 in bfloat16 of an RTX 4090
 BATCHES = [1, 2, 4, 8, 16]
 LENGTHS = [1024, 2048, 4096, 8192]
-# Those of gpu_case and, alike, https://huggingface.co/Qwen/Qwen3-4B, .../Qwen3-8B, google/gemma-2-2b-it, gemma-3-1b-it.
-SHAPES = {
-    "qwen2.5-0.5b": MODELS["Qwen2.5 0.5B"],
-    "qwen2.5-7b": MODELS["Qwen2.5 7B"],
-    "qwen3-4b": config(Qwen3Config, 151_936, 2560, 9728, 36, 32, 8, head_dim=128, tie_word_embeddings=True),
-    "qwen3-8b": config(Qwen3Config, 151_936, 4096, 12_288, 36, 32, 8, head_dim=128, tie_word_embeddings=False),
-    "llama-3.1-8b": MODELS["Llama 3.1 8B"],
-    "gemma-2-2b": config(Gemma2Config, 256_000, 2304, 9216, 26, 8, 4, head_dim=256, query_pre_attn_scalar=256),
-    "gemma-2-9b": MODELS["Gemma 2 9B"],
-    "gemma-3-1b": config(Gemma3TextConfig, 262_144, 1152, 6912, 26, 4, 1, head_dim=256, sliding_window=512),
-}
 
 
 def main() -> None:

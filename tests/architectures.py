@@ -59,6 +59,11 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         text_config=TEXT | {"query_pre_attn_scalar": 16}, vision_config=VISION, mm_tokens_per_image=4
     ),
     "gemma4": lambda: hf.Gemma4Config(text_config=TEXT | LAYERWISE, vision_config=VISION, audio_config=None),
+    "gemma3n_text": lambda: hf.Gemma3nTextConfig(
+        **TEXT | LAYERWISE | {"intermediate_size": [128, 128], "hidden_size_per_layer_input": 256},
+        activation_sparsity_pattern=[0.95, 0.95],  # llama.cpp has the numbers of the real models
+        laurel_rank=64,
+    ),
     "qwen2_5_vl": lambda: hf.Qwen2_5_VLConfig(text_config=TEXT | SECTIONS, vision_config=VISION),
     "qwen3_vl": lambda: hf.Qwen3VLConfig(
         text_config=TEXT | SECTIONS, vision_config=VISION | {"deepstack_visual_indexes": [0]}
@@ -107,7 +112,7 @@ def make(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Print docs/models.md's table: send each base, or those named on the command line, through all stages."""
+    """Print docs/families.md's table: send each base, or those named on the command line, through all stages."""
     parameters = check(Path("params.yaml"))
     print("| architecture | adapter on | merged | LoRA GGUF | merged GGUF |\n| --- | --- | ---: | ---: | ---: |")
     for name in sys.argv[1:] or CONFIGS:

@@ -91,16 +91,19 @@ def test_a_damaged_base_is_refused_in_one_line(project: Project, file: str, cont
     assert "\n" not in str(refusal.value)
 
 
-def test_a_base_that_takes_no_step_without_weights_is_refused_for_its_experts_alone(
+def test_a_base_with_experts_is_checked_and_no_adapter_goes_on_the_experts(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     architectures.make("qwen3_moe", Path("models/experts"))
     project.set(base__model="models/experts")
-    with pytest.raises(UserError, match=r"lora\.target_modules includes the experts of base\.model"):
+    project.set(lora__target_modules=["gate_proj"])
+    with pytest.raises(UserError, match=r"gate_proj not among this base's k_proj, o_proj, q_proj, v_proj"):
         tool.main()
-    project.set(lora__target_modules=["q_proj", "v_proj"])
+    project.set(lora__target_modules="all-linear")
     tool.main()
-    assert "no estimate: qwen3_moe takes no step without weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"under LoRA +[\d.]+ % of the weights; the rest: .*experts or convolutions in one tensor", printed)
+    assert re.search(r"memory: train_qlora +0\.\d of .* GiB", printed)
 
 
 def test_a_typo_is_reported_before_torch_is_imported(project: Project) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, Project
 
-from bench.recipes import GIB, SHAPES, SPARE
+from bench.recipes import GIB, SPARE
+from bench.shapes import SHAPES
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.rows import read_jsonl

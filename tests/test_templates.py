@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 
 from pipeline.common.rows import question_and_answer
+from pipeline.export.go_template import go_template
 from pipeline.model.chat_template import load_tokenizer, token_ids
-from pipeline.model.supervision import IGNORED, content_of, conversations, supervised
+from pipeline.model.supervision import IGNORED, around_answers, content_of, conversations, supervised
 
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
@@ -56,6 +57,24 @@ def test_each_answer_follows_the_prompt_that_it_will_get(name: str) -> None:
                 assert labels[len(prompt) : end + 1] == ids[len(prompt) : end + 1]
                 learned.append(content_of(tokenizer, ids[len(prompt) : end], ends))
         assert learned == [message["content"] for message in row if message["role"] == "assistant"]
+
+
+def test_the_document_says_what_becomes_of_each_template() -> None:
+    lines = []
+    for name, end in ENDS.items():
+        text = (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+        tokenizer, ends = with_template(text, end)
+        inputs = "one" if len(conversations(tokenizer, TWICE, ends, "here")) == 1 else "one for each answer"
+        wrapper = " and ".join(f"`{part}`" for part in around_answers(tokenizer, frozenset(ends)) if part) or "none"
+        in_ollama = "yes"
+        try:
+            go_template(tokenizer)
+        except ValueError:
+            in_ollama = "no"
+        lines.append(
+            f"| `{name}` | {inputs} | {wrapper.replace('|', chr(92) + '|').replace(chr(10), ' ')} | {in_ollama} |"
+        )
+    assert "\n".join(lines) in (ROOT / "docs/families.md").read_text(encoding="utf-8"), "\n".join(lines)
 
 
 def test_what_a_model_thinks_before_its_answer_is_not_its_answer() -> None:

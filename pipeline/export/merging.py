@@ -19,7 +19,7 @@ import torch
 from pipeline.common.errors import UserError
 from pipeline.model.base import SMALL_FILES
 from pipeline.model.experts import names_of_experts
-from pipeline.model.skeleton import skeleton
+from pipeline.model.skeleton import skeleton, text_model
 from pipeline.model.tensor_files import StoredTensor, read_header, stored_tensors, weights_by_file
 from pipeline.model.transformers_internals import loaded_into, names_in_4_bits, names_in_files
 
@@ -232,9 +232,13 @@ def changed(
 
 
 def in_nf4(base: Path, names: dict[str, str], weights: dict[str, StoredTensor]) -> dict[str, Rounding]:
-    """How `load_quantized` rounds tensors of the files. `names` has the tensor of each parameter of the model."""
-    model, layers = skeleton(base), names_in_4_bits(skeleton(base))
-    found = {names[f"{layer}.weight"]: Rounding() for layer in layers if f"{layer}.weight" in names}
+    """How `load_quantized` rounds tensors of the text model. `names` has the tensor of each parameter of the model.
+
+    Vision and audio stay as they are in the files, because no answer to a text depends on them.
+    """
+    model, text = skeleton(base), text_model(skeleton(base))
+    layers = [f"{layer}.weight" for layer in names_in_4_bits(skeleton(base)) if layer.startswith(text)]
+    found = {names[layer]: Rounding() for layer in layers if layer in names}
     experts = names_of_experts(model)
     for name, (parameter, _) in loaded_into(model, weights).items() if experts else ():
         if parameter in experts:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
 from pipeline.model.peft_internals import give_head_a_bias, targets_parameters
+from pipeline.model.skeleton import text_model
 
 # Linear layers to which llama.cpp applies no adapter:
 # https://github.com/ggml-org/llama.cpp/blob/master/src/models/gemma4.cpp (project_per_layer_inputs)
@@ -118,10 +119,8 @@ def without_adapter(model: PreTrainedModel) -> str | None:
     """
     linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     patterns = [re.escape(path) for path, layer in linear if not is_plain(layer) or path.endswith(RUN_ALONE)]
-    if model.config.get_text_config() is not model.config:
-        text = model.get_decoder()
-        [path] = [path for path, module in model.named_modules() if module is text]
-        patterns.append(rf"(?!{re.escape(path)}\.).*")
+    if text := text_model(model):
+        patterns.append(rf"(?!{re.escape(text)}).*")
     return "|".join(patterns) or None
 
 

@@ -17,3 +17,13 @@ def never_repack(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def scales_to(model: torch.nn.Module, device: torch.device) -> None:
+    """Move the scales of weights in NF4 to `device`. They are no parameters, so FSDP does not move them.
+
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/nn/modules.py (Linear4bit)
+    """
+    for module in model.modules():
+        if isinstance(state := getattr(module, "quant_state", None), bnb.functional.QuantState):
+            state.to(device)

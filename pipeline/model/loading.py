@@ -16,7 +16,7 @@ from pipeline.model.bitsandbytes_internals import never_repack
 from pipeline.model.experts import dequantize_in_use, keep_dequantized
 from pipeline.model.free_memory import free_memory
 from pipeline.model.skeleton import auto_class, skeleton
-from pipeline.model.transformers_internals import quantize_experts_too
+from pipeline.model.transformers_internals import use_own_quantizer
 
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -111,7 +111,7 @@ def load_quantized(
 
     All other weights and the arithmetic are in `dtype`. `quant_storage` is the type of the tensors that hold NF4 bits.
     """
-    quantize_experts_too()
+    use_own_quantizer()
     model = load_weights(folder, device, dtype, nf4(dtype, quant_storage))
     never_repack(model)
     dequantize_in_use(model)

@@ -25,11 +25,19 @@ def skeleton(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             return auto_class(folder).from_config(config, dtype=dtype or config.dtype)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"base.model: Transformers cannot build a language model from {folder}/config.json: {reason}"
         ) from None
+
+
+def text_model(model: PreTrainedModel) -> str:
+    """The path of the text model in a model with vision or audio, with a dot at the end; empty in other models."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    text = model.get_decoder()
+    return next(f"{path}." for path, module in model.named_modules() if module is text)
 
 
 def auto_class(folder: Path) -> Any:

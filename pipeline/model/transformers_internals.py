@@ -3,7 +3,8 @@
 An import of Transformers takes seconds. Only the functions that need Transformers import it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -36,10 +37,14 @@ def forget_quantization(model: Any) -> None:
     model.hf_quantizer, model.is_quantized, model._weight_conversions = None, False, None
 
 
-def quantize_experts_too() -> None:
+IN_16_BITS = ["prediction_coefs"]  # Gemma 3n changes these weights in place (Gemma3nTextAltUp.predict)
+
+
+def use_own_quantizer() -> None:
     """Make `load_in_4bit` also quantize experts, one parameter after the other while they are loaded.
 
-    Transformers documents `register_quantizer` for methods with new names. Other libraries know this one by its name:
+    Layers in IN_16_BITS are not quantized. Transformers documents `register_quantizer` for methods with new names.
+    Other libraries know this one by its name:
     https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_bnb_4bit.py
     """
     from transformers.core_model_loading import ConversionOps
@@ -71,7 +76,26 @@ def quantize_experts_too() -> None:
         def get_quantize_ops(self) -> ConversionOps:
             return Quantize(self, super().get_quantize_ops())
 
+        @staticmethod
+        def get_modules_to_not_convert(*arguments: Any, **options: Any) -> list[str]:
+            return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(*arguments, **options), *IN_16_BITS]
+
     AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Quantizer
+
+
+@contextmanager
+def experts_on_meta() -> Iterator[None]:
+    """Compute experts without torch's product of groups, which takes only bfloat16 on meta tensors.
+
+    https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/moe.py (_grouped_mm)
+    """
+    from transformers.integrations import moe
+
+    fits, moe._can_use_grouped_mm = moe._can_use_grouped_mm, lambda *_: False
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = fits
 
 
 def names_in_4_bits(model: Any) -> set[str]:
@@ -85,6 +109,7 @@ def names_in_4_bits(model: Any) -> set[str]:
     from transformers import BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
+    use_own_quantizer()
     AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True)).preprocess_model(model, device_map=None)
     return {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 

@@ -30,7 +30,7 @@ from pipeline.model.loading import (
     pick_optimizer,
 )
 from pipeline.model.skeleton import skeleton
-from pipeline.model.transformers_internals import attention_of
+from pipeline.model.transformers_internals import attention_of, experts_on_meta
 from pipeline.training.processes import is_sharded, share_of_step
 from pipeline.training.torch_internals import Alive, fused_on_meta
 
@@ -202,7 +202,7 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offl
     if eager or batch_size > 1:  # a single row has no padding, and SDPA makes its mask itself
         mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
     saving = saved_tensors_hooks(moved_away, brought_back) if offloading else nullcontext()
-    with Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT) as alive, saving:
+    with Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT) as alive, saving, experts_on_meta():
         hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         saved, small = alive.now, alive.small
         torch.autograd.backward(hidden, torch.empty_like(hidden))

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
+from pipeline.model.bitsandbytes_internals import scales_to
 from pipeline.model.transformers_internals import layers_of
 from pipeline.training.accelerate_internals import end_as_failed, place_on
 from pipeline.training.checkpoints import last_complete, step_of
@@ -136,6 +137,7 @@ def shard(model: PeftModel, device: torch.device) -> None:
         weight.data = weight.data.to(device)
     for module in [*layers_of(model), *ends, model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=copied)
+    scales_to(model, device)
     place_on(model, device)
 
 

@@ -4,6 +4,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -58,11 +59,14 @@ def fused_on_meta(
     meta tensors SDPA itself keeps the scores, and its documented function has no other kernel there:
     https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/transformers/attention.cpp
 
-    The shape of `query`, `key` and `value` is (batch, heads, length, width of a head).
+    The shape of `query`, `key` and `value` is (batch, heads, length, width of a head). The values of DeepSeek's latent
+    attention are narrower than its keys.
     """
+    width = value.shape[-1]
+    value = pad(value, (0, query.shape[-1] - width))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     bias = None if attention_mask is None else torch.zeros_like(attention_mask, dtype=query.dtype)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, attn_mask=bias)[0].transpose(1, 2).contiguous(), None
+    return fused(query, key, value, attn_mask=bias)[0][..., :width].transpose(1, 2).contiguous(), None
