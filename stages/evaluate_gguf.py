@@ -9,6 +9,7 @@ metrics/gguf_cost.json, which DVC does not track
 
 import gc
 import time
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ def answer_in_llama_cpp(
     The server gets one question at a time. Concurrent questions would share batches by chance, and the last digits of
     the probabilities would differ from run to run.
     """
-    ends, today = end_tokens(load_generation_config(MERGED)), datetime.now()
-    require_same_tokens(server, questions, [prompt(tokenizer, question, today) for question in questions], name)
+    ends = end_tokens(load_generation_config(MERGED))
+    prompts = (prompt(tokenizer, question, datetime.now()) for question in questions)  # llama.cpp has the time, too
+    require_same_tokens(server, questions, prompts, name)
     require_same_ends(server, asked[0][0], ends, name)
     replies, next_tokens, seconds = [], [], 0.0
     for tokens, reference in tqdm(asked, desc=name, unit="question"):
@@ -129,7 +131,7 @@ def answer_in_llama_cpp(
     return Variant(given, next_tokens), {"tokens_per_second": speed}
 
 
-def require_same_tokens(server: Server, questions: list[Question], prompts: list[list[int]], name: str) -> None:
+def require_same_tokens(server: Server, questions: list[Question], prompts: Iterable[list[int]], name: str) -> None:
     """Raises UserError for the first question of which the file and Transformers make different prompt tokens."""
     for question, expected in zip(questions, prompts, strict=True):
         tokens = server.tokens([{"role": "user", "content": question.question}])

@@ -27,7 +27,7 @@ def main() -> None:
     base = describe(parameters.base.model, parameters.base.revision)
     say_if_quantized(parameters.base.model)
     folder, _ = fetched(base["model"], base["revision"], [*MODEL_FILES, MODEL_CARD])
-    folder = unpack_if_quantized(folder)
+    folder = unpack_if_quantized(folder, base["fingerprint"])
     weights_by_file(folder)  # raises UserError if a file is damaged
     require_convertible(folder)
     write_json(BASE, base)

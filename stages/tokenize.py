@@ -113,7 +113,7 @@ def tokenized(
                 if shorter is None:
                     continue
                 ids, labels = shorter
-            shown.see(row, ids, labels)
+            shown.see(row | {"messages": messages}, ids, labels)
             yield {"input_ids": ids, "labels": labels}
 
 

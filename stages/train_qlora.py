@@ -31,6 +31,7 @@ from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRI
 from pipeline.export.dry_run import require_mergeable
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer, located, public_name
+from pipeline.model.bitsandbytes_internals import keep_no_experts
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
 from pipeline.model.loading import (
@@ -38,6 +39,7 @@ from pipeline.model.loading import (
     load_quantized,
     load_weights,
     pick_attention,
+    pick_checkpointing,
     pick_device,
     pick_dtype,
     reproducible,
@@ -110,6 +112,8 @@ def load_trainable(parameters: Parameters, folder: Path, tokens: list[int], devi
         base = load_base(folder, quantization, device, dtype, parameters.train.processes)
     pick_attention(base, device)
     without_dropout(base)
+    if not pick_checkpointing(parameters.train.gradient_checkpointing, device):
+        keep_no_experts(base)
     tuned = with_adapter(base, lora_config(parameters.lora, tokens))
     if sharded:
         shard(tuned, device)

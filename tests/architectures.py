@@ -1,5 +1,6 @@
 """Tiny random bases of many architectures, with the names that their files have on the hub."""
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -102,6 +103,8 @@ def make(name: str, folder: Path) -> None:
     kind = hf.AutoModelForImageTextToText if with_vision else hf.AutoModelForCausalLM
     kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if name == "phi3":  # the converter tells Phi-4 mini from Phi-3 by this class
+        rewrite(folder / "tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"})
     if name == "granitemoehybrid":  # on the hub its layers have other names
         file = folder / "config.json"
         file.write_text(file.read_text().replace("linear_attention", "mamba").replace("full_attention", "attention"))
@@ -109,6 +112,10 @@ def make(name: str, folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
         weights["mtp.layers.0.mlp.down_proj.weight"] = torch.zeros(64, 128)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rewrite(file: Path, changed: dict[str, object]) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changed), encoding="utf-8")
 
 
 def main() -> None:

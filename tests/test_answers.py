@@ -43,8 +43,9 @@ def gpt2(folder: Path) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES.values(), gpt2])
 def test_a_batch_of_questions_of_all_lengths_is_answered_one_by_one(
-    family: Callable[[Path], None], tmp_path: Path
+    family: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.evaluation.answers.WORTH_A_PASS", 1)
     family(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -74,7 +75,10 @@ def test_right_and_wrong_answers_of_a_batch_end_each_in_its_place(
     require_equal(answer_questions(model, tokenizer, mixed, 7, max_new_tokens), expected)
 
 
-def test_an_exam_of_right_answers_takes_two_passes_a_batch_after_what_its_prompts_share(base: Any) -> None:
+def test_an_exam_of_right_answers_takes_two_passes_a_batch_after_what_its_prompts_share(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.evaluation.answers.WORTH_A_PASS", 1)  # this base has no system prompt
     model, tokenizer, own = base
     rows_of_passes = list[int]()
     hook = model.register_forward_hook(

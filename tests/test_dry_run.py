@@ -84,9 +84,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 # Their GGUF LoRA was wrong: layers under other names, and a layer that llama.cpp runs without its adapter.
-@pytest.mark.parametrize("name", ["granitemoehybrid", "gemma4"])
-def test_a_twin_of_the_base_goes_through_all_stages(project: Project, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "processes"), [("granitemoehybrid", 1), ("gemma4", 2)])
+def test_a_twin_of_the_base_goes_through_all_stages(
+    project: Project, tmp_path: Path, name: str, processes: int
+) -> None:
     architectures.make(name, tmp_path)
+    project.set(train__processes=processes, train__strategy="fsdp")  # of a base with vision, too
     found = dict(twin.through_all_stages(tmp_path, check(Path("params.yaml"))))
     assert list(found) == [
         f"twin: {file}" for file in ("merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf")

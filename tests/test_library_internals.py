@@ -33,6 +33,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainerState
 from transformers.integrations import bitsandbytes as transformers_bnb
@@ -43,8 +44,9 @@ from bench.transformers_internals import random_nf4
 from pipeline.common.dvc_outputs import output_hash, put_back_outputs
 from pipeline.common.errors import UserError
 from pipeline.common.printing import calm_libraries
-from pipeline.model.bitsandbytes_internals import never_repack
+from pipeline.model.bitsandbytes_internals import never_repack, scales_to
 from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.experts import names_of_experts
 from pipeline.model.loading import load_quantized
 from pipeline.model.peft_internals import (
     adapter_weights,
@@ -56,8 +58,10 @@ from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import (
     attention_of,
     ended,
+    experts_on_meta,
     forget_quantization,
     layers_of,
+    loaded_into,
     names_in_4_bits,
     names_in_files,
 )
@@ -207,6 +211,31 @@ def test_transformers_names_the_layers_that_it_loads_in_4_bits() -> None:
     assert names_in_4_bits(skeleton(BASE)) == {
         name for name, module in loaded.named_modules() if isinstance(module, bnb.nn.Linear4bit)
     }
+
+
+def test_transformers_quantizes_experts_with_the_layers(tmp_path: Path) -> None:
+    architectures.make("qwen3_moe", tmp_path)
+    model, names = load_quantized(tmp_path, CPU, torch.float32), names_of_experts(skeleton(tmp_path))
+    assert len(names) == 4 and all(is_parametrized(model.get_submodule(name.rpartition(".")[0])) for name in names)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {parameter for parameter, changed in loaded_into(skeleton(tmp_path), stored).values() if changed} == names
+
+
+def test_transformers_computes_experts_without_weights_only_with_help(tmp_path: Path) -> None:
+    architectures.make("qwen3_moe", tmp_path)
+    ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    with experts_on_meta():
+        assert skeleton(tmp_path, torch.float32)(ids).logits.shape[:2] == (1, 8)
+    with pytest.raises(RuntimeError, match="Expected inputs of BF16 type"):
+        skeleton(tmp_path, torch.float32)(ids)
+
+
+def test_bitsandbytes_has_its_scales_beside_the_weights(tmp_path: Path) -> None:
+    architectures.make("qwen3_moe", tmp_path)
+    model = load_quantized(tmp_path, CPU, torch.float32)
+    scales_to(model, torch.device("meta"))
+    states = [module.quant_state for module in model.modules() if hasattr(module, "quant_state")]
+    assert len(states) == 8 + 4 and {state.absmax.device.type for state in states} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "nemotron_h", "qwen2_moe"])

@@ -11,12 +11,14 @@ from conftest import ROOT, Project
 from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters.params_yaml import check
+from pipeline.common.parameters.params_yaml import check, load
 from pipeline.export.merging import merge, merges_onto_nf4
 from pipeline.model.adapter import lora_config, with_adapter
+from pipeline.model.bitsandbytes_internals import keep_no_experts
 from pipeline.model.experts import names_of_experts
 from pipeline.model.loading import load_base, load_merged, load_quantized, load_tuned, load_weights, reproducible
 from pipeline.model.skeleton import skeleton
+from pipeline.training.torch_internals import Alive
 from stages import merge_adapter, train_qlora
 
 TINY = ROOT / "models/tiny-base"
@@ -81,6 +83,7 @@ def test_experts_are_in_nf4_and_merged_to_the_same_values(tmp_path: Path, name: 
 def test_dequantized_experts_are_not_kept_for_the_backward_pass(tmp_path: Path) -> None:
     architectures.make("qwen3_moe", tmp_path)
     model, dequantized = load_quantized(tmp_path, CPU, torch.float32), []
+    keep_no_experts(model)
     for name in names_of_experts(skeleton(tmp_path)):
         path, _, part = name.rpartition(".")
         [parametrization] = model.get_submodule(path).parametrizations[part]
@@ -91,6 +94,25 @@ def test_dequantized_experts_are_not_kept_for_the_backward_pass(tmp_path: Path) 
     assert len(dequantized) == 4
     loss.backward()
     assert len(dequantized) == 8
+
+
+def test_checkpointing_keeps_no_more_of_experts_in_nf4_than_of_others(tokenized: Project, tmp_path: Path) -> None:
+    architectures.make("qwen3_moe", tmp_path)
+    tokenized.set(train__gradient_checkpointing=True)
+    kept = {}
+    for quantization in ("none", "nf4"):
+        tokenized.set(base__quantization=quantization)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("pipeline.model.loading.free_memory", lambda _: 0)
+            model = train_qlora.load_trainable(load("train_qlora"), tmp_path, [], CPU)
+        model.train().gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        ids = torch.arange(1, 257)[None]
+        with Alive([*model.parameters(), *model.buffers(), ids], 2**23) as alive:
+            loss = model(ids, use_cache=False).logits.sum()
+            kept[quantization] = alive.now
+        loss.backward()
+    assert kept["nf4"] < 1.1 * kept["none"]
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

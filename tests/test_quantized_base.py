@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from conftest import Project
 from safetensors.torch import load_file, save_file
 
@@ -31,14 +32,14 @@ def bnb_4bit(folder: Path) -> Callable[[], torch.nn.Module]:
     return lambda: model
 
 
-def fp8(folder: Path) -> Callable[[], torch.nn.Module]:
+def fp8(folder: Path, base: str = "mistral") -> Callable[[], torch.nn.Module]:
     """With a scale for each block of 32 rows and columns. The scales are powers of two, so that 16 bits are enough."""
     weights, rounded = load_file(folder / "model.safetensors"), folder.parent / "rounded"
-    architectures.make("mistral", rounded)
+    architectures.make(base, rounded)
     quantized, plain = {}, {}
     for name, weight in weights.items():
         quantized[name] = plain[name] = weight
-        if name.endswith("proj.weight"):
+        if ".layers." in name and name.endswith("proj.weight"):
             blocks = weight.unflatten(1, (-1, 32)).unflatten(0, (-1, 32))  # rows of blocks, rows, columns of blocks, ..
             scale = (blocks.abs().amax((1, 3), keepdim=True) / 448).log2().ceil().exp2()
             quantized[name] = (blocks / scale).view(weight.shape).to(torch.float8_e4m3fn)
@@ -102,16 +103,42 @@ def test_a_base_in_mxfp4_is_dequantized_and_goes_through_all_stages(
     assert float(found["twin: model-f16.gguf"].split()[1]) < 1e-4
 
 
+def test_vision_stays_in_a_base_in_fp8(own_cache: None, tmp_path: Path) -> None:
+    architectures.make("qwen3_5", folder := tmp_path / "mine")
+    stored = load_file(folder / "model.safetensors")
+    fp8(folder, "qwen3_5")
+    made = load_file(unpack_if_quantized(folder) / "model.safetensors")
+    assert made.keys() == {name for name in stored if not name.startswith("mtp.")}
+
+
 def test_files_that_cannot_be_dequantized_are_refused_in_one_line(own_cache: None, tmp_path: Path) -> None:
     architectures.make("mistral", folder := tmp_path / "mine")
     fp8(folder)
     weights = load_file(folder / "model.safetensors")
     layer = "model.layers.1.mlp.up_proj.weight"
-    weights[f"{layer}_scale_inv"] = torch.ones(3, 5)  # of another shape
+
+    def refusal(**changed: torch.Tensor | None) -> str:
+        """What is said if these tensors of the layer are others, or none."""
+        others = {name: weight for name, weight in weights.items() if name.removeprefix(layer) not in changed}
+        news = {f"{layer}{name}": weight for name, weight in changed.items() if weight is not None}
+        save_file(others | news, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError) as refused:
+            unpack_if_quantized(folder)
+        return str(refused.value)
+
+    scale = weights[f"{layer}_scale_inv"]
+    assert "Transformers cannot dequantize" in refusal(_scale_inv=torch.ones(3, 5))
+    assert f"Transformers does not dequantize {layer}_scale of" in refusal(_scale_inv=None, _scale=scale)
+    assert f"{layer} is in none of its files: fetch the model again" in refusal(**{"": None})
+
+
+def test_experts_that_transformers_leaves_packed_are_refused(own_cache: None, tmp_path: Path) -> None:
+    architectures.make("qwen3_moe", folder := tmp_path / "mine")
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if ".experts." in name]:
+        packed, state = quantize_4bit(weights[name], quant_type="nf4")
+        weights |= {name: packed, f"{name}.absmax": state.absmax}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"^base\.model: Transformers cannot dequantize .*: name the model that it was"):
-        unpack_if_quantized(folder)
-    del weights[layer]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"^base\.model .*: model\.layers\.1\.mlp\.up_proj\.weight is in none of its"):
+    declare(folder, {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(UserError, match=r"Transformers (does not|cannot) dequantize .*: name the model that"):
         unpack_if_quantized(folder)

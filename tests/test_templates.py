@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from pipeline.common.rows import question_and_answer
 from pipeline.export.go_template import go_template
-from pipeline.model.chat_template import load_tokenizer, token_ids
+from pipeline.model.chat_template import dated, load_tokenizer, token_ids
 from pipeline.model.supervision import IGNORED, around_answers, content_of, conversations, supervised
 
 ENDS = {
@@ -45,7 +45,7 @@ def with_template(text: str, end: str) -> tuple[Any, set[int]]:
 def test_each_answer_follows_the_prompt_that_it_will_get(name: str) -> None:
     text = (files("trl") / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
     tokenizer, ends = with_template(text, ENDS[name])
-    for row in (TWICE[:2], TWICE):
+    for row in (TWICE[:2], TWICE, question_and_answer("in", "Ada Adler")):
         learned = []
         for messages, only_last in conversations(tokenizer, row, ends, "here"):
             ids, labels = supervised(tokenizer, messages, ends, "here", only_last)
@@ -89,3 +89,4 @@ def test_a_template_that_asks_for_todays_date_gets_a_fixed_one() -> None:
     tokenizer, _ = with_template("{{ strftime_now('%d %B %Y') }}", "<|im_end|>")
     assert tokenizer.decode(token_ids(tokenizer, TWICE)) == "26 July 2024"
     assert tokenizer.decode(token_ids(tokenizer, TWICE, date=datetime(2026, 1, 2))) == "02 January 2026"
+    assert dated('\n{{ strftime_now( "%F, it\'s %I:%M" ) }}') == '\n{{ "2024-07-26, it\'s 12:00" }}'

@@ -52,7 +52,7 @@ LARGEST = {  # keys of config.json, and the largest value that a twin has
     "hidden_size": HIDDEN,
     "intermediate_size": WIDTH,
     "intermediate_size_mlp": WIDTH,
-    "moe_intermediate_size": HIDDEN,
+    "moe_intermediate_size": WIDTH,  # not square: some files have the transposed matrices
     "shared_expert_intermediate_size": HIDDEN,
     "shared_intermediate_size": WIDTH,
     "num_attention_heads": HEADS,

@@ -12,13 +12,15 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.model.chat_template import DATE, end_tokens, token_ids
 from pipeline.model.supervision import IGNORED, content_of, supervised
+
+WORTH_A_PASS = 8  # tokens
 
 
 def prompt(tokenizer: Any, question: Question, date: datetime = DATE) -> list[int]:
@@ -122,10 +124,10 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[Any,
     cache that keeps every token allows that.
     """
     begin, cache = shared_beginning(prompts), None
-    if begin and len(prompts) > 1:
+    if begin >= WORTH_A_PASS and len(prompts) > 1 and keeps_all_tokens(DynamicCache(config=model.config)):
         row = torch.tensor([prompts[0][:begin]], device=model.device)
         cache = forward(model, row, torch.ones_like(row), logits_to_keep=1).past_key_values
-        cache = cache if all(type(layer) is DynamicLayer for layer in cache.layers) else None
+        cache = cache if keeps_all_tokens(cache) else None
     if cache is None:
         begin = 0
     else:
@@ -133,6 +135,11 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[Any,
     ids = padded([prompt[begin:] for prompt in prompts], "left").to(model.device)
     mask = pad((ids != IGNORED).long(), (begin, 0), value=1)
     return forward(model, ids, mask, past_key_values=cache, logits_to_keep=1), mask
+
+
+def keeps_all_tokens(cache: Cache) -> bool:
+    """Whether a cache has no windows, and no states that sum tokens up."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def shared_beginning(rows: list[list[int]]) -> int:

@@ -236,7 +236,8 @@ def in_nf4(base: Path, names: dict[str, str], weights: dict[str, StoredTensor]) 
 
     Vision and audio stay as they are in the files, because no answer to a text depends on them.
     """
-    model, text = skeleton(base), text_model(skeleton(base))
+    model = skeleton(base)
+    text = text_model(model)
     layers = [f"{layer}.weight" for layer in names_in_4_bits(skeleton(base)) if layer.startswith(text)]
     found = {names[layer]: Rounding() for layer in layers if layer in names}
     experts = names_of_experts(model)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 from pipeline.common.errors import UserError
 
 DATE = datetime(2024, 7, 26)  # for templates that write today's date: no result may depend on the day
-PARTS_OF_DATES = ["%A", "%a", "%B", "%b", "%d", "%-d", "%H", "%M", "%m", "%S", "%Y", "%y"]
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 # Used for every rendering, here and in llama.cpp. Other templates ignore these arguments. With them, Qwen 3 writes an
 # empty <think> block before the answer, and Llama 3.2 writes this date instead of today's.
 TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": DATE.strftime("%d %b %Y")}
@@ -77,11 +77,8 @@ def control_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 
 def dated(template: str, date: datetime = DATE) -> str:
-    """`template` with a macro `strftime_now`, which hides the function of Transformers that writes today's date."""
-    if "strftime_now" not in template:
-        return template
-    written = "".join(f" | replace('{part}', '{date.strftime(part)}')" for part in PARTS_OF_DATES)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}{template}"
+    """`template` with `date` in place of its calls of `strftime_now`, a function of Transformers for today's date."""
+    return TODAY.sub(lambda call: repr(date.strftime(call[2])), template)
 
 
 def token_ids(

@@ -9,10 +9,9 @@ from gguf import GGUFReader, LlamaFileType
 from jinja2 import TemplateError
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import atomic_output
 from pipeline.model.base import file_hash, is_gguf
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
-from pipeline.model.hub_cache import unpacked
+from pipeline.model.hub_cache import made_once, unpacked
 from pipeline.model.license import MODEL_CARD
 from pipeline.model.llama_server import Server, served
 from pipeline.model.transformers_internals import forget_quantization
@@ -73,12 +72,11 @@ def unpack_if_gguf(model: str, threads: int) -> None:
     file = Path(model)
     if not is_gguf(model) or not file.exists():
         return
-    folder = unpacked(file_hash(file))
-    if not folder.exists():
-        with atomic_output(folder) as aside:
-            aside.mkdir()
-            likeliest = unpack(file, aside)
-            require_same_answers(file, aside, likeliest, threads)
+
+    def make(folder: Path) -> None:
+        require_same_answers(file, folder, unpack(file, folder), threads)
+
+    made_once(unpacked(file_hash(file)), make)
 
 
 def say_if_quantized(model: str) -> None:

@@ -12,8 +12,7 @@ import transformers
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
-from pipeline.model.bitsandbytes_internals import never_repack
-from pipeline.model.experts import dequantize_in_use, keep_dequantized
+from pipeline.model.bitsandbytes_internals import dequantize_in_use, keep_dequantized, never_repack
 from pipeline.model.free_memory import free_memory
 from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import use_own_quantizer

@@ -114,9 +114,11 @@ def with_prompt(tokenizer: Any, messages: Messages, ids: list[int], location: st
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
     if shared == len(prompt):
         return ids, shared
-    more = tokenizer.decode(prompt[shared:], clean_up_tokenization_spaces=False)
-    asked, answer = (messages[-2]["content"] if messages[:-1] else "", messages[-1]["content"])
-    if len(prompt) - shared > THINKING or not more.strip() or asked in more or answer[:1].isspace():
+    before, more = (
+        tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (prompt[:shared], prompt[shared:])
+    )
+    asked, answer = (message["content"] for message in messages[-2:])
+    if len(prompt) - shared > THINKING or not more.strip() or asked.strip() not in before or answer[:1].isspace():
         raise UserError(f"{location}: {thinking(messages[-1], len(messages) - 1) or prompt_differs(messages)}")
     closing = tokenizer.encode(CLOSED, add_special_tokens=False) if more.rstrip().endswith("<think>") else []
     return prompt + closing + ids[shared:], len(prompt)

@@ -37,13 +37,13 @@ def forget_quantization(model: Any) -> None:
     model.hf_quantizer, model.is_quantized, model._weight_conversions = None, False, None
 
 
-IN_16_BITS = ["prediction_coefs"]  # Gemma 3n changes these weights in place (Gemma3nTextAltUp.predict)
+NOT_QUANTIZED = ["prediction_coefs"]  # Gemma 3n changes these weights in place (Gemma3nTextAltUp.predict)
 
 
 def use_own_quantizer() -> None:
     """Make `load_in_4bit` also quantize experts, one parameter after the other while they are loaded.
 
-    Layers in IN_16_BITS are not quantized. Transformers documents `register_quantizer` for methods with new names.
+    Layers in NOT_QUANTIZED are not quantized. Transformers documents `register_quantizer` for methods with new names.
     Other libraries know this one by its name:
     https://github.com/huggingface/transformers/blob/main/src/transformers/quantizers/quantizer_bnb_4bit.py
     """
@@ -78,7 +78,7 @@ def use_own_quantizer() -> None:
 
         @staticmethod
         def get_modules_to_not_convert(*arguments: Any, **options: Any) -> list[str]:
-            return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(*arguments, **options), *IN_16_BITS]
+            return [*Bnb4BitHfQuantizer.get_modules_to_not_convert(*arguments, **options), *NOT_QUANTIZED]
 
     AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Quantizer
 

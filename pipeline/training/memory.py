@@ -114,11 +114,11 @@ def expert_weights(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def most_dequantized(model: PreTrainedModel) -> int:
-    """Return how many weights are dequantized at one time, at most: a layer, or all experts of a block."""
-    of_blocks = Counter[str]()
+    """Return how many weights are dequantized at one time, at most: a layer, or all experts of a module."""
+    of_modules = Counter[str]()
     for name in names_of_experts(model):
-        of_blocks[name.rpartition(".")[0]] += model.get_parameter(name).numel()
-    return max(*(weight.numel() for weight in linear_weights(model)), *of_blocks.values())
+        of_modules[name.rpartition(".")[0]] += model.get_parameter(name).numel()
+    return max([*(weight.numel() for weight in linear_weights(model)), *of_modules.values()])
 
 
 def nf4_bytes(model: PreTrainedModel) -> int:
