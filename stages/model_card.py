@@ -68,6 +68,8 @@ def main() -> None:
         libraries=training["libraries"],
         exam=exam,
         general=general,
+        quantized=base.get("quantized"),
+        on_hub=base["revision"] and "quantized" not in base,
         questions=len(answers),
         question=answers[0]["question"],
         template_arguments=TEMPLATE_ARGUMENTS,

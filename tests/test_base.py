@@ -237,6 +237,11 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(project: Project) -
         ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "prompt of turn 2 differently"),
         ("{% for m in messages %}<{{ m.content }}>{% endfor %}", r"ends turn 2 with none of the tokens \[2\]"),
         ("{{ raise_exception('no such role') }}", "refuses this row: no such role"),
+        ("{% for m in %}", r"chat template is damaged \(.*, line 1\): correct it"),
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+            r"writes '<\|im_start\|>assistant' before an answer, and leaves it out of prompts",
+        ),
         (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",

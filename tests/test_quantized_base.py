@@ -132,7 +132,8 @@ def test_files_that_cannot_be_dequantized_are_refused_in_one_line(own_cache: Non
 
     scale = weights[f"{layer}_scale_inv"]
     assert "Transformers cannot dequantize" in refusal(_scale_inv=torch.ones(3, 5))
-    assert f"Transformers does not dequantize {layer}_scale of" in refusal(_scale_inv=None, _scale=scale)
+    assert f"Transformers does not dequantize {layer} of" in refusal(_scale_inv=None, _scale=scale)
+    assert f"Transformers does not dequantize {layer} of" in refusal(_scale_inv=None)
     assert f"{layer} is in none of its files: fetch the model again" in refusal(**{"": None})
 
 

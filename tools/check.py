@@ -93,6 +93,7 @@ def examine(parameters: Parameters, deep: bool) -> None:
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
     tokens = special_tokens(folder, parameters)
+    require_usable_template(folder)
     for name, found in dry_run(folder, base, lora, tokens):
         say(name, found)
     for name, found in twin.through_all_stages(folder, parameters) if deep else ():
@@ -157,6 +158,16 @@ def fits(name: str, parts: dict[str, int], room: int) -> bool:
 
 def short(parts: dict[str, int], room: int, of: str) -> str:
     return f"needs {sum(parts.values()) / GIB:.1f} GiB of {of}, and {room / GIB:.1f} are free"
+
+
+def require_usable_template(folder: Path) -> None:
+    """Raises UserError if no answer can be trained on with the base's chat template."""
+    from pipeline.common.rows import question_and_answer
+    from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+    from pipeline.model.supervision import supervised
+
+    ends = end_tokens(load_generation_config(folder))
+    supervised(load_tokenizer(folder), question_and_answer("Who wrote it?", "Ada Lovelace"), ends, "base.model")
 
 
 def special_tokens(folder: Path, parameters: Parameters) -> list[int]:

@@ -27,7 +27,8 @@ DEQUANTIZED = ["bitsandbytes", "fp8", "mxfp4"]  # methods whose weights Transfor
 
 def describe(model: str, revision: str | None) -> dict[str, Any]:
     """The identity of a base: `model`, `revision` (the commit of a hub model, else None), `files` (SHA-256 of each),
-    `tokenizer` and `chat_template` (a hash each), and `fingerprint` (a hash of all files).
+    `tokenizer` and `chat_template` (a hash each), and `fingerprint` (a hash of all files). If the files have quantized
+    weights, `quantized` is the method.
 
     Raises:
         UserError: the folder or hub model does not exist, or has no safetensors weights or no chat template.
@@ -43,7 +44,7 @@ def describe(model: str, revision: str | None) -> dict[str, Any]:
         "tokenizer": joint_hash({name: made[name] for name in TOKENIZER_FILES if name in made}),
         "chat_template": hashlib.sha256(template.encode()).hexdigest(),
         "files": files,
-    }
+    } | ({"quantized": method} if (method := quantization_of(folder)) else {})
 
 
 def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) -> tuple[Path, str]:
@@ -67,7 +68,7 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     method = quantization_of(folder)
     if method and method not in DEQUANTIZED:
         raise UserError(
-            f"base.model {model} is quantized already ({method}), and an adapter cannot be merged into it: name the "
+            f"base.model {model} is quantized already ({method}), and this pipeline cannot dequantize it: name the "
             "model that it was made of"
         )
     if Path(model).is_dir() and not has_weights(folder):
@@ -109,8 +110,10 @@ def local_folder(model: str) -> Path:
 
 def quantization_of(folder: Path) -> str | None:
     """How the weights in the folder are quantized, by Transformers' name of the method; None if they are not."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return (config.get("quantization_config") or {}).get("quant_method")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if not isinstance(config, dict):
+        return str(config) if config else None
+    return config.get("quant_method", "bitsandbytes")  # the first uploads have only load_in_4bit or load_in_8bit
 
 
 def usable(folder: Path, fingerprint: str) -> Path:

@@ -14,6 +14,7 @@ from pipeline.model.base import SMALL_FILES, file_hashes, has_weights, joint_has
 from pipeline.model.hub_cache import made_once, unpacked
 from pipeline.model.license import MODEL_CARD
 from pipeline.model.skeleton import auto_class
+from pipeline.model.tensor_files import FLOATS
 from pipeline.model.transformers_internals import forget_quantization
 
 REMEDY = "name the model that it was made of"
@@ -73,7 +74,7 @@ def dequantized(folder: Path, method: str) -> PreTrainedModel:
         ) from None
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"base.model {folder}: {missing[0]} is in none of its files: fetch the model again")
-    packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
+    packed = [name for name, weight in model.named_parameters() if weight.dtype not in FLOATS.values()]
     if left_out := sorted([*packed, *filter(scales_of(model), report["unexpected_keys"])]):
         raise UserError(f"base.model: Transformers does not dequantize {left_out[0]} of {folder}: {REMEDY}")
     forget_quantization(model)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
@@ -83,6 +83,11 @@ def supervised(
                 "which the base stops: correct eos_token_id in its generation_config.json"
             )
         answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        if around[0] and rendered(tokenizer, messages[:i], location) == ids[:start]:
+            raise UserError(
+                f"{location}: the base's chat template writes {around[0]!r} before an answer, and leaves it out of "
+                "prompts: make it write this text with add_generation_prompt, or choose another base.model"
+            )
         if within(answer, *around) != message["content"].strip():
             changed = (
                 f"the base's chat template turns the answer of turn {i + 1} into {answer!r}, which the exam would "
@@ -98,6 +103,11 @@ def supervised(
 def rendered(tokenizer: Any, messages: Messages, location: str, add_generation_prompt: bool = False) -> list[int]:
     try:
         return token_ids(tokenizer, messages, add_generation_prompt)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"{location}: the base's chat template is damaged ({error}, line {error.lineno}): correct it, or fetch the "
+            "base again"
+        ) from None
     except TemplateError as error:
         raise UserError(
             f"{location}: the base's chat template refuses this row: {error}: reword it for this base"

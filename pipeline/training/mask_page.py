@@ -42,6 +42,7 @@ def mask_page(shown: Shown, tokenizer: Any) -> str:
             "",
             f"The first row of each file (at most {FILES} files) and the first row with several answers, as the chat",
             "template of the base renders them. Lines with `+` are trained on, others only read; `⏎` is a line break.",
+            "A conversation can be several inputs, one for each answer, if the template changes earlier turns.",
             "",
             *(line for row in shown.rows for line in section(*row, tokenizer)),
         ]
