@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from pipeline.common.parameters.params_yaml import check
 from pipeline.model.adapter import lora_config, with_adapter
+from pipeline.model.bitsandbytes_internals import keep_no_experts
 from pipeline.model.loading import load_quantized, load_weights, nf4, reproducible
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ LOADED = {
     "bfloat16": lambda folder: load_weights(folder, CPU, torch.bfloat16),
     "only layers": lambda folder: load_weights(folder, CPU, torch.bfloat16, nf4(torch.bfloat16)),
     "layers and experts": lambda folder: load_quantized(folder, CPU, torch.bfloat16),
-}
+}  # without gradient checkpointing
 
 
 def main() -> None:
@@ -59,6 +60,7 @@ def main() -> None:
 def measure(folder: Path, name: str) -> None:
     reproducible(seed=1, threads=2)
     model = LOADED[name](folder)
+    keep_no_experts(model)
     weights = sum(weight.nbytes for weight in model.parameters())
     tuned = with_adapter(model, lora_config(check(Path("params.yaml")).lora, []))
     ids = torch.arange(1, 513)[None]
