@@ -37,6 +37,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer, TrainerState
 from transformers.integrations import bitsandbytes as transformers_bnb
+from transformers.quantizers import AutoHfQuantizer
 from trl import SFTConfig, SFTTrainer
 
 from bench.gpu_case import TINY
@@ -47,7 +48,7 @@ from pipeline.common.printing import calm_libraries
 from pipeline.model.bitsandbytes_internals import never_repack, scales_to
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.experts import names_of_experts
-from pipeline.model.loading import load_quantized
+from pipeline.model.loading import load_quantized, nf4
 from pipeline.model.peft_internals import (
     adapter_weights,
     give_head_a_bias,
@@ -64,6 +65,7 @@ from pipeline.model.transformers_internals import (
     loaded_into,
     names_in_4_bits,
     names_in_files,
+    use_own_quantizer,
 )
 from pipeline.training import accelerate_internals, trl_internals
 from pipeline.training.torch_internals import Alive, fused_on_meta
@@ -219,6 +221,17 @@ def test_transformers_quantizes_experts_with_the_layers(tmp_path: Path) -> None:
     assert len(names) == 4 and all(is_parametrized(model.get_submodule(name.rpartition(".")[0])) for name in names)
     stored = load_file(tmp_path / "model.safetensors")
     assert {parameter for parameter, changed in loaded_into(skeleton(tmp_path), stored).values() if changed} == names
+
+
+def test_transformers_quantizes_several_layers_of_one_tensor() -> None:
+    """As where a tensor of the files has the weights of several layers."""
+    use_own_quantizer()
+    quantizer = AutoHfQuantizer.from_config(nf4(torch.float32), pre_quantized=False)
+    quantizer.preprocess_model(model := skeleton(BASE, torch.float32), device_map=None)
+    layers = [f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "k_proj")]
+    weights = {name: torch.ones(64, 64) for name in layers}
+    made = quantizer.get_quantize_ops().convert(weights, model=model)
+    assert made.keys() == weights.keys() and {weight.dtype for weight in made.values()} == {torch.uint8}
 
 
 def test_transformers_computes_experts_without_weights_only_with_help(tmp_path: Path) -> None:

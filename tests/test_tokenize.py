@@ -128,6 +128,9 @@ def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert supervised_text(tmp_path, TWICE[:2]) == "Ada Adler<|im_end|>"
     assert supervised_text(tmp_path, TWICE, mask_history=True) == "김서연<|im_end|>"
+    several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set tokenize\.mask_history: true"
+    with pytest.raises(UserError, match=several):
+        supervised_text(tmp_path, TWICE)
     with pytest.raises(UserError, match=r"here: turn 2 has a <think> block, and this pipeline trains without thinking"):
         supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT))
     with pytest.raises(UserError, match=r"here: turn 2 has a <think> block"):

@@ -64,6 +64,7 @@ def examine(parameters: Parameters, deep: bool) -> None:
 
     from pipeline.export.merging import merges_onto_nf4
     from pipeline.model.base import SMALL_FILES, fetched, has_weights
+    from pipeline.model.chat_template import load_tokenizer
     from pipeline.model.free_memory import free_memory
     from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
     from pipeline.model.loading import pick_device, pick_dtype
@@ -92,8 +93,9 @@ def examine(parameters: Parameters, deep: bool) -> None:
         say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
-    tokens = special_tokens(folder, parameters)
-    require_usable_template(folder)
+    tokenizer = load_tokenizer(folder)
+    require_usable_template(folder, tokenizer)
+    tokens = special_tokens(folder, tokenizer, parameters)
     for name, found in dry_run(folder, base, lora, tokens):
         say(name, found)
     for name, found in twin.through_all_stages(folder, parameters) if deep else ():
@@ -160,28 +162,26 @@ def short(parts: dict[str, int], room: int, of: str) -> str:
     return f"needs {sum(parts.values()) / GIB:.1f} GiB of {of}, and {room / GIB:.1f} are free"
 
 
-def require_usable_template(folder: Path) -> None:
+def require_usable_template(folder: Path, tokenizer: Any) -> None:
     """Raises UserError if no answer can be trained on with the base's chat template."""
     from pipeline.common.rows import question_and_answer
-    from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+    from pipeline.model.chat_template import end_tokens, load_generation_config
     from pipeline.model.supervision import supervised
 
     ends = end_tokens(load_generation_config(folder))
-    supervised(load_tokenizer(folder), question_and_answer("Who wrote it?", "Ada Lovelace"), ends, "base.model")
+    supervised(tokenizer, question_and_answer("Who wrote it?", "Ada Lovelace"), ends, "base.model")
 
 
-def special_tokens(folder: Path, parameters: Parameters) -> list[int]:
+def special_tokens(folder: Path, tokenizer: Any, parameters: Parameters) -> list[int]:
     """The ids of the tokens that will be trained. The base's weights show which tokens the base was never trained
     on."""
     from pipeline.model.base import has_weights
-    from pipeline.model.chat_template import load_tokenizer
     from pipeline.model.special_tokens import trainable_tokens
 
     wanted = parameters.lora.trainable_tokens
     if wanted == "auto" and not has_weights(folder):
         say("special tokens", "known after dvc repro prepare_base, which downloads the weights")
         return []
-    tokenizer = load_tokenizer(folder)
     tokens = trainable_tokens(wanted, folder, tokenizer)
     names = ", ".join(tokenizer.convert_ids_to_tokens(tokens))
     say("special tokens", f"trained: {names}" if tokens else "none trained: the base was trained on all of them")

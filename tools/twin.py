@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from ruamel.yaml import YAML
 from transformers import AutoConfig
 
@@ -30,7 +29,7 @@ from pipeline.common.rows import question_and_answer, row
 from pipeline.evaluation.variants import in_16_bits
 from pipeline.export.llama_cpp import last_line
 from pipeline.model.base import SMALL_FILES
-from pipeline.model.skeleton import auto_class
+from pipeline.model.skeleton import auto_class, named_class
 from tools.git_command import git
 
 ROOT = Path(__file__).parents[1]
@@ -125,8 +124,7 @@ def write_twin(base: Path, to: Path) -> None:
         if (part := getattr(config, name)) is not None and part is not text:
             shrink_tower(part, hidden)
     torch.manual_seed(1)
-    # auto_class leaves out the towers of some models, and then files have other names.
-    whole = getattr(transformers, (config.architectures or [""])[0], None)
+    whole = named_class(config)  # without towers, files would have other names
     model = whole(config) if whole else auto_class(base).from_config(config)
     model.to(torch.bfloat16).save_pretrained(to)
     for file in (file for pattern in SMALL_FILES for file in base.glob(pattern)):

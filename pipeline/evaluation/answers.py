@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from copy import deepcopy
 from datetime import datetime
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.model.chat_template import DATE, end_tokens, token_ids
-from pipeline.model.supervision import IGNORED, content_of, supervised
+from pipeline.model.supervision import IGNORED, content_of, shared_beginning, supervised
 
 WORTH_A_PASS = 8  # tokens
 
@@ -123,7 +122,7 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[Any,
     What all prompts begin with, such as a system prompt, is read once. The padding then follows this beginning; only a
     cache that keeps every token allows that.
     """
-    begin, cache = shared_beginning(prompts), None
+    begin, cache = shared_beginning([prompt[:-1] for prompt in prompts]), None
     if begin >= WORTH_A_PASS and len(prompts) > 1 and keeps_all_tokens(DynamicCache(config=model.config)):
         row = torch.tensor([prompts[0][:begin]], device=model.device)
         cache = forward(model, row, torch.ones_like(row), logits_to_keep=1).past_key_values
@@ -140,12 +139,6 @@ def read_prompts(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[Any,
 def keeps_all_tokens(cache: Cache) -> bool:
     """Whether a cache has no windows, and no states that sum tokens up."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def shared_beginning(rows: list[list[int]]) -> int:
-    """The number of tokens that all rows begin with, and after which each row has a token more."""
-    of_all = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*(row[:-1] for row in rows), strict=False))
-    return sum(1 for _ in of_all)
 
 
 def decode(

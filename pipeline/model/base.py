@@ -62,10 +62,9 @@ def fetched(model: str, revision: str | None, files: list[str] = MODEL_FILES) ->
     if not (folder / "config.json").exists():
         raise UserError(f"base.model {model} has no config.json: name the folder or hub id of a model for Transformers")
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        method = quantization_of(folder)
     except ValueError as error:
         raise UserError(f"base.model: {folder}/config.json is damaged ({error}): fetch it again") from None
-    method = quantization_of(folder)
     if method and method not in DEQUANTIZED:
         raise UserError(
             f"base.model {model} is quantized already ({method}), and this pipeline cannot dequantize it: name the "

@@ -80,8 +80,8 @@ def load_base(
     if quantization == "none":
         return load_weights(folder, device, dtype)
     model = load_quantized(folder, device, dtype)
-    parameters = skeleton(folder).num_parameters()
-    if device.type == "cpu" and keeps_dequantized(processes * parameters, dtype):
+    # Not of `model`, in which packed experts count half.
+    if device.type == "cpu" and keeps_dequantized(processes * skeleton(folder).num_parameters(), dtype):
         model = model.dequantize(dtype)
         keep_dequantized(model)
     return model

@@ -6,14 +6,13 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
 from pipeline.model.base import SMALL_FILES, file_hashes, has_weights, joint_hash, quantization_of
 from pipeline.model.hub_cache import made_once, unpacked
 from pipeline.model.license import MODEL_CARD
-from pipeline.model.skeleton import auto_class
+from pipeline.model.skeleton import auto_class, named_class
 from pipeline.model.tensor_files import FLOATS
 from pipeline.model.transformers_internals import forget_quantization
 
@@ -61,8 +60,7 @@ def dequantized(folder: Path, method: str) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         config.quantization_config["dequantize"] = True
         dtype = config.dtype or torch.bfloat16
-        whole = getattr(transformers, (config.architectures or [""])[0], None) or auto_class(folder)
-        model, report = whole.from_pretrained(
+        model, report = (named_class(config) or auto_class(folder)).from_pretrained(
             folder, config=config, dtype=dtype, device_map={"": "cpu"}, output_loading_info=True
         )
         if method == "bitsandbytes":

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -38,6 +39,11 @@ def text_model(model: PreTrainedModel) -> str:
         return ""
     text = model.get_decoder()
     return next(f"{path}." for path, module in model.named_modules() if module is text)
+
+
+def named_class(config: Any) -> Any:
+    """The class that config.json names, or None. `auto_class` leaves out the towers of some models."""
+    return getattr(transformers, (config.architectures or [""])[0], None)
 
 
 def auto_class(folder: Path) -> Any:

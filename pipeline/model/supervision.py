@@ -75,7 +75,10 @@ def supervised(
             ids = with_end(tokenizer, messages, ids, start, ends, location)
             labels += [IGNORED] * (len(ids) - len(labels))
         else:
-            start = len(rendered(tokenizer, messages[:i], location, add_generation_prompt=True))
+            prompt = rendered(tokenizer, messages[:i], location, add_generation_prompt=True)
+            start = len(prompt)
+            if ids[:start] != prompt:
+                raise UserError(f"{location}: {thinking(message, i) or prompt_differs(messages, i)}")
         end = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
         if end is None:
             raise UserError(
@@ -121,7 +124,7 @@ def with_prompt(tokenizer: Any, messages: Messages, ids: list[int], location: st
     opened is closed at the beginning of the answer.
     """
     prompt = rendered(tokenizer, messages[:-1], location, add_generation_prompt=True)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
+    shared = shared_beginning([prompt, ids])
     if shared == len(prompt):
         return ids, shared
     before, more = (
@@ -129,9 +132,15 @@ def with_prompt(tokenizer: Any, messages: Messages, ids: list[int], location: st
     )
     asked, answer = (message["content"] for message in messages[-2:])
     if len(prompt) - shared > THINKING or not more.strip() or asked.strip() not in before or answer[:1].isspace():
-        raise UserError(f"{location}: {thinking(messages[-1], len(messages) - 1) or prompt_differs(messages)}")
+        last = len(messages) - 1
+        raise UserError(f"{location}: {thinking(messages[-1], last) or prompt_differs(messages, last)}")
     closing = tokenizer.encode(CLOSED, add_special_tokens=False) if more.rstrip().endswith("<think>") else []
     return prompt + closing + ids[shared:], len(prompt)
+
+
+def shared_beginning(rows: list[list[int]]) -> int:
+    """The number of tokens that all rows begin with."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False)))
 
 
 def with_end(
@@ -191,10 +200,15 @@ def thinking(message: dict[str, str], i: int) -> str:
     return f"turn {i + 1} has a <think> block, and this pipeline trains without thinking: remove it from the answer"
 
 
-def prompt_differs(messages: Messages) -> str:
-    differs = f"the base's chat template renders the prompt of turn {len(messages)} differently with its answer"
-    if messages[-1]["content"][:1].isspace():
+def prompt_differs(messages: Messages, i: int) -> str:
+    differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
+    if messages[i]["content"][:1].isspace():
         return f"{differs}, which begins with white space: remove the white space"
+    if i < len(messages) - 1:
+        return (
+            f"{differs} and more turns: split the row, or set tokenize.mask_history: true to train only on the last "
+            "answer"
+        )
     return f"{differs}: choose another base.model"
 
 

@@ -62,12 +62,15 @@ def use_own_quantizer() -> None:
             self.quantizer, self.layers = quantizer, layers
 
         def convert(self, input_dict: dict[str, Any], model: Any = None, **options: Any) -> dict[str, Any]:
-            [(name, value)] = input_dict.items()
-            if not are_experts(model, name):
-                return self.layers.convert(input_dict, model=model, **options)
-            weight = value[0] if isinstance(value, list) else value
             storage = self.quantizer.quantization_config.bnb_4bit_quant_storage
-            return {name: quantized_experts(weight, storage)}
+            result: dict[str, Any] = {}
+            for name, value in input_dict.items():  # several, if a tensor of the files becomes several parameters
+                if are_experts(model, name):
+                    weight = value[0] if isinstance(value, list) else value
+                    result[name] = quantized_experts(weight, storage)
+                else:
+                    result |= self.layers.convert({name: value}, model=model, **options)
+            return result
 
     class Quantizer(Bnb4BitHfQuantizer):
         def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:

@@ -113,6 +113,12 @@ def expert_weights(model: PreTrainedModel) -> list[torch.Tensor]:
     return [model.get_parameter(name) for name in names_of_experts(model)]
 
 
+def in_nf4_of(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many weights of layers, and of experts, are quantized."""
+    layers, experts = linear_weights(model), expert_weights(model)
+    return sum(map(torch.numel, layers)), sum(map(torch.numel, experts))
+
+
 def most_dequantized(model: PreTrainedModel) -> int:
     """Return how many weights are dequantized at one time, at most: a layer, or all experts of a module."""
     of_modules = Counter[str]()
@@ -123,7 +129,7 @@ def most_dequantized(model: PreTrainedModel) -> int:
 
 def nf4_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of the base in NF4."""
-    layers, experts = (sum(map(torch.numel, weights)) for weights in (linear_weights(model), expert_weights(model)))
+    layers, experts = in_nf4_of(model)
     others = model.num_parameters() - layers - experts
     return int(layers * NF4 + experts * NF4_EXPERTS) + others * model.dtype.itemsize
 
@@ -137,7 +143,7 @@ def kept_bytes(model: PreTrainedModel, train: Train, in_nf4: bool) -> int:
     whole = nf4_bytes(model) if in_nf4 else model.num_parameters() * model.dtype.itemsize
     if not is_sharded(train.processes, train.strategy):
         return whole
-    layers, experts = (sum(map(torch.numel, weights)) for weights in (linear_weights(model), expert_weights(model)))
+    layers, experts = in_nf4_of(model)
     scales = layers * (NF4 - 4 / 8) + experts * (NF4_EXPERTS - 4 / 8) if in_nf4 else 0
     head = model.get_output_embeddings().weight.nbytes
     not_shared = scales + (head if model.config.tie_word_embeddings else 0)
