@@ -1,6 +1,7 @@
 """Recipes: params.yaml for real models, and what they need by the prediction."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,11 +56,14 @@ def test_nothing_of_one_recipe_is_left_after_the_next() -> None:
 
 @pytest.fixture
 def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """What `make check` finds: a recipe in use, its model's config.json without weights, a GPU, RAM and disk enough."""
+    """What `make check` finds: a recipe in use, its model's config.json without weights, the built-in base's tokenizer,
+    a GPU, RAM and disk enough."""
 
     def of(recipe: str, card: int) -> None:
         use(RECIPES[recipe])
         SHAPES[recipe].save_pretrained("hub")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            shutil.copy(ROOT / "models/tiny-base" / name, "hub")
         free = {"cuda": int((1 - SPARE) * card * GIB), "cpu": 64 * GIB}
         monkeypatch.setattr("pipeline.model.base.fetched", lambda *_: (Path("hub"), ""))
         monkeypatch.setattr("tools.dry_run.dry_run", lambda *_: [])  # the hub has the names: tests/test_dry_run.py
