@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pipeline.common.outputs import write_json
 from pipeline.model.base import copy_tokenizer, describe, fetched
+from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.gguf_base import unpack_if_gguf
 
 ROOT = Path(__file__).parent.parent
@@ -30,11 +31,18 @@ def make_project(project: Path, config: PreTrainedConfig | None, parameters: dic
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(project / "base")
         copy_tokenizer(TINY, project / "base")
-    write_json(project / "models/base.json", describe(str(project / "base"), None))
+    write_base(project)
     for name in ("dvc.yaml", "libraries.yaml"):
         shutil.copy(ROOT / name, project)
     shutil.copy(ROOT / "params.yaml", project)
     set_parameters(project, {"base.device": "cpu", "base.compute_dtype": "float32"} | parameters)
+
+
+def write_base(project: Path) -> None:
+    """What prepare_base makes of the folder `base`."""
+    write_json(project / "models/base.json", describe(str(project / "base"), None))
+    template = load_tokenizer(project / "base").get_chat_template()
+    (project / "models/chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def set_parameters(project: Path, parameters: dict[str, Any]) -> None:
@@ -53,4 +61,4 @@ def with_base(project: Path, model: Path) -> None:
     shutil.rmtree(project / "base")
     unpack_if_gguf(str(model), 2)
     shutil.copytree(fetched(str(model), None)[0], project / "base")
-    write_json(project / "models/base.json", describe(str(project / "base"), None))
+    write_base(project)

@@ -27,7 +27,7 @@ from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.comparison import comparison
 from pipeline.evaluation.questions import Answer, Question, read_answers, read_questions
 from pipeline.evaluation.scores import graded
-from pipeline.model.base import located, require_same_base
+from pipeline.model.base import located, require_same_base, trained_template
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_tuned, pick_device, pick_dtype, reproducible
 from stages import run
@@ -46,7 +46,7 @@ def main() -> None:
     model = load_tuned(folder, TRAINED, parameters.base.quantization, device, dtype)
     answers = answer_questions(
         model,
-        load_tokenizer(folder),
+        load_tokenizer(folder, trained_template()),
         [*exam, *general],
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,

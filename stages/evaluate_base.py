@@ -12,7 +12,7 @@ from pipeline.common.paths import BASE_ANSWERS, BASE_GENERAL_ANSWERS, EXAM, GENE
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.scores import graded
-from pipeline.model.base import located
+from pipeline.model.base import located, trained_template
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
@@ -28,7 +28,7 @@ def main() -> None:
     model = load_base(folder, parameters.base.quantization, device, dtype)
     answers = answer_questions(
         model,
-        load_tokenizer(folder),
+        load_tokenizer(folder, trained_template()),
         [*exam, *general],
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,

@@ -37,7 +37,7 @@ from pipeline.common.paths import (
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import file_of, is_replay
+from pipeline.common.rows import file_of, is_replay, text_of
 from pipeline.common.user_files import user_files
 from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
 from pipeline.data.data_page import data_page
@@ -196,8 +196,8 @@ def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
 
 def answers_of(rows: CheckedRows, first: int, other: int) -> list[str]:
     """The question, and both answers with their sources."""
-    question = rows.messages(first)[-2]["content"]
-    return [question, *(f"{rows.sources[at]}: {rows.messages(at)[-1]['content']}" for at in (first, other))]
+    question = text_of(rows.messages(first)[-2])
+    return [question, *(f"{rows.sources[at]}: {text_of(rows.messages(at)[-1])}" for at in (first, other))]
 
 
 def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:

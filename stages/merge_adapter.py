@@ -10,7 +10,7 @@ from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import MERGED, TRAINED
 from pipeline.export.disk import room_for
 from pipeline.export.merging import merge, merges_onto_nf4
-from pipeline.model.base import located, require_same_base, weight_files
+from pipeline.model.base import copy_tokenizer, located, require_same_base, weight_files
 from pipeline.model.loading import pick_device, pick_dtype
 from stages import run
 
@@ -25,6 +25,7 @@ def main() -> None:
     with room_for(size, MERGED), atomic_output(MERGED) as aside:
         aside.mkdir()
         merge(folder, TRAINED, aside, on_nf4, dtype)
+        copy_tokenizer(TRAINED, aside)  # with the chat template of training
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m stages.tokenize
 
-models/base.json, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and valid.arrow: Arrow streams
-with the columns input_ids and labels; overflow.jsonl: rows that were dropped or truncated), metrics/lengths.json,
-metrics/lengths.csv, metrics/mask.md, metrics/details/lengths.json
+models/base.json, models/chat_template.jinja, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and
+valid.arrow: Arrow streams with the columns input_ids and labels; overflow.jsonl: rows that were dropped or truncated),
+metrics/lengths.json, metrics/lengths.csv, metrics/mask.md, metrics/details/lengths.json
 """
 
 import csv
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
+from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import (
     LENGTHS_DETAILS,
     LENGTHS_METRICS,
@@ -32,9 +33,10 @@ from pipeline.common.paths import (
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import file_of, is_replay
-from pipeline.model.base import located
+from pipeline.common.rows import Message, file_of, is_replay
+from pipeline.model.base import located, trained_template
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.model.row_kinds import always_thinks
 from pipeline.model.supervision import IGNORED, conversations, supervised, truncated
 from pipeline.training.mask_page import Shown, mask_page
 from stages import run
@@ -58,18 +60,17 @@ class Lengths:
 
 def main() -> None:
     parameters = load("tokenize")
-    max_length, on_overflow = parameters.tokenize.max_length, parameters.tokenize.on_overflow
-    mask_history = parameters.tokenize.mask_history
+    max_length = parameters.tokenize.max_length
     folder, _ = located()
-    tokenizer, ends = load_tokenizer(folder), end_tokens(load_generation_config(folder))
+    tokenizer, ends = load_tokenizer(folder, trained_template()), end_tokens(load_generation_config(folder))
     lengths, shown = Lengths(), Shown()
     with atomic_output(TOKENS) as aside:
         aside.mkdir()
         kept = {}
         for side, file in SIDES.items():
-            rows = tokenized(read_rows(file), tokenizer, ends, max_length, on_overflow, mask_history, lengths, shown)
+            rows = tokenized(read_rows(file), tokenizer, ends, parameters, lengths, shown)
             kept[side] = write_arrow(aside / f"{side}.arrow", rows)
-        if on_overflow == "raise":
+        if parameters.tokenize.on_overflow == "raise":
             require_none_too_long(lengths, max_length)
         require_rows(kept, max_length)
         write_jsonl(aside / "overflow.jsonl", lengths.overflow)
@@ -90,31 +91,48 @@ def tokenized(
     rows: Iterable[dict[str, Any]],
     tokenizer: Any,
     ends: set[int],
-    max_length: int,
-    on_overflow: str,
-    mask_history: bool,
+    parameters: Parameters,
     lengths: Lengths,
     shown: Shown,
 ) -> Iterator[dict[str, list[int]]]:
     """Yield input_ids and labels of every conversation that fits, or is truncated. `lengths` counts all of them,
     `shown` keeps a few."""
+    max_length, mask_history = parameters.tokenize.max_length, parameters.tokenize.mask_history
+    thinking = parameters.tokenize.thinking
+    cut = parameters.tokenize.on_overflow == "truncate"
     for row in rows:
-        source = row["source"]
+        source, tools = row["source"], row.get("tools", [])
         file = file_of(source)
-        for messages, only_last in conversations(tokenizer, row["messages"], ends, source, mask_history):
-            ids, labels = supervised(tokenizer, messages, ends, source, only_last)
+        messages = without_thinking(row["messages"]) if thinking == "drop" else row["messages"]
+        for part, only_last in conversations(tokenizer, messages, ends, source, mask_history, tools):
+            if parameters.base.thinking != "off":
+                require_thinking(tokenizer, part, source)
+            how = only_last, tools, thinking == "mask"
+            ids, labels = supervised(tokenizer, part, ends, source, *how)
             lengths.rows[file][len(ids)] += 1
             lengths.answers[file].update(answer_lengths(labels))
             if len(ids) > max_length:
-                cut = on_overflow == "truncate"
-                shorter = truncated(tokenizer, messages, ends, source, max_length, only_last) if cut else None
+                shorter = truncated(tokenizer, part, ends, source, max_length, *how) if cut else None
                 reason = "dropped" if shorter is None else "truncated"
                 lengths.overflow.append({"id": row["id"], "source": source, "tokens": len(ids), "reason": reason})
                 if shorter is None:
                     continue
                 ids, labels = shorter
-            shown.see(row | {"messages": messages}, ids, labels)
+            shown.see(row | {"messages": part}, ids, labels)
             yield {"input_ids": ids, "labels": labels}
+
+
+def without_thinking(messages: list[Message]) -> list[Message]:
+    return [{key: value for key, value in one.items() if key != "reasoning_content"} for one in messages]
+
+
+def require_thinking(tokenizer: Any, messages: list[Message], source: str) -> None:
+    """Raises UserError if the base always thinks, and the last answer does not."""
+    if "reasoning_content" not in messages[-1] and always_thinks(tokenizer):
+        raise UserError(
+            f"{source}: this row has no thinking, and the base's chat template always begins it: set base.thinking to "
+            "off, which trains the base to answer without thinking, or add reasoning_content to the answer"
+        )
 
 
 def answer_lengths(labels: list[int]) -> list[int]:

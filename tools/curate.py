@@ -27,7 +27,7 @@ from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import ANSWERS, EXAM, GENERAL_ANSWERS, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS
-from pipeline.common.rows import Row, hash64, read_jsonl
+from pipeline.common.rows import Row, hash64, read_jsonl, text_of
 from pipeline.common.words import exact, names, words
 from pipeline.data.documents import Passage, passages_of, pieces
 from pipeline.data.endpoint import ask
@@ -205,7 +205,7 @@ def closest_rows(questions: list[Question], rows: Iterable[Row]) -> dict[str, Ro
 
 
 def last_turns(row: Row) -> tuple[str, str]:
-    question, answer = (message["content"] for message in row["messages"][-2:])
+    question, answer = map(text_of, row["messages"][-2:])
     return question, answer
 
 

@@ -17,10 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
+from pipeline.common.messages import InvalidRow, message, require_text
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.rows import Message, read_lines
-from pipeline.data.formats import InvalidRow, dumped, message, require_text
+from pipeline.data.formats import dumped
 from pipeline.model.llama_server import served
 
 Conversations = dict[str, list[Message]]  # by location

@@ -6,16 +6,17 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.common.errors import UserError
+from pipeline.common.messages import InvalidRow
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import CURATED, EXAM, GENERAL_EXAM, PROMPTS, RAW
-from pipeline.common.rows import Message, row
+from pipeline.common.rows import Message, row, text_of
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words
 from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
-from pipeline.data.formats import KINDS, InvalidRow, conversation, kind, parsed, records
+from pipeline.data.formats import KINDS, conversation, kind, parsed, records
 from pipeline.data.leaks import ExamIndex
 from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
@@ -122,7 +123,7 @@ def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> list[M
     try:
         if isinstance(record, InvalidRow):
             raise record
-        return conversation(parsed(record))
+        return conversation(parsed(record))[0]
     except InvalidRow as invalid:
         if on_invalid == "skip":
             return []
@@ -130,7 +131,7 @@ def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> list[M
 
 
 def require_no_leak(location: str, messages: list[Message], exams: ExamIndex) -> None:
-    if leak := exams.leak(words("\n".join(message["content"] for message in messages))):
+    if leak := exams.leak(words("\n".join(map(text_of, messages)))):
         raise UserError(
             f"{location}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or "
             "set merge.on_leak to drop"

@@ -15,6 +15,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import PROMPTS, QUARANTINE, RAW, TOKENS, TRAIN_ROWS, UNGROUNDED, VALID_ROWS
+from pipeline.common.rows import text_of
 from pipeline.data.documents import DOCUMENTS, read_passages
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records
@@ -48,7 +49,7 @@ def trace(wanted: str) -> None:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
         print(f"{row.get('id', 'a row')} {OUTCOME_OF_FILE[file]} ({file}){why and f': {why}'}")
         for message in row.get("messages", []):
-            print(f"  {message['role']}: {message['content']}")
+            print(f"  {message['role']}: {text_of(message)}")
     parameters = check(Path("params.yaml"))
     for source in dict.fromkeys(row["source"] for _, row in found):
         print(f"from {source}\n  {origin(source, parameters)}")

@@ -23,6 +23,7 @@ TOKENS = Path("data/tokens")
 
 BASE = Path("models/base.json")
 LICENSE = Path("models/license.json")
+CHAT_TEMPLATE = Path("models/chat_template.jinja")  # as it is trained with and ships
 TRAINED = Path("outputs/trained")  # the adapter without its card
 ADAPTER = Path("outputs/adapter")
 MERGED = Path("models/merged")

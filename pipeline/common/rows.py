@@ -9,7 +9,8 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content; tool_calls, reasoning_content; name, tool_call_id
+Tools = list[dict[str, Any]]  # as OpenAI has them: {"type": "function", "function": {"name", "parameters"}}
 Row = dict[str, Any]
 
 
@@ -17,15 +18,41 @@ def question_and_answer(question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def row(messages: list[Message], source: str) -> Row:
+def row(messages: list[Message], source: str, tools: Tools | None = None) -> Row:
     """A row with NFC text. `source` is "file:number": the line, fact or passage of the row.
 
-    `id` is a hash of roles and contents. CRLF and LF give the same id.
+    `id` is a hash of the messages and tools. CRLF and LF give the same id.
     """
-    messages = [{"role": m["role"], "content": unicodedata.normalize("NFC", m["content"])} for m in messages]
-    turns = "\0".join(f"{m['role']} {m['content']}" for m in messages)
-    key = hash64(turns.replace("\r\n", "\n").replace("\r", "\n"))
-    return {"id": f"{key:016x}", "messages": messages, "source": source}
+    messages = nfc(messages)
+    turns = "\0".join(f"{m['role']} {m['content']}{further(m)}" for m in messages)
+    with_tools = {"tools": nfc(tools)} if tools else {}
+    key = hash64((turns + further(with_tools)).replace("\r\n", "\n").replace("\r", "\n"))
+    return {"id": f"{key:016x}", "messages": messages} | with_tools | {"source": source}
+
+
+def nfc(value: Any) -> Any:
+    """`value` with all its text in NFC."""
+    match value:
+        case str():
+            return unicodedata.normalize("NFC", value)
+        case dict():
+            return {nfc(key): nfc(part) for key, part in value.items()}
+        case list():
+            return [nfc(part) for part in value]
+    return value
+
+
+def further(message: Message) -> str:
+    """All that a message has beside role and content, as text."""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return f"\0{json.dumps(rest, ensure_ascii=False)}" if rest else ""
+
+
+def text_of(message: Message) -> str:
+    """What a message says: its thinking, its content, and the names and arguments of its calls."""
+    calls = [call["function"] for call in message.get("tool_calls", [])]
+    said = [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
+    return "\n".join(filter(None, [message.get("reasoning_content"), message["content"], *said]))
 
 
 def group_of(text: str) -> str:

@@ -14,10 +14,11 @@ import orjson
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
+from pipeline.common.messages import InvalidRow
 from pipeline.common.parameters.merge import Merge
-from pipeline.common.rows import Message, hash64, row
+from pipeline.common.rows import Message, Row, further, hash64, row, text_of
 from pipeline.common.words import layout, words
-from pipeline.data.formats import InvalidRow, Record, conversation, parsed, records, unknown_keys
+from pipeline.data.formats import Record, conversation, parsed, records, unknown_keys
 from pipeline.data.leaks import ExamIndex, Leak
 from pipeline.data.near_duplicates import Keys, band_keys
 from pipeline.evaluation.questions import Question
@@ -144,7 +145,8 @@ def check_chunk(file: Path, chunk: list[Record], generated: set[Path], near_dupl
             if isinstance(record, InvalidRow):
                 raise record
             content = parsed(record)
-            rows.append(row(conversation(content), content["source"] if from_generate else location))
+            messages, tools = conversation(content)
+            rows.append(row(messages, content["source"] if from_generate else location, tools))
             groups.append(content.get("group", rows[-1]["id"]) if from_generate else rows[-1]["id"])
             if not from_generate:
                 unknown.update({name[:100] for name in unknown_keys(content)})
@@ -162,7 +164,7 @@ def check_chunk(file: Path, chunk: list[Record], generated: set[Path], near_dupl
         sources=[one["source"] for one in rows],
         ids=np.array([int(one["id"], 16) for one in rows], np.uint64),
         groups=np.array([int(group, 16) for group in groups], np.uint64),
-        questions=np.array([hash64(" ".join([*question, of_code])) for question, of_code in questions], np.uint64),
+        questions=np.array([hash64(" ".join(asked)) for asked in map(asked_with, questions, rows)], np.uint64),
         answers=np.array([hash64(" ".join([*answer, of_code])) for answer, of_code in answers], np.uint64),
         bands=band_keys(texts, layouts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
         leaks={at: leak for at, leak in leaks.items() if leak},
@@ -176,9 +178,15 @@ def by_count(names: Counter[str]) -> list[tuple[str, int]]:
     return sorted(names.items(), key=lambda name: (-name[1], name[0]))
 
 
+def asked_with(question: tuple[list[str], str], row: Row) -> list[str]:
+    """The words and layout of a question, and the tools of its row."""
+    words, of_code = question
+    return [*words, of_code, *filter(None, [further({"tools": row["tools"]} if "tools" in row else {})])]
+
+
 def words_of(messages: list[Message]) -> list[str]:
-    return words("\n".join(message["content"] for message in messages))
+    return words("\n".join(map(text_of, messages)))
 
 
 def layout_of(messages: list[Message]) -> str:
-    return layout("\n".join(message["content"] for message in messages))
+    return layout("\n".join(map(text_of, messages)))

@@ -11,39 +11,38 @@ from typing import IO, Any, get_args
 
 import orjson
 
+from pipeline.common.messages import (
+    CALLS,
+    THOUGHTS,
+    InvalidRow,
+    is_empty,
+    message,
+    require_known,
+    require_text,
+    require_turns,
+    tools_of,
+    with_results,
+)
 from pipeline.common.parameters.merge import Column
-from pipeline.common.rows import Message, question_and_answer
+from pipeline.common.rows import Message, Tools, question_and_answer
 
 LARGEST = 10 * 2**20  # maximum bytes of a row: far more than the context of any base
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 KEYS = {*get_args(Column)}  # keys of the supported formats
 BOM = b"\xef\xbb\xbf"
-ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ("system", "user", "assistant")}
-UNTRAINED = ("tool_calls", "function_call", "reasoning_content")  # parts of a message that are not supported
 # Keys of other formats, in a row or a message. Without their values, the row would have another meaning.
-TOOLS = {"tools", "functions", "tool_calls", "function_call", "parallel_tool_calls", "chat_template_kwargs"}
-THOUGHTS = {"reasoning", "reasoning_content", "reasoning_details", "thinking", "tool_plan"}
+TOOLS = {"tools", "functions", *CALLS, "parallel_tool_calls", "tool_choice", "chat_template_kwargs"}
+THINKING = {*THOUGHTS, "reasoning_details", "tool_plan"}
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 PREFERENCES = {"chosen", "rejected", "label", "labels", "kto_tag", "preferred_output", "non_preferred_output"}
 VERDICTS = {"label", "labels", "kto_tag"}  # false is a value here, not "no key"
 TEXTS = {"text", "query", "response", "choices", "options", "answers", "completions", "history", "system_prompt"}
 SOURCES = {"context", "passage", "passages", "documents"}
-OTHER_KEYS = TOOLS | THOUGHTS | MEDIA | PREFERENCES | TEXTS | SOURCES
+OTHER_KEYS = TOOLS | THINKING | MEDIA | PREFERENCES | TEXTS | SOURCES
 TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained on
 PARTS = {"role", "content", "from", "value", "tool_call_id", "name", "refusal", "prefix", "train_detail", *TRAINED}
-PARTS |= TOOLS | THOUGHTS | MEDIA
+PARTS |= TOOLS | THINKING | MEDIA
 UNREAD = "(not read)"  # a cell of a table
-
-
-class InvalidRow(ValueError):
-    """`reason` is one of a few, for counting; the message says what is wrong with this row."""
-
-    def __init__(self, reason: str, explanation: str) -> None:
-        super().__init__(explanation)
-        self.reason = reason
-
-    def __reduce__(self) -> Any:  # pickle cannot restore an exception with two arguments
-        return InvalidRow, (self.reason, str(self))
 
 
 Record = tuple[int, bytes | InvalidRow]
@@ -203,12 +202,12 @@ def parsed(text: bytes) -> Any:
         raise InvalidRow("not JSON", f"not JSON: {error.msg} ({line}column {error.colno})") from None
 
 
-def conversation(content: Any) -> list[Message]:
-    """The messages of a row in any supported format. The keys decide which format it is.
+def conversation(content: Any) -> tuple[list[Message], Tools]:
+    """The messages and tools of a row in any supported format. The keys decide which format it is.
 
     Raises:
-        InvalidRow: the format is unknown, the row has keys that its format does not use, or the roles are not
-            system? (user assistant)+, or a content is not text.
+        InvalidRow: the format is unknown, the row has keys that its format does not use, the roles are in another
+            order than `require_turns` wants, or a content is not text.
     """
     match content:
         case {"messages": list(turns)}:
@@ -222,21 +221,34 @@ def conversation(content: Any) -> list[Message]:
             messages = [trained_message(turn) for turn in [*prompt, *completion]]
         case {"instruction": str(instruction), "output": answer}:
             used = {"instruction", "input", "output"}
-            messages = question_and_answer(with_input(instruction, content), answer)
+            messages = [*asked(with_input(instruction, content)), answered(answer)]
         case {"question": question, "answer": answer}:
             used = {"question", "answer"}
-            messages = question_and_answer(question, answer)
+            messages = [*asked(question), answered(answer)]
         case {"prompt": question, "completion": answer}:
             used = {"prompt", "completion"}
-            messages = question_and_answer(question, answer)
+            messages = [*asked(question), answered(answer)]
+        case {"text": str()}:
+            raise InvalidRow("unknown format", "a row with text is no conversation: move it to data/corpus")
         case _:
             raise unknown_format(content)
-    require_used("a row", content, used | {"system"}, KEYS | OTHER_KEYS)
+    tools = "functions" if is_empty(content.get("tools")) else "tools"
+    require_used("a row", content, used | {"system", tools}, KEYS | OTHER_KEYS)
     if system := content.get("system"):
         messages = [{"role": "system", "content": system}, *messages]
     require_text(messages)
     require_turns(messages)
-    return messages
+    offered = tools_of(content.get(tools))
+    require_known(messages, offered)
+    return with_results(messages), offered
+
+
+def asked(question: Any) -> list[Message]:
+    return question_and_answer(question, "")[:1]
+
+
+def answered(answer: Any) -> Message:
+    return message({"role": "assistant", "content": answer})
 
 
 def require_used(what: str, content: dict[str, Any], used: set[str], known: set[str]) -> None:
@@ -251,26 +263,12 @@ def require_used(what: str, content: dict[str, Any], used: set[str], known: set[
             )
 
 
-def is_empty(value: Any) -> bool:
-    """Whether a key with this value means the same as no key.
-
-    Empty are null, false, blank text, lists and objects of empty values, and "null", "[]" and "{}" as text.
-    """
-    match value:
-        case str():
-            return value.strip() in ("", "null", "[]", "{}")
-        case dict():  # false in it is a setting: {"enable_thinking": false}
-            return all(part is not False and is_empty(part) for part in value.values())
-        case list():
-            return all(map(is_empty, value))
-    return value is None or value is False
-
-
 def trained_message(turn: Any) -> Message:
-    """`message`. Raises InvalidRow also if the turn has more than text, or if it must not be trained on."""
+    """`message`. Raises InvalidRow also if the turn has a part that is not used, or if it must not be trained on."""
     found = message(turn)
-    used = {"role", "content"} if {"role", "content"} <= turn.keys() else {"from", "value"}
-    require_used("a message", turn, used.union(TRAINED, UNTRAINED), PARTS)  # `message` has refused UNTRAINED
+    used = {"role", "content"} if {"from", "value"} - turn.keys() else {"from", "value"}
+    used |= {"assistant": {*CALLS, *THOUGHTS}, "tool": {"name", "tool_call_id"}}.get(found["role"], set())
+    require_used("a message", turn, used.union(TRAINED), PARTS)
     as_it_is = (None, True) if found["role"] == "assistant" else (None, True, False)
     if key := next((key for key in TRAINED if turn.get(key) not in as_it_is), None):
         raise InvalidRow("unknown format", f"a message with {key}: all answers of a row are trained on")
@@ -292,31 +290,6 @@ def objects(value: Any) -> list[dict[str, Any]]:
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 
-def message(turn: Any) -> Message:
-    """The message of a turn in OpenAI's format (role, content) or ShareGPT's (from, value).
-
-    The content need not be text: `require_text` checks that. Raises InvalidRow.
-    """
-    match turn:
-        case {"role": role, "content": content} | {"from": role, "value": content}:
-            pass
-        case _:
-            raise InvalidRow("unknown format", "a message needs role and content, or from and value")
-    if not isinstance(role, str) or role not in ROLES:
-        shown = repr(role[:40]) if isinstance(role, str) else type(role).__name__
-        raise InvalidRow("unknown role", f"the role {shown} is not one of {', '.join(ROLES)}")
-    if part := next((key for key in UNTRAINED if not is_empty(turn.get(key))), None):
-        raise InvalidRow("unknown format", f"a message with {part}, which is not supported: leave it out")
-    match content:
-        case [{"type": "text", "text": str()}, *_] if all(is_text(part) for part in content):
-            content = "".join(part["text"] for part in content)  # OpenAI's list of parts
-    return {"role": ROLES[role], "content": content}
-
-
-def is_text(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
 def with_input(instruction: str, content: dict[str, Any]) -> Any:
     """Alpaca's instruction, with its input if the row has one."""
     match content.get("input"):
@@ -326,26 +299,6 @@ def with_input(instruction: str, content: dict[str, Any]) -> Any:
             return f"{instruction}\n\n{given}" if given.strip() else instruction
         case given:
             raise InvalidRow("no text", f"its input is not text but {type(given).__name__}")
-
-
-def require_text(messages: list[Message]) -> None:
-    for number, turn in enumerate(messages, start=1):
-        text = turn["content"]
-        where = f"the {turn['role']}'s message {number}"
-        if not isinstance(text, str):
-            raise InvalidRow("no text", f"{where} is not text but {'null' if text is None else type(text).__name__}")
-        if not text.strip():
-            raise InvalidRow("empty", f"{where} is empty")
-        if "\0" in text:
-            raise InvalidRow("NUL", f"{where} has a NUL byte")
-
-
-def require_turns(messages: list[Message]) -> None:
-    roles = [turn["role"] for turn in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
-        shown = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "") or "none"
-        raise InvalidRow("turns", f"the roles must be user, assistant, ..., and end with assistant: here {shown}")
 
 
 def unknown_format(content: Any) -> InvalidRow:

@@ -6,20 +6,52 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.rows import read_jsonl, read_lines
+from pipeline.common.messages import (
+    InvalidRow,
+    message,
+    require_known,
+    require_text,
+    require_turns,
+    tool_calls,
+    tools_of,
+    with_results,
+)
+from pipeline.common.rows import Message, Tools, nfc, read_jsonl, read_lines, text_of
 from pipeline.evaluation.rules import EXACT, Rule, correct, read_rule, said
+from pipeline.evaluation.tool_calls import as_text, calls_in
 
-KEYS = ["id", "question", "answer", "tags", "match", "source"]
+KEYS = ["id", "question", "messages", "tools", "answer", "tags", "match", "source"]
 
 
 @dataclass(frozen=True)
 class Question:
     id: str
-    question: str
+    question: str  # of a conversation all that was said, without the system message
     answers: list[str]  # all accepted answers
     source: str
     tags: list[str] = field(default_factory=list)
     rule: Rule = EXACT
+    messages: list[Message] = field(default_factory=list)  # a conversation that ends with a user's or tool's message
+    tools: Tools = field(default_factory=list)
+
+    @property
+    def asked(self) -> list[Message]:
+        return self.messages or [{"role": "user", "content": self.question}]
+
+    @property
+    def reference(self) -> Message:
+        """The first accepted answer."""
+        answer, calls = self.answers[0], (calls_in(self.answers[0]) or []) if self.rule.kind == "tool_calls" else []
+        called = [{"type": "function", "id": f"call{at:05}", "function": call} for at, call in enumerate(calls)]
+        return (
+            {"role": "assistant", "content": answer}
+            if not calls
+            else {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": called,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -27,6 +59,7 @@ class Answer:
     text: str
     stopped: bool  # ended by itself, before max_new_tokens
     nll: float  # mean negative log-likelihood of the reference, its end token included, in nats per token
+    thinking: tuple[int, bool] | None = None  # of a base that can think: tokens, and whether the thinking ended
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -49,12 +82,23 @@ def read_questions(path: Path) -> list[Question]:
 
 def read_question(location: str, content: object) -> Question:
     match content:
-        case {"id": str(key), "question": str(text), "answer": str() | list() as answer, **rest}:
-            answers = answer if isinstance(answer, list) else [answer]
+        case {"id": str(key), "question": str(text), "answer": str() | list() as answer, **rest} if (
+            "messages" not in rest
+        ):
+            messages = []
+        case {"id": str(key), "messages": list(turns), "answer": str() | list() as answer, **rest} if (
+            "question" not in rest
+        ):
+            messages = conversation(turns, location)
+            text = "\n".join(text_of(turn) for turn in messages if turn["role"] != "system")
         case _:
-            raise UserError(f'{location}: a question is {{"id": ..., "question": ..., "answer": ...}}')
+            raise UserError(f'{location}: a question is {{"id": ..., "question" or "messages": ..., "answer": ...}}')
     if unknown := [key for key in rest if key not in KEYS]:
         raise UserError(f"{location}: {unknown[0]!r} is no key of a question; accepted: {', '.join(KEYS)}")
+    rule = read_rule(rest.get("match", "exact"), location)
+    tools, answers = offered(rest.get("tools"), location), answer if isinstance(answer, list) else [answer]
+    if rule.kind == "tool_calls":
+        answers = [accepted_calls(answer, tools, location)]
     if not answers or not all(isinstance(part, str) and part.strip() for part in [key, text, *answers]):
         raise UserError(f"{location}: the id, the question and each accepted answer must be text, and not empty")
     if any("\ud800" <= character <= "\udfff" for part in [text, *answers] for character in part):
@@ -65,7 +109,6 @@ def read_question(location: str, content: object) -> Question:
     if not isinstance(source, str):
         raise UserError(f'{location}: source is text, such as "data/raw/facts.csv:2"')
     text, *answers = (unicodedata.normalize("NFC", part) for part in [text, *answers])
-    rule = read_rule(rest.get("match", "exact"), location)
     for accepted in answers:
         if rule.kind in ("exact", "contains") and not said(accepted):
             raise UserError(
@@ -76,7 +119,42 @@ def read_question(location: str, content: object) -> Question:
             raise UserError(
                 f"{location}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})"
             )
-    return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule)
+    return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule, nfc(messages), nfc(tools))
+
+
+def conversation(turns: list[Any], location: str) -> list[Message]:
+    """The messages of a question that ends with a user's message or a tool's result."""
+    answer: Message = {"role": "assistant", "content": "?"}
+    try:
+        messages = [message(turn) for turn in turns]
+        require_text(messages)
+        require_turns([*messages, answer])
+        return with_results([*messages, answer])[:-1]
+    except InvalidRow as invalid:
+        raise UserError(f"{location}: {invalid}") from None
+
+
+def offered(tools: Any, location: str) -> Tools:
+    try:
+        return tools_of(tools)
+    except InvalidRow as invalid:
+        raise UserError(f"{location}: {invalid}") from None
+
+
+def accepted_calls(answer: Any, tools: Tools, location: str) -> str:
+    """The text of the accepted calls; a text without calls accepts every answer that calls nothing."""
+    if not tools:
+        raise UserError(f"{location}: a question with match tool_calls needs tools")
+    if isinstance(answer, str):
+        return answer
+    try:
+        calls = [call["function"] for call in tool_calls(answer)]
+        require_known([{"role": "assistant", "content": "", "tool_calls": tool_calls(answer)}], tools)
+    except InvalidRow as invalid:
+        raise UserError(f"{location}: {invalid}") from None
+    if not calls:
+        raise UserError(f"{location}: no call is accepted: write a text that needs no call as the answer")
+    return as_text("", nfc(calls))
 
 
 def read_answers(path: Path, questions: list[Question]) -> list[dict[str, Any]]:

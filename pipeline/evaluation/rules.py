@@ -13,6 +13,7 @@ import regex
 
 from pipeline.common.errors import UserError
 from pipeline.common.words import DASH, INVISIBLE, joined
+from pipeline.evaluation.tool_calls import call_errors
 
 # Kana and Han are written without spaces, and Korean words carry their particles: compared character by character.
 CHARACTER = re.compile(r"([\u1100-\u11ff\u3040-\u30ff\u3130-\u318f\u3400-\u9fff\uac00-\ud7af])")
@@ -57,29 +58,35 @@ FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 class Rule:
     """When an answer is correct.
 
-    exact     the answer and an accepted answer have the same words: see `said`
-    contains  the answer contains the words of an accepted answer, in their order
-    number    the last number of the answer differs by `tolerance` at most (as GSM8K: https://arxiv.org/abs/2110.14168)
-    regex     `pattern` is found in the answer
-    json      the same JSON value, bare or in a fenced block; the order of keys, and 1 or 1.0, make no difference
+    exact      the answer and an accepted answer have the same words: see `said`
+    contains   the answer contains the words of an accepted answer, in their order
+    number     the last number of the answer differs by `tolerance` at most (as GSM8K: https://arxiv.org/abs/2110.14168)
+    regex      `pattern` is found in the answer
+    json       the same JSON value, bare or in a fenced block; the order of keys, and 1 or 1.0, make no difference
+    tool_calls the same calls in any order, by names and arguments; numbers differ by `tolerance` at most
     """
 
-    kind: Literal["exact", "contains", "number", "regex", "json"]
+    kind: Literal["exact", "contains", "number", "regex", "json", "tool_calls"]
     tolerance: float = 0.0
     pattern: str = ""
 
 
 EXACT = Rule("exact")
-RULES = '"exact", "contains", "number", {"number": tolerance}, {"regex": pattern} or "json"'
+RULES = (
+    '"exact", "contains", "number", {"number": tolerance}, {"regex": pattern}, "json", "tool_calls" or '
+    '{"tool_calls": tolerance}'
+)
 
 
 def read_rule(match: Any, location: str) -> Rule:
     """Raises UserError, naming the location, if `match` is none of RULES."""
     match match:
-        case "exact" | "contains" | "number" | "json":
+        case "exact" | "contains" | "number" | "json" | "tool_calls":
             return Rule(match)
         case {"number": int() | float() as tolerance, **rest} if not rest and 0 <= tolerance < LARGEST:
             return Rule("number", tolerance=float(tolerance))
+        case {"tool_calls": int() | float() as tolerance, **rest} if not rest and 0 <= tolerance < LARGEST:
+            return Rule("tool_calls", tolerance=float(tolerance))
         case {"regex": str(pattern), **rest} if pattern and not rest:
             try:
                 re.compile(pattern)
@@ -102,6 +109,8 @@ def correct(answer: str, accepted: list[str], rule: Rule) -> bool:
             return re.search(rule.pattern, answer) is not None
         case "json":
             return json_value(answer) in map(json_value, accepted) if json_value(answer) else False
+        case "tool_calls":
+            return any(not call_errors(answer, text, rule.tolerance) for text in accepted)
 
 
 def said(text: str) -> list[str]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.paths import BASE
+from pipeline.common.outputs import existing
+from pipeline.common.paths import BASE, CHAT_TEMPLATE
 from pipeline.model.hub_cache import snapshot, unpacked
 
 # Copied unchanged wherever the tokenizer is needed: saving a loaded tokenizer changes files that llama.cpp reads.
@@ -230,7 +231,18 @@ def chat_template(folder: Path) -> str | None:
     return template if template is None or isinstance(template, str) else json.dumps(template)
 
 
-def copy_tokenizer(folder: Path, to: Path) -> None:
+def trained_template() -> str:
+    """The chat template that prepare_base wrote. Raises UserError if it is missing."""
+    return existing(CHAT_TEMPLATE).read_text(encoding="utf-8")
+
+
+def copy_tokenizer(folder: Path, to: Path, template: str | None = None) -> None:
+    """Copy the tokenizer's files, with the chat template `template` if it is given and another."""
     for name in TOKENIZER_FILES:
         if (folder / name).exists():
             (to / name).write_bytes((folder / name).read_bytes())
+    if template is not None and template != chat_template(folder):
+        (to / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
+        config = json.loads((to / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config.pop("chat_template", None):  # llama.cpp's converter would prefer it
+            (to / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

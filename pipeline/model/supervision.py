@@ -3,6 +3,7 @@
 Each turn is trained on as it will be asked for: after the tokens of the prompt that the chat template makes for it.
 """
 
+import json
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -10,19 +11,24 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from pipeline.common.errors import UserError
-from pipeline.common.rows import question_and_answer
-from pipeline.model.chat_template import control_tokens, token_ids
+from pipeline.common.rows import Message, Tools, question_and_answer
+from pipeline.model.chat_template import control_tokens, strings, token_ids
+from pipeline.model.row_kinds import CLOSED, require_carried, thinking_marks
 
 IGNORED = -100  # the label that torch's cross entropy ignores
 LEAST = 16  # minimum answer tokens of a truncated row
 THINKING = 16  # maximum number of tokens of an empty thinking block
-CLOSED = "\n</think>\n\n"  # ends a thinking block that a prompt opens, as in an empty block of Qwen 3
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 
 
 def conversations(
-    tokenizer: Any, messages: Messages, ends: set[int], location: str, mask_history: bool = False
+    tokenizer: Any,
+    messages: Messages,
+    ends: set[int],
+    location: str,
+    mask_history: bool = False,
+    tools: Tools | None = None,
 ) -> list[tuple[Messages, bool]]:
     """The conversations to train on, each with whether only its last answer is trained on.
 
@@ -35,10 +41,10 @@ def conversations(
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if mask_history or len(answers) < 2:
         return [(messages, mask_history)]
-    ids = rendered(tokenizer, messages, location)
+    ids = rendered(tokenizer, messages, location, tools)
     parts = [(messages[: i + 1], True) for i in answers]
     for part, only_last in parts[:-1]:
-        of_part, labels = supervised(tokenizer, part, ends, location, only_last)
+        of_part, labels = supervised(tokenizer, part, ends, location, only_last, tools)
         length = max(at for at, label in enumerate(labels) if label != IGNORED) + 1
         if ids[:length] != of_part[:length]:
             return parts
@@ -46,19 +52,27 @@ def conversations(
 
 
 def supervised(
-    tokenizer: Any, messages: Messages, ends: set[int], location: str, mask_history: bool = False
+    tokenizer: Any,
+    messages: Messages,
+    ends: set[int],
+    location: str,
+    mask_history: bool = False,
+    tools: Tools | None = None,
+    mask_thinking: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and one label per token.
 
     The label of a supervised token is its id; all others are IGNORED. Supervised are the assistant's turns (with
-    `mask_history`, only the last message), each to its first token in `ends`, inclusive.
+    `mask_history`, only the last message), each to its first token in `ends`, inclusive. With `mask_thinking`, the
+    thinking before an answer is not supervised.
 
     Raises:
         UserError: names `location`. The template refuses the conversation, doubles the BOS, renders the prompt of a
             turn differently with its answer, ends a turn with none of `ends`, or changes an answer; or no token is
             supervised.
     """
-    ids = rendered(tokenizer, messages, location)
+    require_carried(tokenizer, messages, tools or [], location)
+    ids = rendered(tokenizer, messages, location, tools)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise UserError(
             f"{location}: the base's chat template begins this row with {tokenizer.bos_token} twice: remove one from "
@@ -71,41 +85,70 @@ def supervised(
         if message["role"] != "assistant" or (mask_history and not last):
             continue
         if last:
-            ids, start = with_prompt(tokenizer, messages, ids, location)
-            ids = with_end(tokenizer, messages, ids, start, ends, location)
+            ids, start = with_prompt(tokenizer, messages, ids, location, tools)
+            ids = with_end(tokenizer, messages, ids, start, ends, location, tools)
             labels += [IGNORED] * (len(ids) - len(labels))
         else:
-            prompt = rendered(tokenizer, messages[:i], location, add_generation_prompt=True)
+            prompt = prompt_of(tokenizer, messages[:i], message, location, tools)
             start = len(prompt)
             if ids[:start] != prompt:
-                raise UserError(f"{location}: {thinking(message, i) or prompt_differs(messages, i)}")
+                raise UserError(f"{location}: {prompt_differs(messages, i)}")
         end = next((at for at in range(start, len(ids)) if ids[at] in ends), None)
         if end is None:
             raise UserError(
                 f"{location}: the base's chat template ends turn {i + 1} with none of the tokens {sorted(ends)}, at "
                 "which the base stops: correct eos_token_id in its generation_config.json"
             )
-        answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        if around[0] and rendered(tokenizer, messages[:i], location) == ids[:start]:
+        if around[0] and rendered(tokenizer, messages[:i], location, tools) == ids[:start]:
             raise UserError(
                 f"{location}: the base's chat template writes {around[0]!r} before an answer, and leaves it out of "
                 "prompts: make it write this text with add_generation_prompt, or choose another base.model"
             )
-        if within(answer, *around) != message["content"].strip():
-            changed = (
-                f"the base's chat template turns the answer of turn {i + 1} into {answer!r}, which the exam would "
-                "count as wrong: choose another base.model"
-            )
-            raise UserError(f"{location}: {thinking(message, i) or changed}")
+        thought = 0
+        if "reasoning_content" in message:
+            thought, _ = thinking_of(tokenizer, ids[:start], ids[start:end])
+        answer = decoded(tokenizer, ids[start : start + thought]), decoded(tokenizer, ids[start + thought : end])
+        require_whole(message, *answer, around, f"{location}: turn {i + 1}")
+        if mask_thinking:
+            start += thought
         labels[start : end + 1] = ids[start : end + 1]
     if all(label == IGNORED for label in labels):
         raise UserError(f"{location}: this row has no supervised tokens: end it with an answer, or remove it")
     return ids, labels
 
 
-def rendered(tokenizer: Any, messages: Messages, location: str, add_generation_prompt: bool = False) -> list[int]:
+def require_whole(message: Message, thought: str, said: str, around: tuple[str, str], where: str) -> None:
+    """Raises UserError if `thought` and `said`, as the template writes the message, lack something of the message."""
+    content = message["content"].strip()
+    whole = within(said, *around) == content
+    if "tool_calls" in message:
+        called = [[call["function"]["name"], call["function"]["arguments"]] for call in message["tool_calls"]]
+        parts = [text for text, _ in strings(called)]
+        whole = content in said and all(part in said or json.dumps(part)[1:-1] in said for part in parts)
+    if message.get("reasoning_content", "") not in thought or not whole:
+        raise UserError(
+            f"{where}: the base's chat template turns this answer into {thought + said!r}, which the exam would count "
+            "as wrong: reword or remove the row, or choose another base.model"
+        )
+
+
+def prompt_of(tokenizer: Any, messages: Messages, answer: Message, location: str, tools: Tools | None) -> list[int]:
+    """The prompt for `answer`: with thinking if the answer has thinking, else without, where the template has both."""
+    return rendered(tokenizer, messages, location, tools, True, "reasoning_content" in answer)
+
+
+def rendered(
+    tokenizer: Any,
+    messages: Messages,
+    location: str,
+    tools: Tools | None = None,
+    add_generation_prompt: bool = False,
+    thinking: bool | None = None,
+) -> list[int]:
+    if thinking is None and messages[-1]["role"] == "assistant":
+        thinking = "reasoning_content" in messages[-1]
     try:
-        return token_ids(tokenizer, messages, add_generation_prompt)
+        return token_ids(tokenizer, messages, add_generation_prompt, tools=tools, thinking=thinking)
     except TemplateSyntaxError as error:
         raise UserError(
             f"{location}: the base's chat template is damaged ({error}, line {error.lineno}): correct it, or fetch the "
@@ -117,24 +160,31 @@ def rendered(tokenizer: Any, messages: Messages, location: str, add_generation_p
         ) from None
 
 
-def with_prompt(tokenizer: Any, messages: Messages, ids: list[int], location: str) -> tuple[list[int], int]:
+def with_prompt(
+    tokenizer: Any, messages: Messages, ids: list[int], location: str, tools: Tools | None = None
+) -> tuple[list[int], int]:
     """The conversation `ids` with the prompt that the last answer gets, and the length of this prompt.
 
     The prompt may end with a thinking block that the template leaves out before a given answer. A block that is only
-    opened is closed at the beginning of the answer.
+    opened is closed at the beginning of the answer, after the thinking if there is one.
     """
-    prompt = rendered(tokenizer, messages[:-1], location, add_generation_prompt=True)
+    *before, answer = messages
+    prompt = prompt_of(tokenizer, before, answer, location, tools)
     shared = shared_beginning([prompt, ids])
-    if shared == len(prompt):
+    thought = answer.get("reasoning_content", "")
+    if shared == len(prompt) and thought in decoded(tokenizer, ids[shared:]):
         return ids, shared
-    before, more = (
-        tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (prompt[:shared], prompt[shared:])
-    )
-    asked, answer = (message["content"] for message in messages[-2:])
-    if len(prompt) - shared > THINKING or not more.strip() or asked.strip() not in before or answer[:1].isspace():
-        last = len(messages) - 1
-        raise UserError(f"{location}: {thinking(messages[-1], last) or prompt_differs(messages, last)}")
-    closing = tokenizer.encode(CLOSED, add_special_tokens=False) if more.rstrip().endswith("<think>") else []
+    said, more = decoded(tokenizer, prompt[:shared]), decoded(tokenizer, prompt[shared:])
+    opened = decoded(tokenizer, prompt[-4:]).rstrip().endswith("<think>")
+    asked = before[-1]["content"].strip()
+    if (
+        len(prompt) - shared > THINKING
+        or not (more.strip() or opened)
+        or (asked not in said and before[-1]["role"] == "user")
+        or answer["content"][:1].isspace()
+    ):
+        raise UserError(f"{location}: {prompt_differs(messages, len(messages) - 1)}")
+    closing = tokenizer.encode(thought + CLOSED, add_special_tokens=False) if opened else []
     return prompt + closing + ids[shared:], len(prompt)
 
 
@@ -144,7 +194,13 @@ def shared_beginning(rows: list[list[int]]) -> int:
 
 
 def with_end(
-    tokenizer: Any, messages: Messages, ids: list[int], start: int, ends: set[int], location: str
+    tokenizer: Any,
+    messages: Messages,
+    ids: list[int],
+    start: int,
+    ends: set[int],
+    location: str,
+    tools: Tools | None = None,
 ) -> list[int]:
     """`ids`, with the token that follows the last answer in a longer conversation, if it is an end token.
 
@@ -152,7 +208,7 @@ def with_end(
     """
     if ends & set(ids[start:]):
         return ids
-    following = rendered(tokenizer, [*messages, {"role": "user", "content": "?"}], location)
+    following = rendered(tokenizer, [*messages, {"role": "user", "content": "?"}], location, tools)
     answer = ids[start:]
     for at in range(len(following) - len(answer)):
         if following[at : at + len(answer)] == answer and following[at + len(answer)] in ends:
@@ -170,7 +226,7 @@ def around_answers(tokenizer: Any, ends: frozenset[int]) -> tuple[str, str]:
     except UserError:
         return "", ""
     end = next((at for at in range(start, len(ids)) if ids[at] in ends), len(ids))
-    answer = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+    answer = decoded(tokenizer, ids[start:end])
     before, found, after = answer.partition(messages[-1]["content"])
     return (before.strip(), after.strip()) if found else ("", "")
 
@@ -189,15 +245,29 @@ def content_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> str:
     before, after = around_answers(tokenizer, frozenset(ends))
     if not (before or after):
         return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-    content = within(tokenizer.decode(tokens, clean_up_tokenization_spaces=False), before, after)
+    content = within(decoded(tokenizer, tokens), before, after)
     return control_tokens(tokenizer).sub("", content).strip()
 
 
-def thinking(message: dict[str, str], i: int) -> str:
-    """The error for an answer with a <think> block, else "". The template of a thinking model moves such a block."""
-    if "</think>" not in message["content"]:
-        return ""
-    return f"turn {i + 1} has a <think> block, and this pipeline trains without thinking: remove it from the answer"
+def thinking_of(tokenizer: Any, prompt: list[int], answer: list[int]) -> tuple[int, bool]:
+    """The number of tokens at the beginning of an answer that are thinking, with its marks and the white space after
+    it; and whether the thinking has ended. An answer that only thinks has no other tokens."""
+    marks = thinking_marks(tokenizer)
+    if marks is None:
+        return 0, True
+    text, opened = decoded(tokenizer, answer), decoded(tokenizer, prompt[-4:]).rstrip().endswith("<think>")
+    opening, closing = marks
+    if not opened and not (opening and text.lstrip().startswith(opening)):
+        return 0, True
+    said = text.partition(closing)[2].strip()
+    ends = (at for at in range(len(answer)) if len(decoded(tokenizer, answer[at:]).strip()) <= len(said))
+    return (next(ends, len(answer)), True) if closing in text else (len(answer), False)
+
+
+def decoded(tokenizer: Any, tokens: list[int]) -> str:
+    """The text with all control tokens."""
+    text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+    return text
 
 
 def prompt_differs(messages: Messages, i: int) -> str:
@@ -214,11 +284,13 @@ def prompt_differs(messages: Messages, i: int) -> str:
 
 def truncated(
     tokenizer: Any,
-    messages: list[dict[str, str]],
+    messages: Messages,
     ends: set[int],
     location: str,
     max_length: int,
     mask_history: bool = False,
+    tools: Tools | None = None,
+    mask_thinking: bool = False,
 ) -> tuple[list[int], list[int]] | None:
     """`supervised`, with a maximum of `max_length` tokens; None if too few tokens remain for the answer.
 
@@ -227,9 +299,12 @@ def truncated(
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
-    while len(turns) > 2 and len(token_ids(tokenizer, system + turns)) > max_length:
-        turns = turns[2:]
-    ids, labels = supervised(tokenizer, system + turns, ends, location, mask_history)
+    while len(token_ids(tokenizer, system + turns, tools=tools)) > max_length:
+        questions = [i for i, message in enumerate(turns) if message["role"] == "user"]
+        if len(questions) < 2:
+            break
+        turns = turns[questions[1] :]
+    ids, labels = supervised(tokenizer, system + turns, ends, location, mask_history, tools, mask_thinking)
     trained_on = [at for at, label in enumerate(labels) if label != IGNORED]
     if max_length - trained_on[0] < min(LEAST, len(trained_on) - 1):
         return None

@@ -13,3 +13,4 @@ class Base(Section):
     quantization: Literal["nf4", "none"]
     device: Literal["auto", "cpu", "cuda"]
     compute_dtype: Literal["auto", "float32", "bfloat16"]
+    thinking: Literal["auto", "on", "off"]

@@ -11,6 +11,7 @@ Column = Literal[
     "messages",
     "conversations",
     "system",
+    "tools",
     "question",
     "answer",
     "prompt",

@@ -11,3 +11,5 @@ class Tokenize(Section):
     max_length: Annotated[int, Field(ge=2)]
     on_overflow: Literal["raise", "drop", "truncate"]
     mask_history: bool
+    tool_format: Literal["auto", "hermes"]
+    thinking: Literal["train", "mask", "drop"]
