@@ -79,7 +79,7 @@ def weakened(scratch: Path, strength: float) -> Path:
 @torch.inference_mode()
 def divergences(trained: PreTrainedModel, model: PreTrainedModel, tokenizer: Any, question: Question) -> torch.Tensor:
     """Return KL(trained || model) in nats at each token of the reference answer."""
-    prompt, reference = prompt_and_reference(tokenizer, question, end_tokens(trained.generation_config))
+    prompt, reference, _ = prompt_and_reference(tokenizer, question, end_tokens(trained.generation_config))
     ids = torch.tensor([prompt + reference[:-1]], device=trained.device)
     ours, theirs = (m(ids).logits[0, len(prompt) - 1 :].float().log_softmax(-1) for m in (model, trained))
     return kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).cpu()

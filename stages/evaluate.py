@@ -7,6 +7,7 @@ metrics/answers_general_base.jsonl -> metrics/evaluate.json, metrics/answers.jso
 metrics/answers_general.jsonl (the general exam), metrics/details/evaluate.json (all scores, intervals, p-values)
 """
 
+from statistics import fmean
 from typing import Any
 
 from pipeline.common.outputs import rounded, write_details, write_json, write_jsonl
@@ -26,7 +27,7 @@ from pipeline.common.paths import (
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.comparison import comparison
 from pipeline.evaluation.questions import Answer, Question, read_answers, read_questions
-from pipeline.evaluation.scores import graded
+from pipeline.evaluation.scores import errors_of_calls, graded
 from pipeline.model.base import located, require_same_base, trained_template
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_tuned, pick_device, pick_dtype, reproducible
@@ -55,7 +56,7 @@ def main() -> None:
     general_rows = answer_lines(general, read_answers(BASE_GENERAL_ANSWERS, general), answers[len(exam) :])
     write_jsonl(ANSWERS, rows)
     write_jsonl(GENERAL_ANSWERS, general_rows)
-    details = {"exam": compared(rows), "general": compared(general_rows)}
+    details = {"exam": compared(exam, rows), "general": compared(general, general_rows)}
     write_json(EXAM_METRICS, headline(details["exam"]))
     write_json(GENERAL_METRICS, {"general": headline(details["general"])})
     write_details(EXAM_DETAILS, details)
@@ -68,7 +69,8 @@ def answer_lines(questions: list[Question], before: list[Line], answers: list[An
         new = rounded(graded(question, answer))
         asked = {key: new[key] for key in ("id", "question", "reference", "match", "tags", "source")}
         given = {"before": old["answer"], "after": new["answer"]}
-        rows.append(asked | given | {"base": old["scores"], "tuned": new["scores"]})
+        thought = {f"thinking_{who}": of["thinking"] for who, of in (("base", old), ("tuned", new)) if "thinking" in of}
+        rows.append(asked | given | {"base": old["scores"], "tuned": new["scores"]} | thought)
     return rows
 
 
@@ -77,8 +79,24 @@ def headline(comparison: dict[str, Any]) -> dict[str, Any]:
     return {who: {score: comparison[who][score] for score in ("correct", "f1", "loss")} for who in ("base", "tuned")}
 
 
-def compared(rows: list[Line]) -> dict[str, Any]:
-    return comparison([row["base"] for row in rows], [row["tuned"] for row in rows])
+def compared(questions: list[Question], rows: list[Line]) -> dict[str, Any]:
+    """The comparison of all scores; the errors of tool calls, if the exam has calls; and the thinking, if the base
+    thinks."""
+    found = comparison([row["base"] for row in rows], [row["tuned"] for row in rows])
+    if any(question.rule.kind == "tool_calls" for question in questions):
+        answers = {who: [row[side] for row in rows] for who, side in (("base", "before"), ("tuned", "after"))}
+        found["tool_calls"] = {who: errors_of_calls(questions, texts) for who, texts in answers.items()}
+    if "thinking_base" in rows[0]:
+        found["thinking"] = {who: thinking([row[f"thinking_{who}"] for row in rows]) for who in ("base", "tuned")}
+    return found
+
+
+def thinking(of_answers: list[dict[str, float]]) -> dict[str, float]:
+    """The mean number of thinking tokens of an answer, and the share of answers whose thinking did not end."""
+    return {
+        "tokens": fmean(one["tokens"] for one in of_answers),
+        "unfinished": fmean(not one["ended"] for one in of_answers),
+    }
 
 
 if __name__ == "__main__":

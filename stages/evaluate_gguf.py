@@ -23,7 +23,7 @@ from pipeline.common.outputs import scratch, write_details, write_json, write_js
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
-from pipeline.evaluation.answers import answer_questions, prompt, prompt_and_reference, text_of
+from pipeline.evaluation.answers import answer_of, answer_questions, prompt, prompt_and_reference
 from pipeline.evaluation.conversions import Variant, measured
 from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
 from pipeline.evaluation.questions import Question, read_answers, read_questions
@@ -53,7 +53,7 @@ def main() -> None:
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
     reproducible(0, parameters.threads)
     tokenizer, ends = load_tokenizer(MERGED), end_tokens(load_generation_config(MERGED))
-    asked = [prompt_and_reference(tokenizer, question, ends) for question in questions]
+    asked = [prompt_and_reference(tokenizer, question, ends)[:2] for question in questions]
 
     quantization = parameters.base.quantization
     model = load_tuned(folder, TRAINED, quantization, device, dtype)
@@ -126,7 +126,9 @@ def answer_in_llama_cpp(
         seconds += time.monotonic() - started
         next_tokens.append(in_llama_cpp(server, tokens, reference, replies[-1]))
     require_ended(replies, questions, ends, name)
-    given = [text_of(tokenizer, reply["tokens"], ends) for reply in replies]
+    made = zip(questions, asked, replies, strict=True)
+    answers = [answer_of(tokenizer, question, tokens, reply["tokens"], ends) for question, (tokens, _), reply in made]
+    given = [(answer.text, answer.stopped) for answer in answers]
     speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
     return Variant(given, next_tokens), {"tokens_per_second": speed}
 
@@ -134,7 +136,7 @@ def answer_in_llama_cpp(
 def require_same_tokens(server: Server, questions: list[Question], prompts: Iterable[list[int]], name: str) -> None:
     """Raises UserError for the first question of which the file and Transformers make different prompt tokens."""
     for question, expected in zip(questions, prompts, strict=True):
-        tokens = server.tokens([{"role": "user", "content": question.question}])
+        tokens = server.tokens(question.asked, question.tools)
         if tokens != expected:
             raise UserError(
                 f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "

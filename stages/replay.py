@@ -16,6 +16,7 @@ from pipeline.evaluation.answers import greedy_in_batches, text_of
 from pipeline.model.base import located, trained_template
 from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
+from pipeline.model.supervision import thinking_of, thought_of
 from stages import run
 
 BATCH = {"cpu": 64, "cuda": 16}  # prompts answered at a time; a GPU often has less memory
@@ -45,10 +46,14 @@ def answered(prompts: dict[str, str], parameters: Parameters) -> list[Row]:
     ]
     answers = greedy_in_batches(model, asked, ends, BATCH[device.type], parameters.generate.replay_length)
     rows = []
-    for (location, prompt), tokens in zip(prompts.items(), answers, strict=True):
-        text, ended = text_of(tokenizer, tokens, ends)
+    for (location, prompt), question, tokens in zip(prompts.items(), asked, answers, strict=True):
+        thinking, _ = thinking_of(tokenizer, question, tokens)
+        text, ended = text_of(tokenizer, tokens[thinking:], ends)
         if ended and text:
-            rows.append(row(question_and_answer(prompt, text), location))
+            messages = question_and_answer(prompt, text)
+            if thought := thought_of(tokenizer, question, tokens):
+                messages[-1]["reasoning_content"] = thought
+            rows.append(row(messages, location))
     return rows
 
 

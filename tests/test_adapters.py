@@ -265,7 +265,7 @@ def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> 
         nats = [
             conversions.divergence(ours.likeliest, theirs.likeliest)
             for each in asked
-            for ours, theirs in zip(in_llama_cpp(server, *each), in_transformers(tuned, [each], 1)[0], strict=True)
+            for ours, theirs in zip(in_llama_cpp(server, *each[:2]), in_transformers(tuned, [each], 1)[0], strict=True)
         ]
     return sum(nats) / len(nats)
 

@@ -53,7 +53,7 @@ def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: 
     assert tokenizer.decode(asked[1][:3]).endswith("\ufffd")
     with served(base_gguf, context=128, threads=1) as server:
         shorter = prompt_and_reference(tokenizer, Question("b", "Who?", ["Ada"], "here"), {2})  # padded in the batch
-        pairs = list(zip(in_llama_cpp(server, *asked), in_transformers(model, [shorter, asked], 2)[1], strict=True))
+        pairs = list(zip(in_llama_cpp(server, *asked[:2]), in_transformers(model, [shorter, asked], 2)[1], strict=True))
     assert [ours.token for ours, _ in pairs] == asked[1]
     for ours, theirs in pairs:
         assert ours.nll == pytest.approx(theirs.nll, abs=0.02) and len(ours.likeliest) == N_PROBS
@@ -63,7 +63,7 @@ def test_next_tokens_are_those_of_transformers_within_characters_too(base_gguf: 
 
 def test_the_probabilities_of_an_own_answer_are_those_that_the_server_gives_when_asked(base_gguf: Path) -> None:
     tokenizer = load_tokenizer(TINY)
-    [(prompt_of, reference)] = [prompt_and_reference(tokenizer, Question("a", "Who leads it?", ["x"], "here"), {2})]
+    prompt_of, reference, _ = prompt_and_reference(tokenizer, Question("a", "Who leads it?", ["x"], "here"), {2})
     with served(base_gguf, context=128, threads=1) as server:
         reply = server.complete(prompt_of, 8, N_PROBS)
         own = reply["tokens"]

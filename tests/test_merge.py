@@ -14,11 +14,12 @@ from pyarrow import parquet
 
 from bench import leaks
 from pipeline.common.errors import UserError
+from pipeline.common.messages import InvalidRow
 from pipeline.common.outputs import read_details, read_json
 from pipeline.common.rows import group_of, read_jsonl, row
 from pipeline.common.words import words
 from pipeline.data import checked_rows
-from pipeline.data.formats import InvalidRow, conversation
+from pipeline.data.formats import conversation
 from pipeline.data.leaks import ExamIndex, Leak
 from pipeline.evaluation.questions import Question, read_questions
 from stages import merge
@@ -196,8 +197,8 @@ def test_known_keys_without_a_value_do_no_harm() -> None:
     }
     turn = nothing | {"weight": 1, "train": True, "loss": None}
     content = QA | nothing | {"text": None, "tools": "[]", "parallel_tool_calls": False, "messages": None, "input": ""}
-    assert conversation(content) == asked("Q?", "a")
-    assert conversation({"messages": [Q | turn | {"train": False}, A | turn], "prompt": ""}) == [Q, A]
+    assert conversation(content) == (asked("Q?", "a"), [])
+    assert conversation({"messages": [Q | turn | {"train": False}, A | turn], "prompt": ""}) == ([Q, A], [])
 
 
 def test_a_column_that_another_takes_the_name_of_is_no_silent_loss(curated: Project) -> None:

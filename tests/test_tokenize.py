@@ -124,14 +124,14 @@ def test_of_several_answers_all_are_supervised_or_only_the_last(family: str, tmp
 def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
     FAMILIES["qwen3"](tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    prompt = tokenizer.decode(token_ids(tokenizer, TWICE[:1], add_generation_prompt=True))
+    prompt = tokenizer.decode(token_ids(tokenizer, TWICE[:1], add_generation_prompt=True, thinking=False))
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert supervised_text(tmp_path, TWICE[:2]) == "Ada Adler<|im_end|>"
     assert supervised_text(tmp_path, TWICE, mask_history=True) == "김서연<|im_end|>"
     several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set tokenize\.mask_history: true"
     with pytest.raises(UserError, match=several):
         supervised_text(tmp_path, TWICE)
-    with pytest.raises(UserError, match=r"here: turn 2 has a <think> block, and this pipeline trains without thinking"):
+    with pytest.raises(UserError, match=r"here: turn 2: the base's chat template turns this answer into '<think>"):
         supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT))
     with pytest.raises(UserError, match=r"here: turn 2 has a <think> block"):
         supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT.replace("Hm.", "")))

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy, pad
@@ -14,17 +15,28 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pipeline.common.errors import UserError
-from pipeline.common.rows import question_and_answer
+from pipeline.common.rows import Tools
 from pipeline.evaluation.questions import Answer, Question
+from pipeline.evaluation.rules import correct
+from pipeline.evaluation.tool_calls import as_text, malformed
 from pipeline.model.chat_template import DATE, end_tokens, token_ids
-from pipeline.model.supervision import IGNORED, content_of, shared_beginning, supervised
+from pipeline.model.responses import Malformed, called, response_template
+from pipeline.model.row_kinds import thinking_marks
+from pipeline.model.supervision import (
+    IGNORED,
+    content_of,
+    decoded,
+    shared_beginning,
+    supervised,
+    thinking_of,
+)
 
 WORTH_A_PASS = 8  # tokens
 
 
 def prompt(tokenizer: Any, question: Question, date: datetime = DATE) -> list[int]:
     """The token ids of a question as the model's chat template renders it on `date`, ready to be answered."""
-    return token_ids(tokenizer, [{"role": "user", "content": question.question}], add_generation_prompt=True, date=date)
+    return token_ids(tokenizer, question.asked, add_generation_prompt=True, date=date, tools=question.tools)
 
 
 def answer_questions(
@@ -35,12 +47,13 @@ def answer_questions(
     ends = end_tokens(model.generation_config)
     rows = [prompt_and_reference(tokenizer, question, ends) for question in questions]
     answers: dict[int, Answer] = {}
-    for batch in batches_by_length([[len(part) for part in row] for row in rows], batch_size, "exam"):
+    lengths = [[len(row.prompt), len(row.reference)] for row in rows]
+    for batch in batches_by_length(lengths, batch_size, "exam"):
         given = answer(model, [rows[i] for i in batch], ends, max_new_tokens)
         for i, (tokens, nll) in zip(batch, given, strict=True):
             if math.isnan(nll):
                 raise UserError(f"exam question {questions[i].id}: the model's probabilities are no numbers (NaN)")
-            answers[i] = Answer(*text_of(tokenizer, tokens, ends), nll)
+            answers[i] = replace(answer_of(tokenizer, questions[i], rows[i].prompt, tokens, ends), nll=nll)
     return [answers[i] for i in range(len(questions))]
 
 
@@ -51,42 +64,94 @@ def batches_by_length(lengths: list[list[int]], batch_size: int, name: str) -> I
         yield order[start : start + batch_size]
 
 
+def answer_of(tokenizer: Any, question: Question, prompt: list[int], tokens: list[int], ends: set[int]) -> Answer:
+    """An answer by its tokens: the text after the thinking, with the calls of the question's tools by
+    pipeline.evaluation.tool_calls; the nll is unknown."""
+    thought, ended = thinking_of(tokenizer, prompt, tokens)
+    text, stopped = text_of(tokenizer, tokens[thought:], ends)
+    if question.tools:
+        text = with_calls(tokenizer, question.tools, prompt, tokens, text)
+    return Answer(text, stopped, math.nan, (thought, ended) if thinking_marks(tokenizer) else None)
+
+
 def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, bool]:
-    """The text of an answer, and whether the answer ended by itself."""
-    stopped = tokens[-1] in ends
+    """The text of an answer without its thinking, and whether the answer ended by itself."""
+    stopped = tokens[-1:] != [] and tokens[-1] in ends
     return content_of(tokenizer, tokens[:-1] if stopped else tokens, ends), stopped
 
 
-def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> tuple[list[int], list[int]]:
-    """The token ids of the prompt, and of the reference: the first accepted answer and the token that ends the
-    answer."""
-    messages = question_and_answer(question.question, question.answers[0])
-    ids, labels = supervised(tokenizer, messages, ends, f"exam question {question.id}")
+def with_calls(tokenizer: Any, tools: Tools, prompt: list[int], tokens: list[int], text: str) -> str:
+    """The answer's text with its calls; `text` if the answer calls nothing.
+
+    Raises:
+        UserError: nothing can read the calls of this chat template.
+    """
+    if (template := response_template(tokenizer)) is None:
+        raise UserError(
+            "the exam has tools, and nothing can read the calls of this base's chat template: set tokenize.tool_format "
+            "to hermes"
+        )
+    written = decoded(tokenizer, tokens)
+    try:
+        content, calls = called(tokenizer, decoded(tokenizer, prompt), written, tools, template)
+    except Malformed:
+        return malformed(text)
+    return as_text(content, calls) if calls else text
+
+
+class Asked(NamedTuple):
+    """The token ids of a prompt, and of the reference: the first accepted answer and the token that ends it.
+
+    The first `unscored` tokens of the reference are an empty thinking block, after a prompt that lets the base think.
+    """
+
+    prompt: list[int]
+    reference: list[int]
+    unscored: int = 0
+
+
+def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> Asked:
+    """Raises UserError if the calls of the reference cannot be read from its tokens."""
+    location = f"exam question {question.id}"
+    ids, labels = supervised(
+        tokenizer, [*question.asked, question.reference], ends, location, mask_history=True, tools=question.tools
+    )
     start = next(at for at, label in enumerate(labels) if label != IGNORED)
-    return ids[:start], [label for label in labels if label != IGNORED]
+    asked, answer = prompt(tokenizer, question), [label for label in labels if label != IGNORED]
+    if question.tools:
+        read = answer_of(tokenizer, question, ids[:start], answer, ends)
+        if not correct(read.text, question.answers[:1], question.rule):
+            raise UserError(
+                f"{location}: its calls, as the base's chat template writes them, read {read.text!r}: reword the "
+                "arguments, or set tokenize.tool_format to hermes"
+            )
+    if start > len(asked) and ids[: len(asked)] == asked:
+        return Asked(asked, ids[len(asked) : start] + answer, start - len(asked))
+    return Asked(asked, answer)
 
 
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel, rows: list[tuple[list[int], list[int]]], ends: set[int], max_new_tokens: int
+    model: PreTrainedModel, rows: list[Asked], ends: set[int], max_new_tokens: int
 ) -> list[tuple[list[int], float]]:
-    """For each (prompt, reference): the tokens of the greedy answer, and the mean negative log-likelihood of the
+    """For each row: the tokens of the greedy answer, and the mean negative log-likelihood of the
     reference in nats per token.
 
     One forward pass reads the prompts for both. If every token of a reference is the likeliest token, the reference is
     the greedy answer, as a draft is in speculative decoding (https://arxiv.org/abs/2211.17192). Only other answers are
     decoded. In bfloat16, two almost equal tokens may change their order between one pass and decoding token by token.
     """
-    asked, mask = read_prompts(model, [prompt for prompt, _ in rows])
+    asked, mask = read_prompts(model, [row.prompt for row in rows])
     cache = asked.past_key_values
-    labels = padded([reference for _, reference in rows], "right").to(model.device)
+    labels = padded([row.reference for row in rows], "right").to(model.device)
     of_reference, drafts = labels != IGNORED, labels[:, :-1]
     drafted = forward(model, drafts, pad(mask, (0, drafts.shape[1]), value=1), past_key_values=deepcopy(cache))
     logits = torch.cat([asked.logits, drafted.logits], dim=1)
     losses = cross_entropy(logits[of_reference].float(), labels[of_reference], reduction="none")
-    nlls = [of_row.mean().item() for of_row in losses.split(of_reference.sum(1).tolist())]
+    by_row = zip(rows, losses.split(of_reference.sum(1).tolist()), strict=True)
+    nlls = [of_row[row.unscored :].mean().item() for row, of_row in by_row]
 
-    answers = [reference[:max_new_tokens] for _, reference in rows]
+    answers = [row.reference[:max_new_tokens] for row in rows]
     others = ((logits.argmax(-1) != labels) & of_reference).any(1).nonzero().flatten()
     cache.reorder_cache(others)
     for row in others.tolist():

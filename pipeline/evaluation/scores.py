@@ -8,6 +8,9 @@ from sacrebleu.metrics import CHRF
 
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.evaluation.rules import correct, normalise, normalised_words
+from pipeline.evaluation.tool_calls import ERRORS, call_errors
+
+THINKING = ("tokens", "ended")
 
 
 def exact_match(answer: str, accepted: list[str]) -> float:
@@ -41,8 +44,18 @@ def _rouge_l(given: list[str], wanted: list[str]) -> float:
     return 2 * LCSseq.similarity(given, wanted) / (len(given) + len(wanted))
 
 
+def errors_of_calls(questions: list[Question], answers: list[str]) -> dict[str, int]:
+    """How many errors of each kind the tool calls of all answers have."""
+    found: Counter[str] = Counter(dict.fromkeys(ERRORS, 0))
+    for question, answer in zip(questions, answers, strict=True):
+        if question.rule.kind == "tool_calls":
+            found += call_errors(answer, question.answers[0], question.rule.tolerance)
+    return {error: found[error] for error in ERRORS}
+
+
 def graded(question: Question, answer: Answer) -> dict[str, Any]:
     """One line of an answers file: the question, the accepted answers, the answer and its scores."""
+    thinking = {} if answer.thinking is None else {"thinking": dict(zip(THINKING, answer.thinking, strict=True))}
     return {
         "id": question.id,
         "question": question.question,
@@ -61,4 +74,4 @@ def graded(question: Question, answer: Answer) -> dict[str, Any]:
             "stopped": float(answer.stopped),
             "characters": float(len(answer.text)),
         },
-    }
+    } | thinking

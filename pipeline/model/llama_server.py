@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
+from pipeline.common.rows import Message, Tools
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
 
 KEY = "LLAMA_CPP_API_KEY"
@@ -68,17 +69,28 @@ class Server:
         with self.opened(path, body) as reply:
             return json.load(reply)
 
-    def tokens(self, messages: list[dict[str, str]]) -> list[int]:
+    def tokens(self, messages: list[Message], tools: Tools | None = None) -> list[int]:
         """The token ids of a conversation with the generation prompt, by the file's chat template and tokenizer.
 
         A control token in a message is tokenized as text, as in pipeline.model.chat_template.token_ids.
         """
-        marked = [m | {"content": self.marked(m["content"])} for m in messages]
-        prompt = self.post("/apply-template", {"messages": marked})["prompt"]
+        body = {"messages": for_openai(messages)} | ({"tools": tools} if tools else {})
+        prompt = self.post("/apply-template", self.all_marked(body))["prompt"]
         tokens = []
         for i, piece in enumerate(prompt.split(MARK)):  # every second piece is a control token from a message
             tokens += self.tokenize(piece, parse_special=i % 2 == 0, add_special=i == 0)
         return tokens
+
+    def all_marked(self, value: Any) -> Any:
+        """`value` with each text in it `marked`."""
+        match value:
+            case str():  # each control token of a chat template has a bracket, and most names have none
+                return self.marked(value) if "<" in value or "[" in value else value
+            case dict():
+                return {key: self.all_marked(part) for key, part in value.items()}
+            case list():
+                return [self.all_marked(part) for part in value]
+        return value
 
     def marked(self, text: str) -> str:
         """`text` with a MARK before and after each control token of the file."""
@@ -143,6 +155,21 @@ class Server:
                     yield piece
             if "stop_type" not in piece:  # http.client does not notice that a reply is incomplete
                 raise ConnectionError(piece.get("error", "the reply is incomplete"))
+
+
+def for_openai(messages: list[Message]) -> list[Message]:
+    """Messages as OpenAI's API wants them: arguments of calls are JSON text."""
+    found = []
+    for message in messages:
+        if "tool_calls" in message:
+            calls = [call | {"function": with_text(call["function"])} for call in message["tool_calls"]]
+            message = message | {"tool_calls": calls}
+        found.append(message)
+    return found
+
+
+def with_text(function: dict[str, Any]) -> dict[str, Any]:
+    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 @contextmanager

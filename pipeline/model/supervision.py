@@ -264,6 +264,13 @@ def thinking_of(tokenizer: Any, prompt: list[int], answer: list[int]) -> tuple[i
     return (next(ends, len(answer)), True) if closing in text else (len(answer), False)
 
 
+def thought_of(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
+    """The thinking in an answer, without its marks."""
+    opening, closing = thinking_marks(tokenizer) or ("", "")
+    text = decoded(tokenizer, answer[: thinking_of(tokenizer, prompt, answer)[0]]).strip()
+    return text.removeprefix(opening).removesuffix(closing).strip()
+
+
 def decoded(tokenizer: Any, tokens: list[int]) -> str:
     """The text with all control tokens."""
     text: str = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
