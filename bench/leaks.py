@@ -243,7 +243,7 @@ def demo_rows() -> list[str]:
     raw, curated = ROOT / "data/raw", sorted((ROOT / "data/curated").glob("*.jsonl"))
     facts = questions_of_facts(read_facts([raw / "facts.csv"]), read_phrasings([raw / "phrasings.yaml"]), sys.maxsize)
     lines = (line for file in curated for line in file.read_bytes().splitlines())
-    talks = map(conversation, map(parsed, lines))
+    talks = (conversation(parsed(line))[0] for line in lines)
     return ["\n".join(turn["content"] for turn in talk) for talk in [*(fact["messages"] for fact in facts), *talks]]
 
 

@@ -25,7 +25,7 @@ import yaml
 import stages  # noqa: F401  # sets how OpenMP waits, before any test imports torch
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.params_yaml import read_yaml
-from pipeline.common.paths import BASE, LICENSE
+from pipeline.common.paths import BASE, CHAT_TEMPLATE, LICENSE
 from pipeline.export.llama_cpp import run_script
 
 DEMO = Path(__file__).parent / "demo"  # make start moves the demo here
@@ -249,11 +249,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 def describe_base() -> None:
     """Write what prepare_base does of a local base, without trying to convert the base, which takes seconds."""
-    from pipeline.model.base import describe
+    from pipeline.model.base import chat_template, describe
     from pipeline.model.license import license_of
 
     model = read_yaml(Path("params.yaml"))["base"]["model"]
     write_json(BASE, describe(model, None))
+    CHAT_TEMPLATE.write_text(chat_template(Path(model)) or "", encoding="utf-8")
     write_json(LICENSE, license_of(Path(model)))
 
 

@@ -260,12 +260,12 @@ def on_base(base: Path) -> PreTrainedModel:
 def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> float:
     """The mean KL divergence of the file's next-token distributions from the tuned model's, in nats."""
     tokenizer, ends = load_tokenizer(TIED), end_tokens(load_generation_config(TIED))
-    asked = [prompt_and_reference(tokenizer, question, ends) for question in QUESTIONS]
+    asked = [prompt_and_reference(tokenizer, question, ends)[:2] for question in QUESTIONS]
     with served(gguf, context=128, threads=2, lora=lora) as server:
         nats = [
             conversions.divergence(ours.likeliest, theirs.likeliest)
             for each in asked
-            for ours, theirs in zip(in_llama_cpp(server, *each[:2]), in_transformers(tuned, [each], 1)[0], strict=True)
+            for ours, theirs in zip(in_llama_cpp(server, *each), in_transformers(tuned, [each], 1)[0], strict=True)
         ]
     return sum(nats) / len(nats)
 

@@ -91,7 +91,7 @@ def kept(file: str) -> dict[str, list[dict[str, str]]]:
     ],
 )
 def test_every_format_is_recognized_by_its_keys(content: Any, messages: Any) -> None:
-    assert conversation(content) == messages
+    assert conversation(content) == (messages, [])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_every_format_is_recognized_by_its_keys(content: Any, messages: Any) -> 
         ({"messages": [Q, A, SYSTEM, Q, A]}, "turns"),
         ({"messages": [{"role": "bot", "content": "x"}, A]}, "unknown role"),
         ({"messages": [{"role": ["user"], "content": "x"}, A]}, "unknown role"),
-        ({"messages": [Q, A | {"tool_calls": [{"id": 1}]}]}, "unknown format"),
+        ({"messages": [Q, A | {"tool_calls": [{"id": 1}]}]}, "tool call"),
         ({"messages": ["hello"]}, "unknown format"),
         ({"messages": [Q, A | {"content": [{"type": "image_url"}]}]}, "no text"),
         ({"instruction": "x", "output": "y", "history": [["a", "b"]]}, "unknown format"),
@@ -139,8 +139,6 @@ QA = {"question": "Q?", "answer": "a"}
                 "instruction": "Sum.",
                 "prompt": "p",
                 "text": "t",
-                "tools": [{"name": "f"}],
-                "functions": [{"name": "f"}],
                 "parallel_tool_calls": True,
                 "images": ["a.png"],
                 "passage": "p",
@@ -148,7 +146,6 @@ QA = {"question": "Q?", "answer": "a"}
                 "chosen": "c",
                 "rejected": "r",
                 "label": 0,
-                "reasoning": "r",
                 "choices": ["a", "b"],
                 "history": [["a", "b"]],
             }.items()
@@ -162,8 +159,6 @@ QA = {"question": "Q?", "answer": "a"}
         *[
             ({"messages": [Q, A | {key: value}]}, key)
             for key, value in {
-                "reasoning": "r",
-                "thinking": "t",
                 "reasoning_details": [{"text": "t"}],
                 "tool_plan": "p",
                 "name": "Ann",

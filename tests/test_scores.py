@@ -158,7 +158,10 @@ def test_a_match_rule_names_right_from_wrong(
         ({"match": "json"}, "the answer 'it' is not correct by the question's own match (json)"),
         ({"answer": ["C++", "..."]}, "articles and punctuation do not count, and the answer '...' is nothing else"),
         ({"answer": ["b", "A"]}, "articles and punctuation do not count, and the answer 'A' is nothing else"),
-        ({"tag": ["a"]}, "'tag' is no key of a question; accepted: id, question, answer, tags, match, source"),
+        (
+            {"tag": ["a"]},
+            "'tag' is no key of a question; accepted: id, question, messages, tools, answer",
+        ),
         ({"tags": "a"}, "tags are a list"),
         ({"source": 3}, "source is text"),
         ({"id": "q1"}, "the id repeats that of"),

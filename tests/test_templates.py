@@ -50,7 +50,7 @@ def test_each_answer_follows_the_prompt_that_it_will_get(name: str) -> None:
         for messages, only_last in conversations(tokenizer, row, ends, "here"):
             ids, labels = supervised(tokenizer, messages, ends, "here", only_last)
             for i in [len(messages) - 1] if only_last else range(1, len(messages), 2):
-                prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True)
+                prompt = token_ids(tokenizer, messages[:i], add_generation_prompt=True, thinking=False)
                 end = next(at for at in range(len(prompt), len(ids)) if ids[at] in ends)
                 assert ids[: len(prompt)] == prompt
                 assert labels[len(prompt) - 1] == IGNORED

@@ -131,9 +131,9 @@ def test_qwen_3_learns_to_answer_without_thinking(tmp_path: Path) -> None:
     several = r"here: .* prompt of turn 2 .* and more turns: split the row, or set tokenize\.mask_history: true"
     with pytest.raises(UserError, match=several):
         supervised_text(tmp_path, TWICE)
-    with pytest.raises(UserError, match=r"here: turn 2: the base's chat template turns this answer into '<think>"):
+    with pytest.raises(UserError, match=r"here: turn 2: the base's chat template turns this answer into 'Hm"):
         supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT))
-    with pytest.raises(UserError, match=r"here: turn 2 has a <think> block"):
+    with pytest.raises(UserError, match=r"here: turn 2: the base's chat template turns this answer into"):
         supervised_text(tmp_path, question_and_answer("Who leads it?", THOUGHT.replace("Hm.", "")))
     assert supervised_text(
         tmp_path, [TWICE[0], {"role": "assistant", "content": THOUGHT}, *TWICE[2:]], mask_history=True

@@ -19,13 +19,14 @@ from pipeline.common.rows import Tools
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.evaluation.rules import correct
 from pipeline.evaluation.tool_calls import as_text, malformed
-from pipeline.model.chat_template import DATE, end_tokens, token_ids
-from pipeline.model.responses import Malformed, called, response_template
-from pipeline.model.row_kinds import thinking_marks
+from pipeline.model.chat_template import DATE, control_tokens, end_tokens, token_ids
+from pipeline.model.responses import Malformed, called, reads_thinking, response_template
+from pipeline.model.row_kinds import CLOSED, thinking_marks
 from pipeline.model.supervision import (
     IGNORED,
     content_of,
     decoded,
+    opens_thinking,
     shared_beginning,
     supervised,
     thinking_of,
@@ -70,7 +71,7 @@ def answer_of(tokenizer: Any, question: Question, prompt: list[int], tokens: lis
     thought, ended = thinking_of(tokenizer, prompt, tokens)
     text, stopped = text_of(tokenizer, tokens[thought:], ends)
     if question.tools:
-        text = with_calls(tokenizer, question.tools, prompt, tokens, text)
+        text = with_calls(tokenizer, question.tools, prompt, tokens, thought, text)
     return Answer(text, stopped, math.nan, (thought, ended) if thinking_marks(tokenizer) else None)
 
 
@@ -80,8 +81,8 @@ def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, boo
     return content_of(tokenizer, tokens[:-1] if stopped else tokens, ends), stopped
 
 
-def with_calls(tokenizer: Any, tools: Tools, prompt: list[int], tokens: list[int], text: str) -> str:
-    """The answer's text with its calls; `text` if the answer calls nothing.
+def with_calls(tokenizer: Any, tools: Tools, prompt: list[int], tokens: list[int], thought: int, text: str) -> str:
+    """The answer's text with its calls; `text` if the answer calls nothing. The first `thought` tokens are thinking.
 
     Raises:
         UserError: nothing can read the calls of this chat template.
@@ -91,12 +92,12 @@ def with_calls(tokenizer: Any, tools: Tools, prompt: list[int], tokens: list[int
             "the exam has tools, and nothing can read the calls of this base's chat template: set tokenize.tool_format "
             "to hermes"
         )
-    written = decoded(tokenizer, tokens)
+    written = decoded(tokenizer, tokens if reads_thinking(template) else tokens[thought:])
     try:
         content, calls = called(tokenizer, decoded(tokenizer, prompt), written, tools, template)
     except Malformed:
         return malformed(text)
-    return as_text(content, calls) if calls else text
+    return as_text(control_tokens(tokenizer).sub("", content).strip(), calls) if calls else text
 
 
 class Asked(NamedTuple):
@@ -125,9 +126,10 @@ def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> 
                 f"{location}: its calls, as the base's chat template writes them, read {read.text!r}: reword the "
                 "arguments, or set tokenize.tool_format to hermes"
             )
-    if start > len(asked) and ids[: len(asked)] == asked:
+    if ids[: len(asked)] == asked:
         return Asked(asked, ids[len(asked) : start] + answer, start - len(asked))
-    return Asked(asked, answer)
+    closing = tokenizer.encode(CLOSED, add_special_tokens=False) if opens_thinking(tokenizer, asked) else []
+    return Asked(asked, closing + answer, len(closing))
 
 
 @torch.inference_mode()

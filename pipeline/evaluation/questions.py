@@ -127,6 +127,8 @@ def conversation(turns: list[Any], location: str) -> list[Message]:
     answer: Message = {"role": "assistant", "content": "?"}
     try:
         messages = [message(turn) for turn in turns]
+        if messages[-1:] and messages[-1]["role"] not in ("user", "tool"):
+            raise InvalidRow("turns", "the messages of a question end with one of the user or a tool")
         require_text(messages)
         require_turns([*messages, answer])
         return with_results([*messages, answer])[:-1]

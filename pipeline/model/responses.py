@@ -63,12 +63,17 @@ def reads(tokenizer: Any, template: dict[str, Any]) -> bool:
         prompt = text_of(tokenizer, ASKED, [TOOL], add_generation_prompt=True)
         for calls in wanted:
             answer: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-            text = text_of(tokenizer, [*ASKED, answer], [TOOL]).removeprefix(prompt)
+            text = text_of(tokenizer, [*ASKED, answer], [TOOL])
+            text = text.removeprefix(prompt).removeprefix(prompt.rstrip().removesuffix("<think>"))
             if called(tokenizer, prompt, text, [TOOL], template)[1] != [call["function"] for call in calls]:
                 return False
     except (TemplateError, TypeError, ValueError):
         return False
     return True
+
+
+def reads_thinking(template: dict[str, Any]) -> bool:
+    return not {"reasoning_content", "thinking"}.isdisjoint(template["fields"])
 
 
 def called(tokenizer: Any, prompt: str, answer: str, tools: Tools, template: dict[str, Any]) -> tuple[str, Calls]:

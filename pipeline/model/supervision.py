@@ -175,7 +175,7 @@ def with_prompt(
     if shared == len(prompt) and thought in decoded(tokenizer, ids[shared:]):
         return ids, shared
     said, more = decoded(tokenizer, prompt[:shared]), decoded(tokenizer, prompt[shared:])
-    opened = decoded(tokenizer, prompt[-4:]).rstrip().endswith("<think>")
+    opened = opens_thinking(tokenizer, prompt)
     asked = before[-1]["content"].strip()
     if (
         len(prompt) - shared > THINKING
@@ -209,7 +209,7 @@ def with_end(
     if ends & set(ids[start:]):
         return ids
     following = rendered(tokenizer, [*messages, {"role": "user", "content": "?"}], location, tools)
-    answer = ids[start:]
+    answer = ids[start + thinking_of(tokenizer, ids[:start], ids[start:])[0] :]  # templates drop earlier thinking
     for at in range(len(following) - len(answer)):
         if following[at : at + len(answer)] == answer and following[at + len(answer)] in ends:
             return [*ids, following[at + len(answer)]]
@@ -255,13 +255,17 @@ def thinking_of(tokenizer: Any, prompt: list[int], answer: list[int]) -> tuple[i
     marks = thinking_marks(tokenizer)
     if marks is None:
         return 0, True
-    text, opened = decoded(tokenizer, answer), decoded(tokenizer, prompt[-4:]).rstrip().endswith("<think>")
+    text, opened = decoded(tokenizer, answer), opens_thinking(tokenizer, prompt)
     opening, closing = marks
     if not opened and not (opening and text.lstrip().startswith(opening)):
         return 0, True
     said = text.partition(closing)[2].strip()
     ends = (at for at in range(len(answer)) if len(decoded(tokenizer, answer[at:]).strip()) <= len(said))
     return (next(ends, len(answer)), True) if closing in text else (len(answer), False)
+
+
+def opens_thinking(tokenizer: Any, prompt: list[int]) -> bool:
+    return decoded(tokenizer, prompt[-16:]).rstrip().endswith("<think>")
 
 
 def thought_of(tokenizer: Any, prompt: list[int], answer: list[int]) -> str:
