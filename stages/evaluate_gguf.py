@@ -24,6 +24,7 @@ from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.evaluation.answers import answer_of, answer_questions, prompt, prompt_and_reference
+from pipeline.evaluation.chat_api import by_api
 from pipeline.evaluation.conversions import Variant, measured
 from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
 from pipeline.evaluation.questions import Question, read_answers, read_questions
@@ -33,6 +34,7 @@ from pipeline.model.base import located, require_same_base
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.llama_server import Server, served
 from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.model.row_kinds import thinking_marks
 from pipeline.report.conversion_table import conversion_table
 from stages import run
 
@@ -70,16 +72,17 @@ def main() -> None:
     del model
     release_memory()  # a small machine has no memory for the merged model and the f16 file
 
-    cost = {}
+    cost, api = {}, {}
     context = max(len(prompt) + max(length, len(reference)) for prompt, reference in asked)
     with scratch(GGUF) as temporary:
         for name, file, lora in files_to_examine(folder, quantization, dtype, temporary):
             with served(file, context, parameters.threads, lora) as server:
                 variants[name], cost[name] = answer_in_llama_cpp(server, tokenizer, name, questions, asked, length)
+                api[name] = same_by_api(server, tokenizer, name, questions, variants[name].answers, length)
 
     made = [name for name in variants if name != "tuned"]
     rows = [{"id": q.id} | {name: variants[name].answers[i][0] for name in made} for i, q in enumerate(questions)]
-    details = {name: measured(name, variants, questions) | size(name) for name in made}
+    details = {name: measured(name, variants, questions) | size(name) | api.get(name, {}) for name in made}
     write_jsonl(GGUF_ANSWERS, rows)
     write_json(GGUF_METRICS, {name: {"correct": details[name]["correct"]} for name in made})
     write_details(GGUF_DETAILS, details)
@@ -131,6 +134,19 @@ def answer_in_llama_cpp(
     given = [(answer.text, answer.stopped) for answer in answers]
     speed = sum(reply["tokens_predicted"] for reply in replies) / seconds
     return Variant(given, next_tokens), {"tokens_per_second": speed}
+
+
+def same_by_api(
+    server: Server, tokenizer: Any, name: str, questions: list[Question], answers: list[tuple[str, bool]], length: int
+) -> dict[str, float]:
+    """The share of answers that a client of the server's HTTP API gets too, of questions with tools; of all questions,
+    if the base can think. The API's parser, not the file, makes the difference."""
+    asked = [(q, text) for q, (text, _) in zip(questions, answers, strict=True) if q.tools or thinking_marks(tokenizer)]
+    given = [(q, text, by_api(server, q, length)) for q, text in tqdm(asked, desc="HTTP API", disable=not asked)]
+    others = [(q, text, other) for q, text, other in given if text != other]
+    for question, text, other in others[:3]:
+        print(f"{name}: question {question.id}: {text!r}, but {other!r} by the HTTP API")
+    return {"same_by_api": 1 - len(others) / len(asked)} if asked else {}
 
 
 def require_same_tokens(server: Server, questions: list[Question], prompts: Iterable[list[int]], name: str) -> None:
