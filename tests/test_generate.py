@@ -23,6 +23,7 @@ from pipeline.common.paths import EXAM
 from pipeline.common.rows import read_jsonl
 from pipeline.common.words import words
 from pipeline.data import endpoint
+from pipeline.data.asked import answerable_questions
 from pipeline.data.documents import Passage, read_passages
 from pipeline.data.facts import read_phrasings
 from pipeline.data.grounding import fault
@@ -601,9 +602,9 @@ def may_cost(*names: str) -> int:
     """Tokens that a request about one of these teams reserves, at most."""
     parameters = check(Path("params.yaml")).generate
     passages = [Passage(teams(name).split("\n\n")[1], name, None) for name in names]
-    texts = [endpoint.prompt(passage, parameters) for passage in passages]
-    requests = [endpoint.request_for(text, parameters, 1) for text in texts]
-    return max(map(endpoint.size, requests)) + endpoint.longest_reply(parameters)
+    asked = answerable_questions(parameters, parameters.turns)
+    requests = [endpoint.request_for(asked.prompt(passage), asked, parameters, 1) for passage in passages]
+    return max(map(endpoint.size, requests)) + endpoint.longest_reply(asked)
 
 
 def test_a_spent_budget_ends_the_run_and_the_next_continues(workspace: Project, scripted: Endpoint) -> None:
@@ -676,7 +677,8 @@ def test_replies_that_were_kept_without_a_limit_are_found(scripted: Endpoint) ->
     write({"a.md": teams("Ay")})
     generate.main()
     [sent], [reply] = scripted.requests, read_jsonl(Path("data/replies.jsonl"))
-    assert sent.pop("max_tokens") == endpoint.longest_reply(check(Path("params.yaml")).generate)
+    asked = answerable_questions(check(Path("params.yaml")).generate, turns=1)
+    assert sent.pop("max_tokens") == endpoint.longest_reply(asked)
     assert reply["key"] == hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
 
 
