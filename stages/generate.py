@@ -10,6 +10,7 @@ documents (.docx .html .md .pdf .txt).
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.common.outputs import write_json, write_jsonl
@@ -46,7 +47,7 @@ def main() -> None:
     metrics = {
         "facts": len(known),
         "documents": len(documents),
-        "passages": {"read": len(passages), "unanswered": sum(one["reason"] == "unanswered" for one in ungrounded)},
+        "passages": {"read": len(passages), "unanswered": unanswered(replies)},
         "questions": {"of_facts": len(of_facts)}
         | counted("of_documents", of_documents, ungrounded, FAULTS if generate.turns == 1 else (*FAULTS, CUT)),
     }
@@ -54,9 +55,9 @@ def main() -> None:
         metrics["dialogues"] = dialogues(of_documents, replies, generate.turns)
     if generate.unanswerable:
         metrics["unanswerable"] = {
-            "passages": len(chosen),
-            "unanswered": sum(one["reason"] == "unanswered" for one in rejected),
-        } | counted("questions", unanswerable, rejected, REFUSAL_FAULTS)
+            "passages": {"read": len(chosen), "unanswered": unanswered(refusals)},
+            "questions": counted("written", unanswerable, rejected, REFUSAL_FAULTS),
+        }
     write_json(GENERATE_METRICS, metrics)
     if dropped := len(ungrounded) + len(rejected):
         print(f"{dropped} questions or passages of documents were dropped: see {UNGROUNDED}")
@@ -67,6 +68,10 @@ def share_of(passages: dict[str, Passage], share: float) -> dict[str, Passage]:
     by_hash = sorted(passages, key=lambda location: (hash64(passages[location].text), location))
     chosen = set(by_hash[: max(1, round(share * len(passages)))] if share else [])
     return {location: passage for location, passage in passages.items() if location in chosen}
+
+
+def unanswered(replies: Mapping[str, object]) -> int:
+    return sum(reply is None for reply in replies.values())
 
 
 def counted(name: str, rows: list[Row], dropped: list[dict[str, Any]], reasons: tuple[str, ...]) -> dict[str, int]:

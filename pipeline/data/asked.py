@@ -17,7 +17,7 @@ Answer briefly, in the language and the words of the passage.
 Quote the sentence of the passage that proves the answer, word for word."""
 
 DIALOGUES = """\
-Write {questions} conversations about the passage below, each of {turns} questions with their answers.
+Write {questions} dialogues about the passage below, each of {turns} questions with their answers.
 Write the first question of each in {wordings} wordings. Name in it what it is about: whoever reads it does not have \
 the passage.
 Let each later question refer to what was said before, as in "And how much does it cost?".

@@ -11,7 +11,7 @@ from pipeline.data.english import is_light, plainly, stem
 from pipeline.data.grounding import NUMBER, PARTICLE, QUESTION_FAULTS, plain_words, question_fault, unmarked
 
 TAGS = {"tags": ["unanswerable"]}  # of a row in data/train.jsonl, and of an entry in data/ungrounded.jsonl
-REFUSAL_FAULTS = ("off_subject", "answered", "not_refused", "wrong_number", "ungrounded", *QUESTION_FAULTS)
+REFUSAL_FAULTS = ("answered", "off_subject", "not_refused", "wrong_number", "ungrounded", *QUESTION_FAULTS)
 AMOUNTS = {"many", "much", "long", "often"}  # "how many" asks, as "how" does
 
 
@@ -20,9 +20,8 @@ def unanswerable_rows(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows for the questions that pass the checks; and the dropped questions, each with the reason.
 
-    off_subject: the question's passage has no content word of the question. answered: one of all `passages`, with the
-    questions of `answerable` about it, has them all, or a fact has. The other reasons: see `refusal_fault` and
-    `question_fault`.
+    answered: a passage, with the questions of `answerable` about it, or a fact has all content words of the question.
+    off_subject: the question's own passage has none. The other reasons: see `refusal_fault` and `question_fault`.
     """
     rows: list[Row] = []
     dropped: list[dict[str, Any]] = []
@@ -36,17 +35,16 @@ def unanswerable_rows(
             text = "\n".join([passage.heading, passage.text, *item.questions])
             wrong = refusal_fault(item.answer, reply.no_answer, text)
             for at, question in enumerate(item.questions):
-                found = [places.get(word, set()) for word in content(question)]
+                found = [places.get(word, set()) for word in content(simplified(question))]
                 answering = set.intersection(*found) if found else set()
-                off_subject = not any(location in each for each in found)
-                if reason := (
-                    (off_subject and "off_subject")
-                    or (answering and "answered")
-                    or wrong
-                    or question_fault(question, item.questions[:at], item.answer, passage.heading)
-                ):
-                    where = {"explanation": f"{min(answering)} may answer it"} if reason == "answered" else {}
+                reason = wrong or question_fault(question, item.questions[:at], item.answer, passage.heading)
+                if answering:
+                    reason = "answered"
+                elif not any(location in each for each in found):
+                    reason = "off_subject"
+                if reason:
                     why = {"source": location, "reason": reason, "answer": item.answer, "question": question}
+                    where = {"explanation": f"{min(answering)} may answer it"} if answering else {}
                     dropped.append(why | where | TAGS)
                 else:
                     messages = question_and_answer(question, item.answer)
@@ -55,32 +53,41 @@ def unanswerable_rows(
 
 
 def places_of_words(passages: dict[str, Passage], answerable: list[Row]) -> dict[str, set[str]]:
-    """{content word: locations of the passages and facts that have it}, questions about them included."""
+    """{stem of a word: locations of the passages and facts that have it}, the rows about them included."""
     texts = [(location, f"{passage.heading}\n{passage.text}") for location, passage in passages.items()]
     texts += [(row["source"], message["content"]) for row in answerable for message in row["messages"]]
     places = defaultdict(set)
     for location, text in texts:
-        for word in content(text):
+        for word in stems(plain_words(simplified(text))):
             places[word].add(location)
     return places
 
 
 def refusal_fault(answer: str, no_answer: str, text: str) -> str | None:
-    """The reason why the answer does not only say that there is none, or None. `text`: the passage and the question.
+    """The reason why the answer does more than to say that there is none, or None. `text`: passage and question.
 
-    not_refused: the answer lacks words of `no_answer`, or `text` has them all. wrong_number: a number of the answer is
-    not in `text`. ungrounded: nor is a content word of the answer, which `no_answer` lacks too.
+    not_refused: the answer lacks a word of `no_answer`, or `text` has all content words of `no_answer`. wrong_number: a
+    number of the answer is not in `text`. ungrounded: a content word of the answer is neither there nor in `no_answer`.
     """
-    says_so, said, there = (set(plain_words(plain(each))) for each in (no_answer, answer, text))
-    if not says_so <= said or says_so <= there:
+    answer, no_answer, text = map(simplified, (answer, no_answer, text))
+    there = stems(plain_words(text))
+    if not set(plain_words(no_answer)) <= set(plain_words(answer)) or content(no_answer) <= there:
         return "not_refused"
-    numbers, known = (set(NUMBER.findall(unmarked(joined(plain(each))))) for each in (answer, text))
-    if not numbers <= known:
+    if not set(NUMBER.findall(answer)) <= set(NUMBER.findall(text)):
         return "wrong_number"
-    return None if content(answer) <= content(f"{text}\n{no_answer}") else "ungrounded"
+    return None if content(answer) <= there | stems(plain_words(no_answer)) else "ungrounded"
 
 
 def content(text: str) -> set[str]:
-    """The words that carry meaning: without English function words, inflections and Korean particles."""
-    written = plainly(plain_words(unmarked(joined(plain(text)))))
-    return {stem(PARTICLE.sub("", word)) for word in written if not is_light(word) and word not in AMOUNTS}
+    """The stems of the words that carry meaning: English function words do not."""
+    return stems([word for word in plainly(plain_words(text)) if not is_light(word) and word not in AMOUNTS])
+
+
+def stems(text: list[str]) -> set[str]:
+    """The words without English inflections and Korean particles."""
+    return {stem(PARTICLE.sub("", word)) for word in text}
+
+
+def simplified(text: str) -> str:
+    """`text` without marks and separators of thousands."""
+    return unmarked(joined(plain(text)))
