@@ -230,12 +230,13 @@ def worded(line: str, seed: int) -> str:
 
 
 def test_the_endpoint_words_questions_about_a_used_up_fact_and_the_part_of_a_passage_that_holds_the_answer(
-    endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+    endpoint: Endpoint, workspace: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hours = "The shop opens at nine.\n\n" + "It is a fine shop. " * 20 + "\n\nIt closes at noon."
     Path("data/raw/guide.md").write_text(f"# Hours\n\n{hours}\n", encoding="utf-8")
     shop = question("q2", "At what time does the shop shut?", "noon", "data/raw/guide.md:1")
     examined(LEADER, ROOM, shop)
+    workspace.set(generate__turns=3)  # candidates are single questions
     endpoint.requests.clear()
     for _ in range(2):  # the second time, of what was kept
         curate.main()
@@ -247,7 +248,8 @@ def test_the_endpoint_words_questions_about_a_used_up_fact_and_the_part_of_a_pas
         assert sorted(endpoint.asked()) == ["It closes at noon.", "Where does the Ay team sit? room 1"]
     assert "1 that ask an exam question" in capsys.readouterr().out
     sent = json.dumps(endpoint.requests)
-    assert "opens at nine" not in sent and all(one["question"] not in sent for one in (LEADER, ROOM, shop))
+    assert "opens at nine" not in sent and "follow_ups" not in sent
+    assert all(one["question"] not in sent for one in (LEADER, ROOM, shop))
 
 
 def test_what_a_person_has_edited_is_not_written_over(workspace: Project) -> None:

@@ -23,10 +23,12 @@ from pipeline.common.paths import EXAM
 from pipeline.common.rows import read_jsonl
 from pipeline.common.words import words
 from pipeline.data import endpoint
+from pipeline.data.asked import answerable_questions
 from pipeline.data.documents import Passage, read_passages
 from pipeline.data.facts import read_phrasings
 from pipeline.data.grounding import fault
 from pipeline.data.replies import JOURNAL, kept_replies
+from pipeline.data.unanswerable import refusal_fault
 from pipeline.evaluation.questions import read_questions
 from pipeline.export.llama_cpp import run_script
 from pipeline.model.llama_server import served
@@ -56,8 +58,8 @@ def write(files: dict[str, str | bytes]) -> None:
         (raw / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(source, question, answer) of each row made."""
+def rows() -> list[tuple[str, ...]]:
+    """(source, question, answer) of each row made; of a dialogue, with the further questions and answers."""
     made = read_jsonl(Path("data/train.jsonl"))
     return [(row["source"], *(message["content"] for message in row["messages"])) for row in made]
 
@@ -601,9 +603,9 @@ def may_cost(*names: str) -> int:
     """Tokens that a request about one of these teams reserves, at most."""
     parameters = check(Path("params.yaml")).generate
     passages = [Passage(teams(name).split("\n\n")[1], name, None) for name in names]
-    texts = [endpoint.prompt(passage, parameters) for passage in passages]
-    requests = [endpoint.request_for(text, parameters, 1) for text in texts]
-    return max(map(endpoint.size, requests)) + endpoint.longest_reply(parameters)
+    asked = answerable_questions(parameters, parameters.turns)
+    requests = [endpoint.request_for(asked.prompt(passage), asked, parameters, 1) for passage in passages]
+    return max(map(endpoint.size, requests)) + endpoint.longest_reply(asked)
 
 
 def test_a_spent_budget_ends_the_run_and_the_next_continues(workspace: Project, scripted: Endpoint) -> None:
@@ -676,8 +678,18 @@ def test_replies_that_were_kept_without_a_limit_are_found(scripted: Endpoint) ->
     write({"a.md": teams("Ay")})
     generate.main()
     [sent], [reply] = scripted.requests, read_jsonl(Path("data/replies.jsonl"))
-    assert sent.pop("max_tokens") == endpoint.longest_reply(check(Path("params.yaml")).generate)
+    asked = answerable_questions(check(Path("params.yaml")).generate, turns=1)
+    assert sent.pop("max_tokens") == endpoint.longest_reply(asked) == 256 * 2 * 4
     assert reply["key"] == hashlib.sha256(json.dumps(sent, sort_keys=True).encode()).hexdigest()
+
+
+def test_the_key_of_a_stored_reply_of_an_earlier_version_is_still_found() -> None:
+    parameters = check(ROOT / "params.yaml").generate.model_copy(update={"model": "m"})
+    asked = answerable_questions(parameters, parameters.turns)
+    text = asked.prompt(Passage("The Ay team sits on floor 2.", "Ay", None))
+    request = json.dumps(endpoint.request_for(text, asked, parameters, 0), sort_keys=True)
+    key = "535e7172945c3a3a446ab9fe384bbbd04540286fbce65232c5d1e0477ea022fd"
+    assert hashlib.sha256(request.encode()).hexdigest() == key
 
 
 def test_a_killed_run_continues_where_it_was_and_pays_for_nothing_twice(workspace: Project, scripted: Endpoint) -> None:
@@ -738,6 +750,201 @@ def test_a_new_document_costs_its_own_passages_alone_and_a_failed_run_keeps_what
     assert len(scripted.requests) == 2
 
 
+LAMP = "The Osk lamp costs 40 euros. It has a warranty of 3 years. Ann Lee sells it."
+PRICE = {"questions": ["What does the Osk lamp cost?", "How dear is the Osk lamp?"], "answer": "40 euros"}
+PRICE |= {"quote": "The Osk lamp costs 40 euros."}
+WARRANTY = {"question": "And its warranty?", "answer": "3 years", "quote": "It has a warranty of 3 years."}
+SELLER = {"question": "Who sells it?", "answer": "Ann Lee", "quote": "Ann Lee sells it."}
+
+
+def dialogue(*follow_ups: Any, **first: Any) -> Any:
+    return PRICE | first | {"follow_ups": list(follow_ups)}
+
+
+def replies_with(*items: Any, **fields: Any) -> Callable[[Any], Answer]:
+    return lambda body: completion(json.dumps(fields | {"items": items}))
+
+
+def test_a_dialogue_is_a_row_that_ends_before_the_first_question_that_its_passage_does_not_answer(
+    scripted: Endpoint, workspace: Project
+) -> None:
+    workspace.set(generate__turns=3, generate__questions_per_passage=5)
+    scripted.script = replies_with(
+        dialogue(WARRANTY, SELLER),
+        dialogue(WARRANTY, SELLER | {"answer": "Bob Ray from Ulm"}, questions=["Osk", "What is the Osk lamp's price?"]),
+        dialogue(WARRANTY | {"answer": "5 years"}, SELLER, questions=["How much is the Osk lamp?"]),
+        dialogue(WARRANTY, SELLER, answer="50 euros"),
+        dialogue(WARRANTY, questions=["Name the price of the Osk lamp."]),
+    )
+    write({"a.md": f"# Osk\n\n{LAMP}\n"})
+    generate.main()
+    warranty, seller = ((one["question"], one["answer"]) for one in (WARRANTY, SELLER))
+    source = "data/raw/a.md:1"
+    assert rows() == [
+        (source, "What does the Osk lamp cost?", "40 euros", *warranty, *seller),
+        (source, "How dear is the Osk lamp?", "40 euros"),
+        (source, "What is the Osk lamp's price?", "40 euros", *warranty),
+        (source, "How much is the Osk lamp?", "40 euros"),
+        (source, "Name the price of the Osk lamp.", "40 euros", *warranty),
+    ]
+    dropped = [(one["reason"], one["question"]) for one in read_jsonl(Path("data/ungrounded.jsonl"))]
+    assert dropped == [
+        ("repeats_heading", "Osk"),
+        ("ungrounded", SELLER["question"]),
+        ("wrong_number", WARRANTY["question"]),
+        ("cut", SELLER["question"]),
+        *[("wrong_number", question) for question in PRICE["questions"]],
+        ("cut", WARRANTY["question"]),
+        ("cut", SELLER["question"]),
+    ]
+    counts = metrics()["questions"]
+    assert counts["of_documents"] == 9 + 8 == sum(list(counts.values())[2:]) and counts["cut"] == 3
+    assert metrics()["dialogues"] == {
+        "written": 5,
+        "left_out": 1,
+        "rows_by_questions": {"1": 2, "2": 2, "3": 1},
+    }
+    [body] = scripted.requests
+    item = body["response_format"]["json_schema"]["schema"]["properties"]["items"]["items"]
+    assert item["properties"]["follow_ups"]["minItems"] == 2 == item["properties"]["follow_ups"]["maxItems"]
+    assert body["messages"][0]["content"].startswith("Write 5 dialogues about the passage below, each of 3 questions")
+
+
+HANDBOOK: dict[str, str | bytes] = {
+    "facts.csv": TABLE + "The Osk lamp,designer,Ada Weiss\n",
+    "phrasings.yaml": "designer: ['Who is the designer of {subject}?']",
+    "a.md": LAMP,
+    "b.md": "The workshop repairs the Osk lamp in 9 days.",
+}
+NO_ANSWER = "The documents do not say."
+REFUSED = {
+    "How heavy is the Osk lamp?": ("The documents do not say how heavy the Osk lamp is.", None),
+    "Which town is Ann Lee from?": ("The documents do not say which town Ann Lee is from.", None),
+    "Who sold the Osk lamp?": (NO_ANSWER, "answered"),
+    "In how many days does the workshop repair the Osk lamp?": (NO_ANSWER, "answered"),
+    "Who is the Osk lamp's designer?": (NO_ANSWER, "answered"),
+    "What is the capital of France?": (NO_ANSWER, "off_subject"),
+    "Which colour has the Osk lamp?": ("It is an Osk lamp.", "not_refused"),
+    "How tall is the Osk lamp?": ("The documents do not say. It may be 60 cm tall.", "wrong_number"),
+    "Who designs the Osk lamp's box?": ("The documents do not say. Ask Bob Ray.", "ungrounded"),
+}
+
+
+def about_the_lamp(body: Any) -> Answer:
+    content = body["messages"][0]["content"]
+    if "no_answer" not in content:
+        return well(body)
+    questions = REFUSED if content.endswith(LAMP) else {}
+    items = [{"questions": [asked], "answer": answer} for asked, (answer, _) in questions.items()]
+    return completion(json.dumps({"no_answer": NO_ANSWER, "items": items}))
+
+
+def test_questions_that_no_passage_answers_get_answers_that_say_so_and_nothing_more(
+    scripted: Endpoint, project: Project
+) -> None:
+    ask_at(scripted.url, project)
+    scripted.script = about_the_lamp
+    write(HANDBOOK)
+    generate.main()
+    answerable = read_jsonl(Path("data/train.jsonl"))
+    assert "unanswerable" not in metrics()
+    scripted.requests.clear()
+    project.set(generate__unanswerable=1.0)
+    generate.main()
+    assert len(scripted.requests) == 3 and all("no_answer" in str(body) for body in scripted.requests)  # one twice
+    made = read_jsonl(Path("data/train.jsonl"))
+    assert made[: len(answerable)] == answerable
+    kept = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in made[len(answerable) :]}
+    assert kept == {question: answer for question, (answer, reason) in REFUSED.items() if not reason}
+    for row in made[len(answerable) :]:
+        assert row["tags"] == ["unanswerable"] and row["source"] == "data/raw/a.md:1"
+        assert row["group"] == next(one["group"] for one in answerable if one["source"] == row["source"])
+    dropped = {one["question"]: one for one in read_jsonl(Path("data/ungrounded.jsonl")) if "question" in one}
+    assert {question: one["reason"] for question, one in dropped.items()} == {
+        question: reason for question, (_, reason) in REFUSED.items() if reason
+    }
+    places = ("a.md:1", "b.md:1", "facts.csv:2")
+    answered = [one["explanation"] for one in dropped.values() if one["reason"] == "answered"]
+    assert answered == [f"data/raw/{place} may answer it" for place in places]
+    counts = metrics()["unanswerable"]
+    assert counts["passages"] == {"read": 2, "unanswered": 1}
+    assert counts["questions"]["written"] == len(REFUSED) == sum(list(counts["questions"].values())[1:])
+    merge.main()
+    page = Path("metrics/data.md").read_text(encoding="utf-8")
+    assert "2 passages, 1 without a valid reply; of 9 unanswerable questions:" in page and "| answered |" in page
+
+
+@pytest.mark.parametrize(
+    ("answer", "no_answer", "text", "expected"),
+    [
+        ("40 euros.", "40 euros.", LAMP, "not_refused"),
+        ("Nobody knows; it was 50 euros.", "Nobody knows; it was 50 euros.", LAMP, "wrong_number"),
+        ("The documents don't say who made the lamps.", "The documents don't say.", f"{LAMP} Who makes it?", None),
+        ("Das steht nicht in den Dokumenten.", "Das steht nicht in den Dokumenten.", "Die Lampe kostet 40 Euro.", None),
+        ("Das steht nirgends: Anna Weiss.", "Das steht nirgends.", "Die Lampe kostet 40 Euro.", "ungrounded"),
+        ("인원은 문서에 없습니다.", "문서에 없습니다.", "다라 팀의 팀장은 최태민이다. 인원이 몇 명입니까?", None),
+        ("최태준이 문서에 없습니다.", "문서에 없습니다.", "다라 팀의 팀장은 최태민이다.", "ungrounded"),
+    ],
+)
+def test_an_answer_that_says_so_states_nothing_that_passage_and_question_lack(
+    answer: str, no_answer: str, text: str, expected: str | None
+) -> None:
+    assert refusal_fault(answer, no_answer, text) == expected
+
+
+def test_a_larger_share_of_unanswerable_questions_only_adds_passages(scripted: Endpoint, workspace: Project) -> None:
+    scripted.script = lambda body: completion("I cannot help with that.") if "no_answer" in str(body) else well(body)
+    write({"a.md": teams(*NAMES)})
+    chosen = [set[str]()]
+    for share, expected in ((0.01, 1), (0.5, 4), (1.0, 8)):
+        workspace.set(generate__unanswerable=share)
+        generate.main()
+        found = {one["source"] for one in read_jsonl(Path("data/ungrounded.jsonl")) if one.get("tags")}
+        assert len(found) == expected and chosen[-1] < found
+        assert metrics()["unanswerable"]["passages"] == {"read": expected, "unanswered": expected}
+        chosen.append(found)
+    assert metrics()["passages"]["unanswered"] == 0 and metrics()["questions"]["kept"] == len(rows()) == 32
+
+
+ROLES = [{"role": "user", "content": "And its warranty?"}, {"role": "assistant", "content": "3 years"}]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "",
+        "I cannot help with that.",
+        json.dumps({"no_answer": NO_ANSWER, "items": [dialogue(WARRANTY)]})[:-40],
+        json.dumps({"no_answer": NO_ANSWER, "items": []}),
+        json.dumps({"no_answer": "", "items": [dialogue(WARRANTY | {"answer": " "})]}),
+        json.dumps({"messages": [{"role": "user", "content": "What does it cost?"}, *ROLES]}),
+        json.dumps({"items": [dialogue(*ROLES)]}),
+        json.dumps({"items": [PRICE | {"follow_ups": None}]}),
+        json.dumps([[["And", 1], None], {"items": {}}]),
+    ],
+)
+def test_a_bad_reply_to_either_request_is_asked_for_once_more_and_counted(
+    scripted: Endpoint, workspace: Project, broken: str
+) -> None:
+    workspace.set(generate__turns=2, generate__unanswerable=1.0)
+    scripted.script = lambda body: completion(broken)
+    write(GOOD | {"a.md": LAMP})
+    generate.main()
+    assert sorted(body["seed"] for body in scripted.requests) == [0, 0, 1, 1] and len(rows()) == 1
+    dropped = [(one["source"], one["reason"], one.get("tags")) for one in read_jsonl(Path("data/ungrounded.jsonl"))]
+    assert dropped == [("data/raw/a.md:1", "unanswered", tags) for tags in (None, ["unanswerable"])]
+    assert metrics()["passages"] == metrics()["unanswerable"]["passages"] == {"read": 1, "unanswered": 1}
+    assert metrics()["dialogues"] == {"written": 0, "left_out": 0, "rows_by_questions": {}}
+
+
+def test_a_budget_is_for_both_requests_together(scripted: Endpoint, workspace: Project) -> None:
+    write({"a.md": teams("Ay")})
+    workspace.set(generate__unanswerable=1.0, generate__token_budget=may_cost("Ay"))
+    with pytest.raises(UserError, match=r"token_budget: 100 tokens of \d+ are spent, 0 of 1 passages are done"):
+        generate.main()
+    assert len(scripted.requests) == len(read_jsonl(Path("data/replies.jsonl"))) == 1
+
+
 def test_a_model_in_llama_cpp_keeps_to_the_schema_and_its_nonsense_is_dropped(
     workspace: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -752,14 +959,18 @@ def test_a_model_in_llama_cpp_keeps_to_the_schema_and_its_nonsense_is_dropped(
     with served(gguf, context=4096, threads=2) as server:
         monkeypatch.setenv("OPENAI_API_KEY", server.key)
         workspace.set(generate__endpoint=f"{server.url}/v1", generate__model="tiny-base", generate__concurrency=2)
-        workspace.set(generate__questions_per_passage=2, generate__paraphrases=1)
+        workspace.set(generate__questions_per_passage=2, generate__paraphrases=1, generate__turns=2)
+        workspace.set(generate__unanswerable=0.3)
         generate.main()
     kept = read_jsonl(Path("data/replies.jsonl"))
-    replies = [json.loads(reply["reply"])["items"] for reply in kept]
-    assert len(replies) == 3 and all(1 <= len(of_passage) <= 2 for of_passage in replies)
+    read = [json.loads(reply["reply"]) for reply in kept]
+    replies = [reply["items"] for reply in read if "no_answer" not in reply]
+    assert len(read) == 4 and len(replies) == 3 and all(1 <= len(of_passage) <= 2 for of_passage in replies)
     assert all(len(item["questions"]) == 2 for of_passage in replies for item in of_passage)
     assert all(reply["tokens"] > 0 for reply in kept)
     counts = metrics()["questions"]
-    assert counts["of_documents"] == sum(len(item["questions"]) for of_passage in replies for item in of_passage)
-    assert counts["misquoted"] == counts["of_documents"] and counts["kept"] == 0 and rows() == []
+    written = sum(map(len, replies))
+    assert metrics()["dialogues"] == {"written": written, "left_out": 0, "rows_by_questions": {}}
+    assert counts["misquoted"] == 2 * written and counts["cut"] == written and counts["kept"] == 0 and rows() == []
     assert metrics()["passages"] == {"read": 3, "unanswered": 0}
+    assert metrics()["unanswerable"]["passages"] == {"read": 1, "unanswered": 0}

@@ -29,8 +29,9 @@ from pipeline.common.parameters.params_yaml import check
 from pipeline.common.paths import ANSWERS, EXAM, GENERAL_ANSWERS, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS
 from pipeline.common.rows import Row, hash64, read_jsonl, text_of
 from pipeline.common.words import exact, names, words
+from pipeline.data.asked import answerable_questions
 from pipeline.data.documents import Passage, passages_of, pieces
-from pipeline.data.endpoint import ask
+from pipeline.data.endpoint import Budget, ask
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
 from pipeline.data.grounding import grounded
 from pipeline.data.leaks import ExamIndex
@@ -109,7 +110,9 @@ def main() -> None:
     texts = {source.name: text for source in sources if (text := text_about(source, left[source.name]))}
     endpoint = bool(generate.endpoint and generate.model)
     if texts and endpoint:
-        reworded, _ = grounded(texts, ask(texts, generate, SEEDS), generate.grounding)
+        asked = answerable_questions(generate, turns=1)
+        replies = ask(texts, asked, generate, Budget(generate.token_budget), SEEDS)
+        reworded, _ = grounded(texts, replies, generate.grounding)
         for row in reworded:
             candidates.add(row, left[row["source"]])
 

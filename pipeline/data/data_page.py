@@ -64,18 +64,28 @@ def unknown_keys(named: dict[str, int], further: int) -> list[str]:
 
 
 def documents(generated: dict[str, Any]) -> list[str]:
-    """The counts of passages, and of questions that were dropped."""
-    questions, passages = generated["questions"], generated["passages"]
+    """The counts of passages, of questions that were dropped, of dialogues, and of unanswerable questions."""
     if not generated["documents"]:
         return []
-    dropped = {name: n for name, n in questions.items() if name not in ("of_facts", "of_documents")}
+    questions = {name: n for name, n in generated["questions"].items() if name != "of_facts"}
+    lines = [f"## From {generated['documents']} documents", "", *asked("questions", generated["passages"], questions)]
+    if dialogues := generated.get("dialogues"):
+        by_questions = dialogues["rows_by_questions"]
+        left_out = f"without {dialogues['left_out']} questions that the model left out"
+        lines += [f"{dialogues['written']} dialogues, {left_out}; rows by their number of questions:", ""]
+        lines += table(["questions", *by_questions], [["rows", *by_questions.values()]])
+    if unanswerable := generated.get("unanswerable"):
+        lines += asked("unanswerable questions", unanswerable["passages"], unanswerable["questions"])
+    return lines
+
+
+def asked(what: str, passages: dict[str, int], questions: dict[str, int]) -> list[str]:
+    """A line with the numbers of passages and questions, and a table of what became of the questions."""
+    (read, unanswered), (written, *_) = passages.values(), questions.values()
     return [
-        f"## From {generated['documents']} documents",
+        f"{read} passages, {unanswered} without a valid reply; of {written} {what}:",
         "",
-        f"{passages['read']} passages, {passages['unanswered']} without a valid reply; of "
-        f"{questions['of_documents']} questions:",
-        "",
-        *table(list(dropped), [list(dropped.values())]),
+        *table([*questions][1:], [[*questions.values()][1:]]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Asks a language model behind an OpenAI-compatible endpoint for questions and answers about passages.
+"""Asks a language model behind an OpenAI-compatible endpoint about passages.
 
 Each reply is stored under the hash of its request, so that no request is paid for twice.
 """
@@ -10,47 +10,23 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from threading import Condition
-from typing import Annotated, Any
+from typing import Any
 
 from openai import APIConnectionError, APIStatusError, AuthenticationError, OpenAI
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.generate import Generate
+from pipeline.data.asked import Asked, R
 from pipeline.data.documents import Passage
 from pipeline.data.replies import Replies, kept_replies
 
 KEY = "OPENAI_API_KEY"
 RETRIES = 6  # of a request, after 0.5 to 8 seconds, or after the time in the server's Retry-After
 TIMEOUT = 600  # seconds
-LINE = 500  # maximum characters of a question, an answer or a quote
 LINE_TOKENS = 256  # maximum tokens of a question, an answer or a quote, on average
 SEEDS = (0, 1)  # after an invalid reply, the request is sent again with the second seed
-
-PROMPT = """\
-Write {questions} questions about the passage below, each in {wordings} wordings.
-Name in each question what it is about: whoever reads it does not have the passage.
-Answer briefly, in the language and the words of the passage.
-Quote the sentence of the passage that proves the answer, word for word.
-
-{heading}
-
-{text}"""
-
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-
-
-class AskedItem(BaseModel):
-    """A question in several wordings, its answer, and the sentence of the passage that proves it."""
-
-    questions: Annotated[list[Text], Field(min_length=1)]
-    answer: Text
-    quote: Text
-
-
-class Reply(BaseModel):
-    items: Annotated[list[AskedItem], Field(min_length=1)]
 
 
 class BudgetSpent(Exception):
@@ -112,9 +88,13 @@ class Budget:
 
 
 def ask(
-    passages: dict[str, Passage], generate: Generate, seeds: tuple[int, ...] = SEEDS
-) -> dict[str, list[AskedItem] | None]:
-    """The questions and answers about each passage, by location; None if no seed gave JSON of the schema.
+    passages: dict[str, Passage],
+    asked: Asked[R],
+    generate: Generate,
+    budget: Budget,
+    seeds: tuple[int, ...] = SEEDS,
+) -> dict[str, R | None]:
+    """The reply about each passage, by location; None if no seed gave JSON of the schema.
 
     Other `seeds` make new requests, which cost tokens again.
 
@@ -126,32 +106,31 @@ def ask(
         with kept_replies():
             return {}
     client = connect(generate)
-    prompts = {location: prompt(passage, generate) for location, passage in passages.items()}
+    prompts = {location: asked.prompt(passage) for location, passage in passages.items()}
     once = {text: location for location, text in prompts.items()}  # equal passages make one request
-    budget = Budget(generate.token_budget)
     with kept_replies() as replies, ThreadPoolExecutor(generate.concurrency) as pool:
-        asked = {
-            text: pool.submit(answer, text, location, generate, seeds, client, replies, budget)
+        answers = {
+            text: pool.submit(answer, text, location, asked, generate, seeds, client, replies, budget)
             for text, location in once.items()
         }
         try:
-            for future in tqdm(as_completed(asked.values()), total=len(asked), unit="passage"):
+            for future in tqdm(as_completed(answers.values()), total=len(answers), unit="passage"):
                 future.result()
         except BaseException as error:
             budget.close()
             pool.shutdown(cancel_futures=True)  # running requests are paid for, so wait for them
-            errors = [None if future.cancelled() else future.exception() for future in asked.values()]
+            errors = [None if future.cancelled() else future.exception() for future in answers.values()]
             if not isinstance(error, BudgetSpent):
                 raise
             if failed := next((one for one in errors if one and not isinstance(one, BudgetSpent)), None):
                 raise failed from None  # this error closed the budget
-            done = sum(not future.cancelled() for future in asked.values()) - sum(map(bool, errors))
+            done = sum(not future.cancelled() for future in answers.values()) - sum(map(bool, errors))
             again = ", or run again to spend this budget once more" if budget.spent else ""
             raise UserError(
-                f"generate.token_budget: {budget.spent} tokens of {budget.limit} are spent, {done} of {len(asked)} "
+                f"generate.token_budget: {budget.spent} tokens of {budget.limit} are spent, {done} of {len(answers)} "
                 f"passages are done and stored, and the next request may cost {budget.refused}: raise the limit{again}"
             ) from None
-    return {location: asked[text].result() for location, text in prompts.items()}
+    return {location: answers[text].result() for location, text in prompts.items()}
 
 
 def connect(generate: Generate) -> OpenAI:
@@ -165,28 +144,29 @@ def connect(generate: Generate) -> OpenAI:
 def answer(
     text: str,
     location: str,
+    asked: Asked[R],
     generate: Generate,
     seeds: tuple[int, ...],
     client: OpenAI,
     replies: Replies,
     budget: Budget,
-) -> list[AskedItem] | None:
-    """The items for the prompt `text`, from a stored reply or a new request; None if no reply is valid.
+) -> R | None:
+    """The reply to the prompt `text`, from a stored reply or a new request; None if no reply is valid.
 
     Raises:
         BudgetSpent: the budget does not cover a new request.
     """
     for seed in seeds:
-        request = request_for(text, generate, seed)
+        request = request_for(text, asked, generate, seed)
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         if key not in replies.by_key:
-            longest = longest_reply(generate)
+            longest = longest_reply(asked)
             with budget.reserve(size(request) + longest) as cost:
                 reply, tokens = post(client, request, longest, location)
                 cost.append(tokens)
                 replies.add(key, reply, tokens)
         with suppress(ValidationError):
-            return Reply.model_validate_json(unfenced(replies.by_key[key]["reply"])).items
+            return asked.reply.model_validate_json(unfenced(replies.by_key[key]["reply"]))
     return None
 
 
@@ -195,40 +175,20 @@ def unfenced(reply: str) -> str:
     return reply.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
 
 
-def prompt(passage: Passage, generate: Generate) -> str:
-    wordings = 1 + generate.paraphrases
-    return PROMPT.format(
-        questions=generate.questions_per_passage, wordings=wordings, heading=passage.heading, text=passage.text
-    )
-
-
-def request_for(text: str, generate: Generate, seed: int) -> dict[str, Any]:
-    """The body of the request. The limits of the schema stop a small model that would repeat itself.
-
-    The schema is written by hand: its hash is the key of a stored reply, so no library may change it.
-    """
-
-    def record(**fields: Any) -> dict[str, Any]:
-        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-
-    def many(items: Any, at_least: int, at_most: int) -> dict[str, Any]:
-        return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
-
-    line = {"type": "string", "minLength": 1, "maxLength": LINE}
-    wordings = 1 + generate.paraphrases
-    item = record(questions=many(line, wordings, wordings), answer=line, quote=line)
-    schema = record(items=many(item, 1, generate.questions_per_passage))
+def request_for(text: str, asked: Asked[R], generate: Generate, seed: int) -> dict[str, Any]:
+    """The body of the request. Its hash is the key of a stored reply."""
+    schema = {"name": "items", "schema": asked.schema, "strict": True}
     return {
         "model": generate.model,
         "messages": [{"role": "user", "content": text}],
-        "response_format": {"type": "json_schema", "json_schema": {"name": "items", "schema": schema, "strict": True}},
+        "response_format": {"type": "json_schema", "json_schema": schema},
         "seed": seed,
     }
 
 
-def longest_reply(generate: Generate) -> int:
+def longest_reply(asked: Asked[R]) -> int:
     """The maximum tokens of a reply: far more than its questions, answers and quotes need."""
-    return LINE_TOKENS * generate.questions_per_passage * (1 + generate.paraphrases + 2)
+    return LINE_TOKENS * asked.lines
 
 
 def size(request: dict[str, Any]) -> int:

@@ -2,12 +2,14 @@
 
 import re
 
-from pipeline.common.rows import Row, group_of, question_and_answer, row
+from pipeline.common.rows import Message, Row, group_of, question_and_answer, row
 from pipeline.common.words import is_sign, joined, plain, words
+from pipeline.data.asked import AnswerableReply, AskedItem
 from pipeline.data.documents import Passage
-from pipeline.data.endpoint import AskedItem
 
-FAULTS = ("misquoted", "wrong_number", "ungrounded", "repeats_answer", "repeats_heading", "repeated")
+QUESTION_FAULTS = ("repeats_answer", "repeats_heading", "repeated")
+FAULTS = ("misquoted", "wrong_number", "ungrounded", *QUESTION_FAULTS)
+CUT = "cut"  # the reason of each question of a dialogue after a dropped one
 MARKS = {ord(mark): " " for mark in "*_`#|>~"} | {ord("\\"): None}
 # words.joined needs a number that stands alone; this also joins 1,234 after a letter, as Korean text has it.
 THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -19,28 +21,51 @@ PARTICLE = re.compile(
 
 
 def grounded(
-    passages: dict[str, Passage], replies: dict[str, list[AskedItem] | None], share: float
+    passages: dict[str, Passage], replies: dict[str, AnswerableReply | None], share: float
 ) -> tuple[list[Row], list[dict[str, str]]]:
-    """Rows for the wordings that pass `fault` and `question_fault`; and the dropped wordings, each with the reason.
+    """Rows for the questions that pass `fault` and `question_fault`; and the dropped questions, each with the reason.
 
     `share` is the minimum share of the answer's words that the passage must contain.
     """
     rows: list[Row] = []
     ungrounded: list[dict[str, str]] = []
     for location, passage in passages.items():
-        items = replies[location]
-        if items is None:
+        reply = replies[location]
+        if reply is None:
             ungrounded.append({"source": location, "reason": "unanswered"})
         group = {"group": group_of(passage.text)}
-        for item in items or []:
-            wrong = fault(item.answer, item.quote, f"{passage.heading}\n{passage.text}", share)
-            for at, question in enumerate(item.questions):
-                if reason := wrong or question_fault(question, item.questions[:at], item.answer, passage.heading):
-                    why = {"source": location, "reason": reason, "answer": item.answer, "quote": item.quote}
-                    ungrounded.append(why | {"question": question})
-                else:
-                    rows.append(row(question_and_answer(question, item.answer), location) | group)
+        for item in reply.items if reply else []:
+            conversations, dropped = checked(item, passage, share)
+            rows += [row(messages, location) | group for messages in conversations]
+            ungrounded += [{"source": location} | one for one in dropped]
     return rows, ungrounded
+
+
+def checked(item: AskedItem, passage: Passage, share: float) -> tuple[list[list[Message]], list[dict[str, str]]]:
+    """The conversations of an item; and its dropped questions, each with the reason.
+
+    The first wording that passes begins the dialogue; each other wording is a conversation of one question. A dialogue
+    ends before its first dropped question: the questions after it may refer to it, so they are dropped too.
+    """
+    text = f"{passage.heading}\n{passage.text}"
+    conversations, dropped = [], []
+    wrong = fault(item.answer, item.quote, text, share)
+    for at, question in enumerate(item.questions):
+        if reason := wrong or question_fault(question, item.questions[:at], item.answer, passage.heading):
+            why = {"reason": reason, "answer": item.answer, "quote": item.quote}
+            dropped.append(why | {"question": question})
+        else:
+            conversations.append(question_and_answer(question, item.answer))
+    earlier, cut = item.questions, not conversations
+    for later in item.follow_ups:
+        reason = CUT if cut else fault(later.answer, later.quote, text, share)
+        if reason := reason or question_fault(later.question, earlier, later.answer, passage.heading):
+            dropped.append({"reason": reason} | later.model_dump())
+            cut = True
+        else:
+            conversations[0] += question_and_answer(later.question, later.answer)
+        earlier = [*earlier, later.question]
+    return conversations, dropped
 
 
 def fault(answer: str, quote: str, passage: str, share: float) -> str | None:

@@ -14,6 +14,8 @@ class Generate(Section):
     passage_length: Annotated[int, Field(ge=100)]
     questions_per_passage: Positive
     paraphrases: Annotated[int, Field(ge=0)]
+    turns: Positive
+    unanswerable: Annotated[float, Field(ge=0, le=1)]
     grounding: Annotated[float, Field(ge=0, le=1)]
     concurrency: Positive
     token_budget: Positive
