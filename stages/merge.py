@@ -37,11 +37,11 @@ from pipeline.common.paths import (
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import file_of, is_replay, text_of
+from pipeline.common.rows import KINDS, file_of, is_replay, text_of
 from pipeline.common.user_files import user_files
 from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
 from pipeline.data.data_page import data_page
-from pipeline.data.formats import KINDS, kind
+from pipeline.data.formats import SUFFIXES, kind
 from pipeline.data.near_duplicates import first_of_each, near_duplicates
 from pipeline.data.quarantine import EXAMPLES, Quarantine
 from pipeline.evaluation.questions import read_questions
@@ -73,6 +73,7 @@ def main() -> None:
         conflicts = conflicting(rows, np.flatnonzero(outcomes >= TRAIN))
         examples = [answers_of(rows, *pair) for pair in conflicts[:EXAMPLES]]
         details = counted(files, rows, kept + quarantine.counts, len(conflicts))
+        details["kinds"] = kinds(rows, outcomes)
     sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
     write_jsonl(CONFLICTS, sources)
     write_json(DATA_METRICS, {key: details[key] for key in ("rows", "conflicts")})
@@ -88,8 +89,10 @@ def curated_files() -> list[Path]:
     row."""
     files = user_files(CURATED)
     for file in files:
-        if kind(file) not in KINDS:
-            raise UserError(f"{file}: {', '.join(KINDS)} (or .gz of them) are read: convert it, or move it elsewhere")
+        if kind(file) not in SUFFIXES:
+            raise UserError(
+                f"{file}: {', '.join(SUFFIXES)} (or .gz of them) are read: convert it, or move it elsewhere"
+            )
     return files
 
 
@@ -198,6 +201,12 @@ def answers_of(rows: CheckedRows, first: int, other: int) -> list[str]:
     """The question, and both answers with their sources."""
     question = text_of(rows.messages(first)[-2])
     return [question, *(f"{rows.sources[at]}: {text_of(rows.messages(at)[-1])}" for at in (first, other))]
+
+
+def kinds(rows: CheckedRows, outcomes: NDArray[np.uint8]) -> dict[str, int]:
+    """How many rows of training and validation have tools, calls, results or thinking."""
+    found = zip(KINDS, rows.kinds[outcomes >= TRAIN].sum(axis=0).tolist(), strict=True)
+    return {kind: n for kind, n in found if n}
 
 
 def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:

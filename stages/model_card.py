@@ -32,7 +32,7 @@ from pipeline.common.paths import (
 from pipeline.common.rows import read_jsonl
 from pipeline.model.base import file_hash, public_name
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
-from pipeline.report.readable import detectable, interval, p_value, percent, score_lines, verdict
+from pipeline.report.readable import detectable, further_lines, interval, p_value, percent, score_lines, verdict
 from stages import run
 
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 def template() -> Template:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    for shape in (detectable, interval, p_value, percent, repr, score_lines, verdict):
+    for shape in (detectable, further_lines, interval, p_value, percent, repr, score_lines, verdict):
         environment.globals[shape.__name__] = shape
     return environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
 

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 from pipeline.common.errors import UserError
 from pipeline.common.messages import InvalidRow
 from pipeline.common.outputs import read_details
-from pipeline.common.rows import Message, read_jsonl
+from pipeline.common.rows import KINDS, Message, read_jsonl
 from pipeline.data.formats import conversation
 from pipeline.evaluation.answers import answer_of, prompt_and_reference
 from pipeline.evaluation.questions import read_question
 from pipeline.evaluation.tool_calls import call_errors
 from pipeline.model.chat_template import load_tokenizer, token_ids
 from pipeline.model.responses import response_template
-from pipeline.model.row_kinds import KINDS, carried
+from pipeline.model.row_kinds import carried
 from pipeline.model.supervision import IGNORED, conversations, decoded, supervised, thinking_of
 from pipeline.model.trained_template import trained_template
 from stages import generate, merge, replay

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
+from pipeline.common.messages import CLOSED
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import Message
 from pipeline.model.llama_server import Server, served
@@ -65,8 +66,8 @@ def talk(speakers: dict[str, Speaker], system: str | None) -> None:
         for name, conversation in conversations.items():
             turn = [*conversation, {"role": "user", "content": question}]
             answer = say(f"{name:5}  " if len(speakers) > 1 else "", speakers[name](turn))
-            if answer:
-                conversations[name] = [*turn, {"role": "assistant", "content": answer}]
+            if said := answer.rpartition(CLOSED)[2].strip():  # as templates leave out earlier thinking
+                conversations[name] = [*turn, {"role": "assistant", "content": said}]
 
 
 def asked() -> str:

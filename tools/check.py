@@ -25,7 +25,7 @@ from pipeline.common.parameters.train import Train
 from pipeline.common.paths import LENGTHS_METRICS
 from tools.advice import advice
 from tools.dvc_command import dvc
-from tools.material import material
+from tools.material import Material, material
 
 if TYPE_CHECKING:
     import torch
@@ -38,18 +38,19 @@ def main(*arguments: str) -> None:
     parser.add_argument("--deep", action="store_true")
     deep = parser.parse_args(arguments).deep
     parameters = check(Path("params.yaml"))  # other imports take seconds, and a typo is reported at once
-    lacking = print_material(parameters)
-    examine(parameters, deep)
+    found = list(material(parameters))
+    lacking = print_material(found)
+    examine(parameters, set().union(*(each.kinds for each in found)), deep)
     if lacking:
         raise UserError(f"{', '.join(lacking)}: see TO DO above, then make check again")
     print("nothing is missing: make repro")
 
 
-def print_material(parameters: Parameters) -> list[str]:
+def print_material(found: list[Material]) -> list[str]:
     """Print which of the user's files are present and what is missing. Returns the paths where something is
     missing."""
     lacking = []
-    for each in material(parameters):
+    for each in found:
         say(str(each.path), f"TO DO: {each.missing}" if each.missing else each.found or "nothing")
         for example in each.examples:
             say("", f"such as {example}")
@@ -58,8 +59,12 @@ def print_material(parameters: Parameters) -> list[str]:
     return lacking
 
 
-def examine(parameters: Parameters, deep: bool) -> None:
-    """Print the table. Raises UserError at once for what is impossible, at the end for what does not fit."""
+def examine(parameters: Parameters, rows: set[str], deep: bool) -> None:
+    """Print the table. `rows` are the kinds of rows that the user has.
+
+    Raises:
+        UserError: at once for what is impossible, at the end for what does not fit.
+    """
     import torch
 
     from pipeline.export.merging import merges_onto_nf4
@@ -70,11 +75,13 @@ def examine(parameters: Parameters, deep: bool) -> None:
     from pipeline.model.loading import pick_device, pick_dtype
     from pipeline.model.quantized_base import unpack_if_quantized
     from pipeline.model.skeleton import skeleton
+    from pipeline.model.trained_template import trained_template
     from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, training
     from pipeline.training.processes import require_gpus, share_of_step
     from tools import twin
     from tools.disk import disk_needed
     from tools.dry_run import dry_run
+    from tools.row_kinds import rows_of_kinds
 
     base, lora, train, quantize = parameters.base, parameters.lora, parameters.train, parameters.gguf.quantize
     unpack_if_gguf(base.model, parameters.threads)
@@ -93,8 +100,11 @@ def examine(parameters: Parameters, deep: bool) -> None:
         say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
-    tokenizer = load_tokenizer(folder)
+    template = trained_template(load_tokenizer(folder), base.thinking, parameters.tokenize.tool_format)
+    tokenizer = load_tokenizer(folder, template)
     require_usable_template(folder, tokenizer)
+    for name, found in rows_of_kinds(tokenizer, rows):
+        say(name, found)
     tokens = special_tokens(folder, tokenizer, parameters)
     for name, found in dry_run(folder, base, lora, tokens):
         say(name, found)

@@ -3,28 +3,29 @@
     python -m tools.infer "What is the extension of the Alder team?"
     python -m tools.infer --rows FILE > answers.jsonl
 
-A line of FILE (or /dev/stdin) has a "question", or "messages" that end with a user message. The output has the same
-lines in the same order, each with all its keys and the "answer".
+A line of FILE (or /dev/stdin) has a "question", or "messages" that end with a message of the user or a tool, and may
+have "tools". The output has the same lines in the same order, each with all its keys and the "answer": the text without
+thinking, and each call as <tool_call>{"name": ..., "arguments": ...}</tool_call>.
 """
 
 import argparse
 import json
 import sys
-import unicodedata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
-from pipeline.common.messages import InvalidRow, message, require_text
+from pipeline.common.messages import CLOSED, InvalidRow
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.rows import Message, read_lines
+from pipeline.common.rows import Tools, nfc, read_lines
 from pipeline.data.formats import dumped
-from pipeline.model.llama_server import served
+from pipeline.evaluation.chat_api import by_api
+from pipeline.evaluation.questions import Question, conversation, offered
+from pipeline.model.llama_server import Server, served
 
-Conversations = dict[str, list[Message]]  # by location
 Answers = list[tuple[str, bool]]  # (text, whether the answer is complete)
 
 
@@ -44,11 +45,11 @@ def main() -> None:
         raise UserError(f"--max-new-tokens {length}: set it to at least 1")
 
     rows = read_rows(options.rows) if options.rows else {"the question": {"question": options.question}}
-    conversations = {location: conversation(location, row) for location, row in rows.items()}
+    questions = [question(location, row) for location, row in rows.items()]
     if options.gguf:
-        answers = by_llama_cpp(options.gguf, conversations, length, parameters)
+        answers = by_llama_cpp(options.gguf, questions, length, parameters)
     else:
-        answers = by_transformers(conversations, length, parameters, tuned=not options.base)
+        answers = by_transformers(questions, length, parameters, tuned=not options.base)
     for row, (text, _) in zip(rows.values(), answers, strict=True):
         print(json.dumps(row | {"answer": text}, ensure_ascii=False) if options.rows else text)
     if cut := sum(not stopped for _, stopped in answers):
@@ -63,58 +64,69 @@ def read_rows(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: {error.strerror}") from None
 
 
-def conversation(location: str, row: Any) -> list[Message]:
-    """The messages of a row. Raises UserError if they cannot be answered."""
-    try:
-        if isinstance(invalid := dumped(row), InvalidRow):
-            raise invalid
-        match row:
-            case {"question": _, "messages": _}:
-                raise UserError(f"{location}: the line has a question and messages: remove one")
-            case {"question": content}:
-                messages = [{"role": "user", "content": content}]
-            case {"messages": [*turns, {"role": "user"} as last]}:
-                messages = [message(turn) for turn in [*turns, last]]
-            case _:
-                raise UserError(f'{location}: a line needs a "question", or "messages" that end with a user message')
-        require_text(messages)
-    except InvalidRow as invalid:
-        raise UserError(f"{location}: {invalid}") from None
-    return [turn | {"content": unicodedata.normalize("NFC", turn["content"])} for turn in messages]
+def question(location: str, row: Any) -> Question:
+    """The question of a row. Raises UserError if it cannot be answered."""
+    if isinstance(invalid := dumped(row), InvalidRow):
+        raise UserError(f"{location}: {invalid}")
+    match row:
+        case {"question": _, "messages": _}:
+            raise UserError(f"{location}: the line has a question and messages: remove one")
+        case {"question": content}:
+            turns = [{"role": "user", "content": content}]
+        case {"messages": list(turns)}:
+            pass
+        case _:
+            raise UserError(f'{location}: a line needs a "question", or "messages" that end with a user message')
+    return Question(
+        location, "", [""], location, messages=nfc(conversation(turns, location)), tools=tools(row, location)
+    )
 
 
-def by_transformers(conversations: Conversations, length: int, parameters: Parameters, tuned: bool) -> Answers:
+def tools(row: Any, location: str) -> Tools:
+    found: Tools = nfc(offered(row.get("tools"), location))
+    return found
+
+
+def by_transformers(questions: list[Question], length: int, parameters: Parameters, tuned: bool) -> Answers:
     from jinja2 import TemplateError
 
-    from pipeline.evaluation.answers import greedy_in_batches, text_of
-    from pipeline.model.chat_template import end_tokens, token_ids
+    from pipeline.evaluation.answers import answer_of, greedy_in_batches, prompt
+    from pipeline.model.chat_template import end_tokens
     from tools.tuned import load_model
 
     model, tokenizer = load_model(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
     prompts = []
-    for location, messages in conversations.items():
+    for each in questions:
         try:
-            prompts.append(token_ids(tokenizer, messages, add_generation_prompt=True))
+            prompts.append(prompt(tokenizer, each))
         except (TemplateError, UserError) as error:
-            raise UserError(f"{location}: the base's chat template refuses this conversation: {error}") from None
+            raise UserError(f"{each.id}: the base's chat template refuses this conversation: {error}") from None
     answers = greedy_in_batches(model, prompts, ends, batch_size, length)
-    return [text_of(tokenizer, tokens, ends) for tokens in answers]
+    given = [answer_of(tokenizer, *each, ends) for each in zip(questions, prompts, answers, strict=True)]
+    return [(answer.text, answer.stopped) for answer in given]
 
 
-def by_llama_cpp(file: Path, conversations: Conversations, length: int, parameters: Parameters) -> Answers:
+def by_llama_cpp(file: Path, questions: list[Question], length: int, parameters: Parameters) -> Answers:
     context = parameters.gguf.num_ctx
     with served(file, context, parameters.threads) as server:
         prompts = []
-        for location, messages in conversations.items():
-            prompts.append(server.tokens(messages))
+        for each in questions:
+            prompts.append(server.tokens(each.asked, each.tools))
             if len(prompts[-1]) + length > context:
                 raise UserError(
-                    f"{location}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
+                    f"{each.id}: {len(prompts[-1])} tokens and an answer of {length} are more than gguf.num_ctx, "
                     f"{context}: raise gguf.num_ctx"
                 )
-        replies = [server.complete(prompt, length) for prompt in tqdm(prompts, disable=len(prompts) == 1)]
-    return [(reply["content"].strip(), reply["stop_type"] != "limit") for reply in replies]
+        pairs = tqdm(list(zip(questions, prompts, strict=True)), disable=len(prompts) == 1)
+        return [by_tokens_or_api(server, each, tokens, length) for each, tokens in pairs]
+
+
+def by_tokens_or_api(server: Server, question: Question, tokens: list[int], length: int) -> tuple[str, bool]:
+    """The answer to a prompt, or to a question with tools: llama.cpp's HTTP API reads the calls."""
+    reply = server.complete(tokens, length)
+    text = by_api(server, question, length) if question.tools else reply["content"].rpartition(CLOSED)[2]
+    return text.strip(), reply["stop_type"] != "limit"
 
 
 if __name__ == "__main__":

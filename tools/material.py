@@ -11,12 +11,12 @@ from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import CURATED, EXAM, GENERAL_EXAM, PROMPTS, RAW
-from pipeline.common.rows import Message, row, text_of
+from pipeline.common.rows import KINDS, Message, Tools, kinds_of, row, text_of
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words
 from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
-from pipeline.data.formats import KINDS, conversation, kind, parsed, records
+from pipeline.data.formats import SUFFIXES, conversation, kind, parsed, records
 from pipeline.data.leaks import ExamIndex
 from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
@@ -37,6 +37,7 @@ class Material:
     found: str
     missing: str = ""  # what is missing; "" if the file or folder is sufficient
     examples: tuple[str, ...] = ()  # example lines, each with a file name
+    kinds: frozenset[str] = frozenset()  # of the rows, by rows.KINDS
     rows: frozenset[str] = frozenset()  # ids of valid rows; training and validation need one each
     more: bool = False  # documents will give more rows
 
@@ -101,32 +102,40 @@ def phrasing(fact: Fact) -> str:
 
 
 def of_curated(merge: Merge, exams: ExamIndex) -> Material:
-    ids, more = set[str](), ""
+    ids, kinds, more = set[str](), set[str](), ""
     try:
         for file in user_files(CURATED):
-            if kind(file) not in KINDS:
-                raise UserError(f"{file}: rows are read from {' '.join(KINDS)}: convert or move the file")
+            if kind(file) not in SUFFIXES:
+                raise UserError(f"{file}: rows are read from {' '.join(SUFFIXES)}: convert or move the file")
             found = list(islice(records(file, merge.columns), LOOKED_AT))
             for number, record in found:
                 location = f"{file}:{number}"
-                if messages := usable(location, record, merge.on_invalid):
+                if found_row := usable(location, record, merge.on_invalid):
+                    messages, tools = found_row
                     require_no_leak(location, messages, exams)
-                    ids.add(row(messages, location)["id"])
+                    ids.add(row(messages, location, tools)["id"])
+                    kinds.update(kinds_of(messages, tools))
             more = " or more" if len(found) == LOOKED_AT else more
     except UserError as refusal:
         return Material(CURATED, "", str(refusal))
-    return Material(CURATED, f"{len(ids)}{more} valid rows" if ids else "", rows=frozenset(ids))
+    with_kinds = f", with {', '.join(kind for kind in KINDS if kind in kinds)}" if kinds else ""
+    text = f"{len(ids)}{more} valid rows{with_kinds}" if ids else ""
+    return Material(CURATED, text, rows=frozenset(ids), kinds=frozenset(kinds))
 
 
-def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> list[Message]:
-    """The messages of a row; [] if it is invalid and skipped. Raises UserError if it is invalid and not skipped."""
+def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> tuple[list[Message], Tools] | None:
+    """The messages and tools of a row; None if it is invalid and skipped.
+
+    Raises:
+        UserError: the row is invalid and not skipped.
+    """
     try:
         if isinstance(record, InvalidRow):
             raise record
-        return conversation(parsed(record))[0]
+        return conversation(parsed(record))
     except InvalidRow as invalid:
         if on_invalid == "skip":
-            return []
+            return None
         raise UserError(f"{location}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
 
 

@@ -12,6 +12,7 @@ from pipeline.common.errors import UserError
 Message = dict[str, Any]  # role, content; tool_calls, reasoning_content; name, tool_call_id
 Tools = list[dict[str, Any]]  # as OpenAI has them: {"type": "function", "function": {"name", "parameters"}}
 Row = dict[str, Any]
+KINDS = ("tools", "calls", "parallel calls", "results", "thinking")  # of rows that not every base can be trained on
 
 
 def question_and_answer(question: str, answer: str) -> list[Message]:
@@ -53,6 +54,18 @@ def text_of(message: Message) -> str:
     calls = [call["function"] for call in message.get("tool_calls", [])]
     said = [f"{call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}" for call in calls]
     return "\n".join(filter(None, [message.get("reasoning_content"), message["content"], *said]))
+
+
+def kinds_of(messages: list[Message], tools: Tools) -> list[str]:
+    """Which of KINDS a row has."""
+    has = {
+        "tools": bool(tools),
+        "calls": any("tool_calls" in message for message in messages),
+        "parallel calls": any(len(message.get("tool_calls", [])) > 1 for message in messages),
+        "results": any(message["role"] == "tool" for message in messages),
+        "thinking": any("reasoning_content" in message for message in messages),
+    }
+    return [kind for kind in KINDS if has[kind]]
 
 
 def group_of(text: str) -> str:

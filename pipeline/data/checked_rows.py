@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pipeline.common.errors import UserError
 from pipeline.common.messages import InvalidRow
 from pipeline.common.parameters.merge import Merge
-from pipeline.common.rows import Message, Row, further, hash64, row, text_of
+from pipeline.common.rows import KINDS, Message, Row, further, hash64, kinds_of, row, text_of
 from pipeline.common.words import layout, words
 from pipeline.data.formats import Record, conversation, parsed, records, unknown_keys
 from pipeline.data.leaks import ExamIndex, Leak
@@ -43,6 +43,7 @@ class Chunk:
     questions: Keys  # hash of all messages before the last answer: their words, and the layout of their code
     answers: Keys  # hash of the last answer: its words, and the layout of its code
     bands: Keys  # (rows, bands)
+    kinds: Keys  # (rows, KINDS): whether the row is of this kind
     leaks: dict[int, Leak]  # by index in `lines`
     invalid: list[dict[str, str]]  # entries of the quarantine
     unknown_keys: Counter[str]  # name: number of valid rows that have it
@@ -69,14 +70,14 @@ class CheckedRows:
                     self.unknown_keys[name] += n
                 else:
                     self.further_keys += n
-            columns.append((chunk.ids, chunk.groups, chunk.questions, chunk.answers, chunk.bands))
+            columns.append((chunk.ids, chunk.groups, chunk.questions, chunk.answers, chunk.bands, chunk.kinds))
             lengths.append(np.fromiter(map(len, chunk.lines), np.int64))
             scratch.writelines(chunk.lines)
         scratch.flush()
         if not self.sources:
             raise UserError(f"no valid rows among {self.read} rows: add rows to data/curated, or facts to data/raw")
         parts = map(np.concatenate, zip(*columns, strict=True))
-        self.ids, self.groups, self.questions, self.answers, self.bands = parts
+        self.ids, self.groups, self.questions, self.answers, self.bands, self.kinds = parts
         self.ends = np.cumsum(np.concatenate(lengths))
 
     def __len__(self) -> int:
@@ -167,10 +168,16 @@ def check_chunk(file: Path, chunk: list[Record], generated: set[Path], near_dupl
         questions=np.array([hash64(" ".join(asked)) for asked in map(asked_with, questions, rows)], np.uint64),
         answers=np.array([hash64(" ".join([*answer, of_code])) for answer, of_code in answers], np.uint64),
         bands=band_keys(texts, layouts, near_duplicate) if near_duplicate else np.empty((len(rows), 0), np.uint64),
+        kinds=kinds_table(rows),
         leaks={at: leak for at, leak in leaks.items() if leak},
         invalid=invalid,
         unknown_keys=unknown,
     )
+
+
+def kinds_table(rows: list[Row]) -> Keys:
+    of = [kinds_of(one["messages"], one.get("tools", [])) for one in rows]
+    return np.array([[kind in kinds for kind in KINDS] for kinds in of], np.uint64).reshape(len(rows), len(KINDS))
 
 
 def by_count(names: Counter[str]) -> list[tuple[str, int]]:

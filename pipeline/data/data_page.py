@@ -40,12 +40,20 @@ def data_page(
             "## By file",
             "",
             *table(["file", *rows], [[file, *counts.values()] for file, counts in metrics["sources"].items()]),
+            *kinds(metrics["kinds"]),
             *unknown_keys(metrics["unknown_keys"], metrics["further_unknown_keys"]),
             *documents(generated),
             *(line for reason in examples for line in dropped_rows(reason, metrics, examples[reason])),
             *same_question(metrics["conflicts"], conflicts),
         ]
     )
+
+
+def kinds(rows: dict[str, int]) -> list[str]:
+    """How many rows are more than questions and answers."""
+    if not rows:
+        return []
+    return ["## Kinds of rows", "", *table(["kept rows with", "rows"], [list(pair) for pair in rows.items()])]
 
 
 def unknown_keys(named: dict[str, int], further: int) -> list[str]:

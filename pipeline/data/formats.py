@@ -27,7 +27,7 @@ from pipeline.common.parameters.merge import Column
 from pipeline.common.rows import Message, Tools, question_and_answer
 
 LARGEST = 10 * 2**20  # maximum bytes of a row: far more than the context of any base
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 KEYS = {*get_args(Column)}  # keys of the supported formats
 BOM = b"\xef\xbb\xbf"
 # Keys of other formats, in a row or a message. Without their values, the row would have another meaning.

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pipeline.common.errors import UserError
-from pipeline.common.rows import Message, Tools
+from pipeline.common.rows import Message, Tools, kinds_of
 from pipeline.model.chat_template import ASKED, TEMPLATE_ARGUMENTS, as_read, is_switched_off, switched
 
 TOOL = {
@@ -21,7 +21,6 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"book": {"type": "string", "description": "its title"}}},
     },
 }
-KINDS = ("tools", "calls", "parallel calls", "results", "thinking")
 CLOSED = "\n</think>\n\n"  # ends a thinking block that a prompt opens, as in an empty block of Qwen 3
 
 
@@ -94,18 +93,10 @@ def always_thinks(tokenizer: Any) -> bool:
 
 def require_carried(tokenizer: Any, messages: list[Message], tools: Tools, location: str) -> None:
     """Raises UserError, naming the location, for the first kind that the row has and the template does not carry."""
-    of = carried(tokenizer)
-    has = {
-        "tools": bool(tools),
-        "calls": any("tool_calls" in message for message in messages),
-        "parallel calls": any(len(message.get("tool_calls", [])) > 1 for message in messages),
-        "results": any(message["role"] == "tool" for message in messages),
-        "thinking": any("reasoning_content" in message for message in messages),
-    }
-    for kind in KINDS:
-        if has[kind] and of[kind]:
+    for kind in kinds_of(messages, tools):
+        if why := carried(tokenizer)[kind]:
             others = "base.thinking to on, tokenize.thinking to drop or " if kind == "thinking" else ""
             raise UserError(
-                f"{location}: this row has {kind}, which the base's chat template does not carry ({of[kind]}): set "
+                f"{location}: this row has {kind}, which the base's chat template does not carry ({why}): set "
                 f"{others}tokenize.tool_format to hermes, or choose another base.model"
             )

@@ -88,3 +88,20 @@ def score_lines(metrics: dict[str, Any]) -> list[str]:
             [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
         )
     return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
+
+
+def further_lines(metrics: dict[str, Any]) -> list[str]:
+    """What an exam says of tool calls and of thinking, before and after; [] if it has neither."""
+    lines = []
+    if "tool_calls" in metrics:
+        before, after = metrics["tool_calls"].values()
+        errors = (f"{key.replace('_', ' ')} {before[key]} → {after[key]}" for key in before)
+        lines += [f"Errors of tool calls: {', '.join(errors)}.", ""]
+    if "thinking" in metrics:
+        before, after = metrics["thinking"].values()
+        lines += [
+            f"Thinking: {before['tokens']:.0f} → {after['tokens']:.0f} tokens on average; "
+            f"{percent(before['unfinished'])} → {percent(after['unfinished'])} of the answers did not end it.",
+            "",
+        ]
+    return lines

@@ -4,7 +4,17 @@ from typing import Any
 
 from pipeline.common.markdown import quoted, table
 from pipeline.report.conversion_table import conversion_table
-from pipeline.report.readable import change, detectable, interval, megabytes, p_value, percent, score_lines, verdict
+from pipeline.report.readable import (
+    change,
+    detectable,
+    further_lines,
+    interval,
+    megabytes,
+    p_value,
+    percent,
+    score_lines,
+    verdict,
+)
 from pipeline.report.side_by_side import ExamResult, QuestionResult
 
 NAMED = 50  # broken questions, at most
@@ -20,8 +30,10 @@ def summary(exam: ExamResult, general: ExamResult, variants: dict[str, Any]) -> 
             "",
             *headline("The exam", exam),
             *score_lines(exam.metrics),
+            *further_lines(exam.metrics),
             *headline("The general exam, of what the model must not forget", general),
             *score_lines(general.metrics),
+            *further_lines(general.metrics),
             "**Every variant of the model.** Each variant is compared with the tuned model, which the exam was",
             "about. Same answers: the share of identical answers. KL: the mean divergence of the",
             "next-token probabilities, in nats per token.",

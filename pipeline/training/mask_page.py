@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from pipeline.common.rows import file_of
+from pipeline.common.rows import file_of, kinds_of
 from pipeline.model.supervision import IGNORED
 
 FILES = 8  # maximum number of files with a shown row
@@ -15,23 +15,23 @@ LONGEST = 2000  # maximum number of characters shown of a sequence of supervised
 
 @dataclass
 class Shown:
-    """The rows to show: the first row of each of the first FILES files, and the first row with several answers."""
+    """The rows to show: the first row of each of the first FILES files, and the first row of each kind."""
 
     rows: list[tuple[dict[str, Any], list[int], list[int]]] = field(default_factory=list)
     files: set[str] = field(default_factory=set)
-    several_answers: bool = False
+    kinds: set[str] = field(default_factory=set)
 
     def see(self, row: dict[str, Any], ids: list[int], labels: list[int]) -> None:
         """Keep the row if the page must show it. `ids` and `labels` are the training input, one of each per token."""
         file = file_of(row["source"])
         answers = sum(message["role"] == "assistant" for message in row["messages"])
+        kinds = {*kinds_of(row["messages"], row.get("tools", [])), *(["several answers"] if answers > 1 else [])}
         of_new_file = file not in self.files and len(self.files) < FILES
-        first_with_several = answers > 1 and not self.several_answers
         if of_new_file:
             self.files.add(file)
-        if of_new_file or first_with_several:
+        if of_new_file or kinds - self.kinds:
             self.rows.append((row, ids, labels))
-        self.several_answers |= first_with_several
+        self.kinds |= kinds
 
 
 def mask_page(shown: Shown, tokenizer: Any) -> str:
@@ -40,8 +40,9 @@ def mask_page(shown: Shown, tokenizer: Any) -> str:
         [
             "# Supervised tokens",
             "",
-            f"The first row of each file (at most {FILES} files) and the first row with several answers, as the chat",
-            "template of the base renders them. Lines with `+` are trained on, others only read; `⏎` is a line break.",
+            f"The first row of each file (at most {FILES} files), and the first row with several answers, with tools,",
+            "calls, results or thinking, as the chat template of the base renders them. Lines with `+` are trained on,",
+            "others only read; `⏎` is a line break.",
             "A conversation can be several inputs, one for each answer, if the template changes earlier turns.",
             "",
             *(line for row in shown.rows for line in section(*row, tokenizer)),
