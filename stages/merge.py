@@ -91,7 +91,7 @@ def curated_files() -> list[Path]:
     for file in files:
         if kind(file) not in SUFFIXES:
             raise UserError(
-                f"{file}: {', '.join(SUFFIXES)} (or .gz of them) are read: convert it, or move it elsewhere"
+                f"{file}: {', '.join(SUFFIXES)} (or .gz of them) are read: convert or move it"
             )
     return files
 

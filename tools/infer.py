@@ -20,7 +20,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.messages import CLOSED, InvalidRow
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.rows import Tools, nfc, read_lines
+from pipeline.common.rows import nfc, read_lines
 from pipeline.data.formats import dumped
 from pipeline.evaluation.chat_api import by_api
 from pipeline.evaluation.questions import Question, conversation, offered
@@ -77,14 +77,8 @@ def question(location: str, row: Any) -> Question:
             pass
         case _:
             raise UserError(f'{location}: a line needs a "question", or "messages" that end with a user message')
-    return Question(
-        location, "", [""], location, messages=nfc(conversation(turns, location)), tools=tools(row, location)
-    )
-
-
-def tools(row: Any, location: str) -> Tools:
-    found: Tools = nfc(offered(row.get("tools"), location))
-    return found
+    messages, tools = conversation(turns, location), offered(row.get("tools"), location)
+    return Question(location, "", [""], location, messages=nfc(messages), tools=nfc(tools))
 
 
 def by_transformers(questions: list[Question], length: int, parameters: Parameters, tuned: bool) -> Answers:

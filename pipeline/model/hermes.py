@@ -6,7 +6,7 @@ prefix rewrites the messages as system, user and assistant messages; the base's 
 
 # A result that holds an end of <tool_response> must not end its block, and no user may write a result.
 PREFIX = """\
-{%- set hermes = namespace(messages=[], system="", results="", last_user=-1) %}
+{%- set hermes = namespace(messages=[], system=none, results="", last_user=-1) %}
 {%- for message in messages %}
 {%- if message.role == "user" %}{%- set hermes.last_user = loop.index0 %}{%- endif %}
 {%- endfor %}
@@ -46,9 +46,9 @@ PREFIX = """\
 {%- endfor %}
 {%- set offer.text = offer.text ~ '\\n</tools>\\nA call is one JSON object between tags:\\n<tool_call>\\n{"name": \
 <function-name>, "arguments": <arguments-object>}\\n</tool_call>' %}
-{%- set hermes.system = hermes.system ~ ("\\n\\n" if hermes.system else "") ~ offer.text %}
+{%- set hermes.system = (hermes.system ~ "\\n\\n" if hermes.system is not none else "") ~ offer.text %}
 {%- endif %}
-{%- if hermes.system %}
+{%- if hermes.system is not none %}
 {%- set hermes.messages = [{"role": "system", "content": hermes.system}] + hermes.messages %}
 {%- endif %}
 {%- set messages = hermes.messages %}
