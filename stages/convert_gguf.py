@@ -26,6 +26,7 @@ from pipeline.export.importance import mean_squares, some_rows
 from pipeline.export.llama_cpp import convert_adapter, no_gguf_lora, run_script
 from pipeline.export.modelfile import adapter_modelfile, modelfile
 from pipeline.model.base import file_hash, located, public_name, require_same_base
+from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
 from pipeline.model.loading import load_merged, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import parameter_count
 from stages import run
@@ -58,7 +59,7 @@ def main() -> None:
             else:
                 quantize(aside, quantization, importance)
         served = parameters.gguf.quantize[0] if parameters.gguf.quantize else "f16"
-        options = MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature
+        options = MERGED, parameters.gguf.num_ctx, parameters.gguf.temperature, TEMPLATE_ARGUMENTS
         (aside / "Modelfile").write_text(modelfile(f"model-{served}.gguf", *options), encoding="utf-8")
         if (aside / LORA).exists():
             (aside / "Modelfile.adapter").write_text(adapter_modelfile(LORA, *options), encoding="utf-8")

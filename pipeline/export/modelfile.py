@@ -9,6 +9,8 @@ from pipeline.export.go_template import go_template
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 
 BASE = "base-f16.gguf"
+NATIVE = "which uses the chat template in the GGUF file"
+REFUSALS = (ValueError, TypeError, TemplateError)
 ADAPTER_ALONE = f"""\
 # Only for Ollama before 0.34.1, which gave up ADAPTER (https://github.com/ollama/ollama/pull/14969): the adapter on the
 # base as training had it. Make models/{BASE} first, at the root of the repository:
@@ -17,23 +19,26 @@ FROM ../{BASE}
 ADAPTER ./"""
 
 
-def modelfile(model: str, merged: Path, num_ctx: int, temperature: float) -> str:
-    """The Modelfile for the GGUF file `model` in the same folder, with the prompts of the model in `merged`."""
-    return f"FROM ./{model}\n" + settings(merged, num_ctx, temperature)
+def modelfile(model: str, merged: Path, num_ctx: int, temperature: float, arguments: dict[str, Any]) -> str:
+    """The Modelfile for the GGUF file `model` in the same folder, with the prompts of the model in `merged`.
+
+    `arguments` are those of the chat template in training.
+    """
+    return f"FROM ./{model}\n" + settings(merged, num_ctx, temperature, arguments)
 
 
-def adapter_modelfile(lora: str, merged: Path, num_ctx: int, temperature: float) -> str:
+def adapter_modelfile(lora: str, merged: Path, num_ctx: int, temperature: float, arguments: dict[str, Any]) -> str:
     """The Modelfile for the GGUF LoRA `lora`. The base is not shipped: the Modelfile says how to make it."""
-    return f"{ADAPTER_ALONE}{lora}\n" + settings(merged, num_ctx, temperature)
+    return f"{ADAPTER_ALONE}{lora}\n" + settings(merged, num_ctx, temperature, arguments)
 
 
-def settings(merged: Path, num_ctx: int, temperature: float) -> str:
+def settings(merged: Path, num_ctx: int, temperature: float, arguments: dict[str, Any]) -> str:
     """The lines that do not depend on the GGUF file: the template, and the sampling of the exam."""
     tokenizer = load_tokenizer(merged)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_tokens(load_generation_config(merged))))
     return "\n".join(
         [
-            *template(tokenizer),
+            *template(tokenizer, arguments),
             *(f'PARAMETER stop "{end}"' for end in ends),  # Ollama has no escapes
             f"PARAMETER num_ctx {num_ctx}",
             f"PARAMETER temperature {temperature}",
@@ -44,14 +49,29 @@ def settings(merged: Path, num_ctx: int, temperature: float) -> str:
     )
 
 
-def template(tokenizer: Any) -> list[str]:
-    """TEMPLATE and PARSER; or a comment with the reason why TEMPLATE is left out."""
+def template(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
+    """TEMPLATE and PARSER, and a comment with the reasons for what is left out."""
     try:
-        # Without PARSER (since Ollama 0.12), the GGUF file's chat template has priority if it has tools or thinking
-        # (https://github.com/ollama/ollama/blob/main/server/images.go). Then, unlike in training, Llama 3.2 sees
-        # today's date, and Qwen 3 thinks.
-        return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
-    except (ValueError, TypeError, TemplateError) as error:
-        left_out = f"# TEMPLATE is left out, because {error}: write it by hand."
-        print(f"Modelfile: {left_out}")
-        return [left_out]
+        made = go_template(tokenizer, arguments)
+    except REFUSALS as error:
+        return [told(f"TEMPLATE is left out, because {error}: write it by hand, or use Ollama 0.30 or newer, {NATIVE}")]
+    missing = [f"no {kind} ({why})" for kind, why in made.missing.items() if why]
+    comment = f"TEMPLATE has {' and '.join(missing)}. Without TEMPLATE and PARSER: Ollama 0.30 or newer, {NATIVE}"
+    return [
+        *([told(comment)] if missing else []),
+        f'TEMPLATE """{made.template}"""',
+        *([f"PARSER {made.parser}"] if made.parser else []),
+    ]
+
+
+def told(reason: str) -> str:
+    print(f"Modelfile: {reason}")
+    return f"# {reason}."
+
+
+def carried(tokenizer: Any, arguments: dict[str, Any]) -> dict[str, str]:
+    """Of "text", "tools" and "thinking" in the chat template: why the Modelfile does not carry these, or ""."""
+    try:
+        return {"text": ""} | go_template(tokenizer, arguments).missing
+    except REFUSALS as error:
+        return {"text": str(error)}
