@@ -222,7 +222,7 @@ def test_ollama_prompts_with_the_thinking_of_training(model: Path) -> None:
     require_same_tokens(model, thought, TEMPLATE_ARGUMENTS)  # without thinking
 
 
-@pytest.mark.parametrize("model", ["built-in", *MODELS], indirect=True)
+@pytest.mark.parametrize("model", [*HAVE_TOOLS, "published llama3_2", "published qwen3_5_think"], indirect=True)
 def test_ollama_takes_the_template_of_the_modelfile(model: Path) -> None:
     chat_template = AutoTokenizer.from_pretrained(model).chat_template
     for arguments in (TEMPLATE_ARGUMENTS, THINKING):
