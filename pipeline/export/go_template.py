@@ -272,7 +272,7 @@ def read_off(tokenizer: Any, arguments: dict[str, Any]) -> Turns:
 
 
 def read_thinking(tokenizer: Any, arguments: dict[str, Any], turns: Turns) -> Turns:
-    """`turns` with thinking. Raises ValueError if the chat template has none, or another form than Ollama."""
+    """`turns` with thinking. Raises ValueError if the chat template has none, or another format than Ollama."""
     if THINKING % "ab" + "c" not in rendered(tokenizer, arguments, conversation("UA", ["", "c"], "ab"), []):
         raise ValueError("the chat template does not write the thinking of an answer between <think> and </think>")
     thinks = replace(turns, opening_without_thinking=turns.opening)
@@ -285,15 +285,15 @@ def read_thinking(tokenizer: Any, arguments: dict[str, Any], turns: Turns) -> Tu
 
 
 def read_tools(tokenizer: Any, arguments: dict[str, Any], turns: Turns) -> Turns:
-    """`turns` with tools. Raises ValueError if the chat template has none, or another form than Ollama."""
+    """`turns` with tools. Raises ValueError if the chat template has none, or another format than Ollama."""
     tools = "\n".join(map(as_json, TOOLS))
-    for roles, form, text in (
+    for roles, what, text in (
         ("U", "tools as lines of JSON", tools),
         ("UCR", "calls as JSON between <tool_call> and </tool_call>", "\n".join(map(as_call, CALLS))),
         ("UCR", "results between <tool_response> and </tool_response>", RESULT % "R"),
     ):
         if text not in rendered(tokenizer, arguments, conversation(roles, [*roles]), TOOLS):
-            raise ValueError(f"the chat template does not write {form}")
+            raise ValueError(f"the chat template does not write {what}")
     before, after = rendered(tokenizer, arguments, conversation("U", ["<<U>>"]), TOOLS).split(tools)
     offer = Offer(Turn("", ""), before, after.split("<<U>>")[0])
     if turns.system:

@@ -9,7 +9,7 @@ from pipeline.export.go_template import go_template
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 
 BASE = "base-f16.gguf"
-NATIVE = "which uses the chat template in the GGUF file"
+NATIVE = "Ollama 0.30 or newer, which uses the chat template in the GGUF file"
 REFUSALS = (ValueError, TypeError, TemplateError)
 ADAPTER_ALONE = f"""\
 # Only for Ollama before 0.34.1, which gave up ADAPTER (https://github.com/ollama/ollama/pull/14969): the adapter on the
@@ -54,17 +54,17 @@ def template(tokenizer: Any, arguments: dict[str, Any]) -> list[str]:
     try:
         made = go_template(tokenizer, arguments)
     except REFUSALS as error:
-        return [told(f"TEMPLATE is left out, because {error}: write it by hand, or use Ollama 0.30 or newer, {NATIVE}")]
-    missing = [f"no {kind} ({why})" for kind, why in made.missing.items() if why]
-    comment = f"TEMPLATE has {' and '.join(missing)}. Without TEMPLATE and PARSER: Ollama 0.30 or newer, {NATIVE}"
+        return [comment(f"TEMPLATE is left out, because {error}: write it by hand, or use {NATIVE}")]
+    missing = " and ".join(f"no {kind} ({why})" for kind, why in made.missing.items() if why)
+    reason = f"TEMPLATE has {missing}. For these, remove TEMPLATE and PARSER, and use {NATIVE}"
     return [
-        *([told(comment)] if missing else []),
+        *([comment(reason)] if missing else []),
         f'TEMPLATE """{made.template}"""',
         *([f"PARSER {made.parser}"] if made.parser else []),
     ]
 
 
-def told(reason: str) -> str:
+def comment(reason: str) -> str:
     print(f"Modelfile: {reason}")
     return f"# {reason}."
 
