@@ -90,9 +90,7 @@ def curated_files() -> list[Path]:
     files = user_files(CURATED)
     for file in files:
         if kind(file) not in SUFFIXES:
-            raise UserError(
-                f"{file}: {', '.join(SUFFIXES)} (or .gz of them) are read: convert or move it"
-            )
+            raise UserError(f"{file}: {', '.join(SUFFIXES)} (or .gz of them) are read: convert or move it")
     return files
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from pipeline.common.rows import question_and_answer
-from pipeline.export.go_template import go_template
+from pipeline.export.modelfile import carried
 from pipeline.model.chat_template import dated, load_tokenizer, token_ids
 from pipeline.model.supervision import IGNORED, around_answers, content_of, conversations, supervised
 
@@ -66,11 +66,8 @@ def test_the_document_says_what_becomes_of_each_template() -> None:
         tokenizer, ends = with_template(text, end)
         inputs = "one" if len(conversations(tokenizer, TWICE, ends, "here")) == 1 else "one for each answer"
         wrapper = " and ".join(f"`{part}`" for part in around_answers(tokenizer, frozenset(ends)) if part) or "none"
-        in_ollama = "yes"
-        try:
-            go_template(tokenizer)
-        except ValueError:
-            in_ollama = "no"
+        kinds = carried(tokenizer)
+        in_ollama = ", ".join(f"no {kind}" if why else kind for kind, why in kinds.items())
         lines.append(
             f"| `{name}` | {inputs} | {wrapper.replace('|', chr(92) + '|').replace(chr(10), ' ')} | {in_ollama} |"
         )

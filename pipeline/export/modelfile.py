@@ -9,6 +9,8 @@ from pipeline.export.go_template import go_template
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 
 BASE = "base-f16.gguf"
+NATIVE = "Ollama 0.30 or newer, which uses the chat template in the GGUF file"
+REFUSALS = (ValueError, TypeError, TemplateError)
 ADAPTER_ALONE = f"""\
 # Only for Ollama before 0.34.1, which gave up ADAPTER (https://github.com/ollama/ollama/pull/14969): the adapter on the
 # base as training had it. Make models/{BASE} first, at the root of the repository:
@@ -45,13 +47,28 @@ def settings(merged: Path, num_ctx: int, temperature: float) -> str:
 
 
 def template(tokenizer: Any) -> list[str]:
-    """TEMPLATE and PARSER; or a comment with the reason why TEMPLATE is left out."""
+    """TEMPLATE and PARSER, and a comment with the reasons for what is left out."""
     try:
-        # Without PARSER (since Ollama 0.12), the GGUF file's chat template has priority if it has tools or thinking
-        # (https://github.com/ollama/ollama/blob/main/server/images.go). Then, unlike in training, Llama 3.2 sees
-        # today's date, and Qwen 3 thinks.
-        return [f'TEMPLATE """{go_template(tokenizer)}"""', "PARSER passthrough"]
-    except (ValueError, TypeError, TemplateError) as error:
-        left_out = f"# TEMPLATE is left out, because {error}: write it by hand."
-        print(f"Modelfile: {left_out}")
-        return [left_out]
+        made = go_template(tokenizer)
+    except REFUSALS as error:
+        return [comment(f"TEMPLATE is left out, because {error}: write it by hand, or use {NATIVE}")]
+    missing = " and ".join(f"no {kind} ({why})" for kind, why in made.missing.items() if why)
+    reason = f"TEMPLATE has {missing}. For these, remove TEMPLATE and PARSER, and use {NATIVE}"
+    return [
+        *([comment(reason)] if missing else []),
+        f'TEMPLATE """{made.template}"""',
+        *([f"PARSER {made.parser}"] if made.parser else []),
+    ]
+
+
+def comment(reason: str) -> str:
+    print(f"Modelfile: {reason}")
+    return f"# {reason}."
+
+
+def carried(tokenizer: Any) -> dict[str, str]:
+    """Of "text", "tools" and "thinking" in the chat template: why the Modelfile does not carry these, or ""."""
+    try:
+        return {"text": ""} | go_template(tokenizer).missing
+    except REFUSALS as error:
+        return {"text": str(error)}
