@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from pipeline.export.modelfile import adapter_modelfile, carried, modelfile
 from pipeline.export.ollama_tools import same_in_ollama
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS, load_tokenizer, switched
+from pipeline.model.trained_template import trained_template
 from stages import prepare_base
 
 TINY = ROOT / "models/tiny-base"
@@ -36,6 +37,8 @@ MODELS = (  # the family and, if it is not the family's own, the chat template
         for name, family in PUBLISHED.items()
     }
 )
+HERMES = ["hermes qwen2", "hermes llama3"]
+MODELS |= {name: (name.split()[1], None) for name in HERMES}
 NO_SYSTEM = ["gemma2", "published gemma"]
 Conversation = list[dict[str, Any]]
 
@@ -71,6 +74,8 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     FAMILIES[family](tmp_path)
     if chat_template:
         use(tmp_path, chat_template)
+    if request.param in HERMES:
+        use(tmp_path, trained_template(load_tokenizer(tmp_path), "auto", "hermes"))
     return tmp_path
 
 
@@ -197,8 +202,10 @@ IN_USER = (
     "{{ '<A>' if add_generation_prompt }}"
 )
 MODELS["tools in the user's turn"] = ("qwen2", IN_USER)
-HAVE_TOOLS = [f"published {name}" for name in ("qwen2_5", "qwen3", "qwen3_instruct_2507")] + [
-    "tools in the user's turn"
+HAVE_TOOLS = [
+    *(f"published {name}" for name in ("qwen2_5", "qwen3", "qwen3_instruct_2507")),
+    *HERMES,
+    "tools in the user's turn",
 ]
 
 

@@ -22,8 +22,8 @@ from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.rows import nfc, read_lines
 from pipeline.data.formats import dumped
-from pipeline.evaluation.chat_api import by_api
 from pipeline.evaluation.questions import Question, conversation, offered
+from pipeline.evaluation.tool_calls import from_openai
 from pipeline.model.llama_server import Server, served
 
 Answers = list[tuple[str, bool]]  # (text, whether the answer is complete)
@@ -119,7 +119,9 @@ def by_llama_cpp(file: Path, questions: list[Question], length: int, parameters:
 def by_tokens_or_api(server: Server, question: Question, tokens: list[int], length: int) -> tuple[str, bool]:
     """The answer to a prompt, or to a question with tools: llama.cpp's HTTP API reads the calls."""
     reply = server.complete(tokens, length)
-    text = by_api(server, question, length) if question.tools else reply["content"].rpartition(CLOSED)[2]
+    text = reply["content"].rpartition(CLOSED)[2]
+    if question.tools:
+        text = from_openai(server.chat(question.asked, question.tools, length))
     return text.strip(), reply["stop_type"] != "limit"
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import KINDS
+from pipeline.export.modelfile import carried as carried_by_ollama
 from pipeline.model.responses import response_template
 from pipeline.model.row_kinds import always_thinks, carried
 
@@ -16,8 +17,10 @@ def rows_of_kinds(tokenizer: Any, rows: set[str]) -> Iterator[tuple[str, str]]:
         UserError: the user has `rows` of a kind that the chat template does not carry.
     """
     of = carried(tokenizer)
-    yield "rows with", ", ".join(f"{kind}: {'no' if of[kind] else 'yes'}" for kind in KINDS)
+    yield "in llama.cpp", ", ".join(f"{kind}: {'no' if of[kind] else 'yes'}" for kind in KINDS)
     yield "calls in the exam", "read by Transformers" if response_template(tokenizer) else "cannot be read"
+    in_ollama = carried_by_ollama(tokenizer)
+    yield "in Ollama", ", ".join(f"{kind}: {'no' if why else 'yes'}" for kind, why in in_ollama.items())
     if always_thinks(tokenizer):
         yield "thinking", "begins in each prompt: rows without thinking need base.thinking off"
     for kind in KINDS:

@@ -25,6 +25,17 @@ def call_text(call: dict[str, Any]) -> str:
     return f"<tool_call>{json.dumps(call, ensure_ascii=False, sort_keys=True)}</tool_call>"
 
 
+def from_openai(message: dict[str, Any]) -> str:
+    """The text of an answer in OpenAI's format, whose arguments are JSON text."""
+    content, calls = (message.get("content") or "").strip(), message.get("tool_calls") or []
+    functions = [call["function"] for call in calls]
+    try:
+        read = [{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in functions]
+    except ValueError:
+        return malformed(json.dumps(functions))
+    return as_text(content, read)
+
+
 def malformed(text: str) -> str:
     """The text of an answer with a call that cannot be read."""
     return f"<tool_call>{text.replace('</tool_call>', '')}</tool_call>"

@@ -81,6 +81,12 @@ class Server:
             tokens += self.tokenize(piece, parse_special=i % 2 == 0, add_special=i == 0)
         return tokens
 
+    def chat(self, messages: list[Message], tools: Tools, max_new_tokens: int) -> dict[str, Any]:
+        """The answer in OpenAI's format, greedily. Control tokens in messages are not protected."""
+        reply = self.post("/v1/chat/completions", chat_request(messages, tools, max_new_tokens))
+        message: dict[str, Any] = reply["choices"][0]["message"]
+        return message
+
     def all_marked(self, value: Any) -> Any:
         """`value` with each text in it `marked`."""
         match value:
@@ -155,6 +161,12 @@ class Server:
                     yield piece
             if "stop_type" not in piece:  # http.client does not notice that a reply is incomplete
                 raise ConnectionError(piece.get("error", "the reply is incomplete"))
+
+
+def chat_request(messages: list[Message], tools: Tools, max_new_tokens: int) -> dict[str, Any]:
+    """The body of a request to the chat API for a greedy answer."""
+    asked = {"messages": for_openai(messages)} | ({"tools": tools} if tools else {})
+    return asked | {"max_tokens": max_new_tokens, "temperature": 0, "top_k": 1, "cache_prompt": False}
 
 
 def for_openai(messages: list[Message]) -> list[Message]:

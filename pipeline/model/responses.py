@@ -3,11 +3,13 @@
 https://huggingface.co/docs/transformers/main/en/chat_response_parsing
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
+from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools
 from pipeline.model.chat_template import ASKED
 from pipeline.model.hermes import CALLS, PREFIX
@@ -26,9 +28,15 @@ def response_template(tokenizer: Any) -> dict[str, Any] | None:
 
     It is the tokenizer's own, that of the Hermes format, or one that TRL knows.
     """
-    own = getattr(tokenizer, "response_template", None)
-    hermes = [in_hermes(tokenizer)] if PREFIX[:60] in tokenizer.get_chat_template() else []
-    return next((one for one in [*filter(None, [own]), *hermes, *known_templates()] if reads(tokenizer, one)), None)
+    return next((one for one in candidates(tokenizer) if reads(tokenizer, one)), None)
+
+
+def candidates(tokenizer: Any) -> Iterator[dict[str, Any]]:
+    if own := getattr(tokenizer, "response_template", None):
+        yield own
+    if PREFIX[:60] in tokenizer.get_chat_template():
+        yield in_hermes(tokenizer)
+    yield from known_templates()
 
 
 def in_hermes(tokenizer: Any) -> dict[str, Any]:
@@ -45,8 +53,15 @@ def in_hermes(tokenizer: Any) -> dict[str, Any]:
 
 def known_templates() -> list[dict[str, Any]]:
     """TRL's response templates. TRL documents no list of them, only `add_response_schema`, which wants exactly its own
-    chat templates: https://github.com/huggingface/trl/blob/main/trl/chat_template_utils.py"""
-    from trl import chat_template_utils
+    chat templates: https://github.com/huggingface/trl/blob/main/trl/chat_template_utils.py
+
+    Raises:
+        UserError: TRL is not installed.
+    """
+    try:
+        from trl import chat_template_utils
+    except ImportError:
+        raise UserError("trl reads the calls in answers, and is not installed: pip install trl") from None
 
     return [value for name, value in sorted(vars(chat_template_utils).items()) if is_response_template(name, value)]
 
