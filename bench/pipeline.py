@@ -32,6 +32,7 @@ CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "generate.phrasings_per_fact": 3,
     "generate.model": "another",
     "merge.valid_share": 0.1,
+    "merge.split_by": "source",
     "tokenize.max_length": 256,
     "lora.r": 8,
     "evaluate.max_new_tokens": 48,

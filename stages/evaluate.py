@@ -1,31 +1,37 @@
-"""The answers of the tuned model to both exams, and how they differ from the base's.
+"""The answers of the tuned model to both exams, and how they differ from the base's; its perplexity on raw text.
 
     python -m stages.evaluate
 
-models/base.json, outputs/trained/, data/questions.jsonl, data/general.jsonl, metrics/answers_base.jsonl,
-metrics/answers_general_base.jsonl -> metrics/evaluate.json, metrics/answers.jsonl (the exam), metrics/general.json,
-metrics/answers_general.jsonl (the general exam), metrics/details/evaluate.json (all scores, intervals, p-values)
+models/base.json, outputs/trained/, data/questions.jsonl, data/general.jsonl, data/corpus_valid.jsonl,
+metrics/answers_base.jsonl, metrics/answers_general_base.jsonl, metrics/perplexity_base.json -> metrics/evaluate.json,
+metrics/answers.jsonl (the exam), metrics/general.json, metrics/answers_general.jsonl (the general exam),
+metrics/details/evaluate.json (all scores, intervals, p-values), metrics/perplexity.json (of held-out raw text)
 """
 
 from statistics import fmean
 from typing import Any
 
-from pipeline.common.outputs import rounded, write_details, write_json, write_jsonl
+from pipeline.common.errors import UserError
+from pipeline.common.outputs import read_json, rounded, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
     ANSWERS,
     BASE_ANSWERS,
     BASE_GENERAL_ANSWERS,
+    BASE_PERPLEXITY,
+    CORPUS_VALID,
     EXAM,
     EXAM_DETAILS,
     EXAM_METRICS,
     GENERAL_ANSWERS,
     GENERAL_EXAM,
     GENERAL_METRICS,
+    PERPLEXITY,
     TRAINED,
 )
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.comparison import comparison
+from pipeline.evaluation.perplexity import perplexity
 from pipeline.evaluation.questions import Answer, Question, read_answers, read_questions
 from pipeline.evaluation.scores import errors_of_calls, graded
 from pipeline.model.base import located, require_same_base, trained_template
@@ -45,9 +51,10 @@ def main() -> None:
     reproducible(0, parameters.threads)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     model = load_tuned(folder, TRAINED, parameters.base.quantization, device, dtype)
+    tokenizer = load_tokenizer(folder, trained_template())
     answers = answer_questions(
         model,
-        load_tokenizer(folder, trained_template()),
+        tokenizer,
         [*exam, *general],
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
@@ -60,6 +67,7 @@ def main() -> None:
     write_json(EXAM_METRICS, headline(details["exam"]))
     write_json(GENERAL_METRICS, {"general": headline(details["general"])})
     write_details(EXAM_DETAILS, details)
+    write_json(PERPLEXITY, of_raw_text(read_json(BASE_PERPLEXITY), perplexity(model, tokenizer, CORPUS_VALID)))
 
 
 def answer_lines(questions: list[Question], before: list[Line], answers: list[Answer]) -> list[Line]:
@@ -97,6 +105,15 @@ def thinking(of_answers: list[dict[str, float]]) -> dict[str, float]:
         "tokens": fmean(one["tokens"] for one in of_answers),
         "unfinished": fmean(not one["ended"] for one in of_answers),
     }
+
+
+def of_raw_text(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
+    """metrics/perplexity.json; {} without raw text. Raises UserError if the base read another text."""
+    if before.get("tokens") != after.get("tokens"):
+        raise UserError(f"{BASE_PERPLEXITY} is of other documents than {CORPUS_VALID}: run dvc repro")
+    if not after:
+        return {}
+    return {"perplexity": {"base": before["perplexity"], "tuned": after["perplexity"], "tokens": after["tokens"]}}
 
 
 if __name__ == "__main__":

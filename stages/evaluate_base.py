@@ -1,15 +1,23 @@
-"""The answers of the untrained base to both exams.
+"""The answers of the untrained base to both exams, and its perplexity on the raw text that is held out.
 
     python -m stages.evaluate_base
 
-models/base.json, data/questions.jsonl, data/general.jsonl -> metrics/answers_base.jsonl,
-metrics/answers_general_base.jsonl
+models/base.json, data/questions.jsonl, data/general.jsonl, data/corpus_valid.jsonl -> metrics/answers_base.jsonl,
+metrics/answers_general_base.jsonl, metrics/perplexity_base.json
 """
 
-from pipeline.common.outputs import write_jsonl
+from pipeline.common.outputs import write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
-from pipeline.common.paths import BASE_ANSWERS, BASE_GENERAL_ANSWERS, EXAM, GENERAL_EXAM
+from pipeline.common.paths import (
+    BASE_ANSWERS,
+    BASE_GENERAL_ANSWERS,
+    BASE_PERPLEXITY,
+    CORPUS_VALID,
+    EXAM,
+    GENERAL_EXAM,
+)
 from pipeline.evaluation.answers import answer_questions
+from pipeline.evaluation.perplexity import perplexity
 from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.scores import graded
 from pipeline.model.base import located, trained_template
@@ -26,15 +34,17 @@ def main() -> None:
     reproducible(0, parameters.threads)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     model = load_base(folder, parameters.base.quantization, device, dtype)
+    tokenizer = load_tokenizer(folder, trained_template())
     answers = answer_questions(
         model,
-        load_tokenizer(folder, trained_template()),
+        tokenizer,
         [*exam, *general],
         parameters.evaluate.batch_size,
         parameters.evaluate.max_new_tokens,
     )
     write_jsonl(BASE_ANSWERS, map(graded, exam, answers[: len(exam)]))
     write_jsonl(BASE_GENERAL_ANSWERS, map(graded, general, answers[len(exam) :]))
+    write_json(BASE_PERPLEXITY, perplexity(model, tokenizer, CORPUS_VALID))
 
 
 if __name__ == "__main__":

@@ -43,13 +43,12 @@ from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
 from pipeline.data.data_page import data_page
 from pipeline.data.formats import SUFFIXES, kind
 from pipeline.data.near_duplicates import first_of_each, near_duplicates
-from pipeline.data.quarantine import EXAMPLES, Quarantine
+from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, OUTCOMES, TRAIN, VALID, counted, held_out
+from pipeline.data.quarantine import EXAMPLES, Quarantine, require_valid
 from pipeline.evaluation.questions import read_questions
 from stages import run
 
-OUTCOMES = ["duplicate", "near_duplicate", "leaked", "train", "valid"]
 SHOWN_KEYS = 50  # unknown keys that metrics/details/data.json names
-DUPLICATE, NEAR_DUPLICATE, LEAKED, TRAIN, VALID = range(len(OUTCOMES))
 
 Integers = NDArray[np.int64]
 
@@ -72,7 +71,7 @@ def main() -> None:
         kept = write(rows, outcomes, repeated, train, valid, quarantine)
         conflicts = conflicting(rows, np.flatnonzero(outcomes >= TRAIN))
         examples = [answers_of(rows, *pair) for pair in conflicts[:EXAMPLES]]
-        details = counted(files, rows, kept + quarantine.counts, len(conflicts))
+        details = details_of(files, rows, kept + quarantine.counts, len(conflicts))
         details["kinds"] = kinds(rows, outcomes)
     sources = ({"first": rows.sources[first], "other": rows.sources[other]} for first, other in conflicts)
     write_jsonl(CONFLICTS, sources)
@@ -101,12 +100,8 @@ def only_valid(chunks: Iterator[Chunk], on_invalid: str, quarantine: Quarantine)
         for entry in chunk.invalid:
             quarantine.add(entry)
         yield chunk
-    if quarantine.counts and on_invalid == "raise":
-        first = next(iter(quarantine.examples.values()))[0]
-        raise UserError(
-            f"{first['source']}: {first['explanation']}: correct or remove the row, or set merge.on_invalid to skip, "
-            f"which lists such rows in data/quarantine.jsonl ({quarantine.counts.total()} in all)"
-        )
+    if on_invalid == "raise":
+        require_valid(quarantine, QUARANTINE)
 
 
 def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers]:
@@ -122,7 +117,7 @@ def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers
     of_user = [at for at in leaked if not is_replay(rows.sources[at])]  # others are dropped always
     if of_user and merge.on_leak == "raise":
         raise UserError(
-            f"{rows.sources[of_user[0]]}: {asks(rows, of_user[0])}, which would train on the exam: "
+            f"{rows.sources[of_user[0]]}: {rows.leaks[of_user[0]]}, which would train on the exam: "
             f"reword or remove the row, or set merge.on_leak to drop ({len(of_user)} of {len(rows)} rows)"
         )
     outcomes[leaked] = LEAKED
@@ -133,9 +128,7 @@ def decide(rows: CheckedRows, merge: Merge) -> tuple[NDArray[np.uint8], Integers
         outcomes[list(near)] = NEAR_DUPLICATE
         repeated[list(near)] = list(near.values())
     decisive = rows.groups if merge.split_by == "source" else rows.ids
-    left = outcomes == TRAIN
-    lowest = decisive == decisive[left].min(initial=2**64 - 1)  # at least one, even if there are few rows
-    outcomes[left & (lowest | (decisive < merge.valid_share * 2.0**64))] = VALID
+    outcomes[held_out(decisive, outcomes == TRAIN, merge.valid_share)] = VALID
     return outcomes, repeated
 
 
@@ -178,13 +171,8 @@ def write(
 
 def why(rows: CheckedRows, at: int, outcome: int, earlier: int) -> str:
     if outcome == LEAKED:
-        return asks(rows, at)
+        return str(rows.leaks[at])
     return f"{'repeats' if outcome == DUPLICATE else 'nearly repeats'} {rows.sources[earlier]}"
-
-
-def asks(rows: CheckedRows, at: int) -> str:
-    leak = rows.leaks[at]
-    return f"{'nearly ' if leak.near else ''}asks the question {leak.question} of an exam ({leak.text!r})"
 
 
 def conflicting(rows: CheckedRows, kept: Integers) -> list[tuple[int, int]]:
@@ -207,21 +195,15 @@ def kinds(rows: CheckedRows, outcomes: NDArray[np.uint8]) -> dict[str, int]:
     return {kind: n for kind, n in found if n}
 
 
-def counted(files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int) -> dict[str, Any]:
+def details_of(
+    files: list[Path], rows: CheckedRows, counts: Counter[tuple[str, str]], conflicts: int
+) -> dict[str, Any]:
     """metrics/details/data.json: how many rows of each file had each outcome or reason to be invalid."""
     keys = by_count(rows.unknown_keys)
-    outcomes = ["invalid", *OUTCOMES]
-    invalid: Counter[str] = Counter()
-    sources = {str(file): dict.fromkeys(["read", *outcomes], 0) for file in files if file not in (GENERATED, REPLAY)}
-    for (file, reason), n in sorted(counts.items()):
-        of_file = sources.setdefault(file, dict.fromkeys(["read", *outcomes], 0))
-        of_file["read"] += n
-        of_file[reason if reason in OUTCOMES else "invalid"] += n
-        invalid[reason] += n if reason not in OUTCOMES else 0
+    total, invalid, sources = counted([str(file) for file in files if file not in (GENERATED, REPLAY)], counts)
     return {
-        "rows": {"read": rows.read}
-        | {outcome: sum(of_file[outcome] for of_file in sources.values()) for outcome in outcomes},
-        "invalid": {reason: n for reason, n in sorted(invalid.items()) if n},
+        "rows": total,
+        "invalid": invalid,
         "conflicts": conflicts,
         "unknown_keys": dict(keys[:SHOWN_KEYS]),
         "further_unknown_keys": sum(n for _, n in keys[SHOWN_KEYS:]) + rows.further_keys,

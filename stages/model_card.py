@@ -2,7 +2,7 @@
 
     python -m stages.model_card
 
-outputs/trained/, models/base.json, data/train_merged.jsonl, metrics/details/ -> outputs/adapter/: the adapter with
+outputs/trained/, models/base.json, data/train_merged.jsonl, metrics/ -> outputs/adapter/: the adapter with
 its README.md, as people share it
 """
 
@@ -21,9 +21,11 @@ from pipeline.common.paths import (
     ADAPTER,
     ANSWERS,
     BASE,
+    CORPUS_DETAILS,
     DATA_DETAILS,
     EXAM_DETAILS,
     LICENSE,
+    PERPLEXITY,
     TRAIN_DETAILS,
     TRAIN_METRICS,
     TRAIN_ROWS,
@@ -32,7 +34,16 @@ from pipeline.common.paths import (
 from pipeline.common.rows import read_jsonl
 from pipeline.model.base import file_hash, public_name
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
-from pipeline.report.readable import detectable, further_lines, interval, p_value, percent, score_lines, verdict
+from pipeline.report.readable import (
+    detectable,
+    further_lines,
+    interval,
+    p_value,
+    percent,
+    perplexities,
+    score_lines,
+    verdict,
+)
 from stages import run
 
 
@@ -41,7 +52,7 @@ def main() -> None:
     base, data = read_json(BASE), read_details(DATA_DETAILS)
     train, training = read_json(TRAIN_METRICS), read_details(TRAIN_DETAILS)
     exam, general = read_details(EXAM_DETAILS).values()
-    answers = read_jsonl(ANSWERS)
+    answers, perplexity = read_jsonl(ANSWERS), read_json(PERPLEXITY).get("perplexity")
     name = f"{Path(public_name(base)).name}-qlora"
     trained_with = {
         "seed": parameters.seed,
@@ -60,6 +71,9 @@ def main() -> None:
             ["source", "rows read", "trained on"],
             [[s, of["read"], of["train"]] for s, of in data["sources"].items()],
         ),
+        documents=read_details(CORPUS_DETAILS)["documents"],
+        perplexity=perplexity,
+        reads_raw_text=perplexity and parameters.tokenize.corpus_share != 0,
         written_by=parameters.generate.model,
         rows_hash=file_hash(TRAIN_ROWS),
         train=train,
@@ -81,7 +95,7 @@ def main() -> None:
 
 def template() -> Template:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    for shape in (detectable, further_lines, interval, p_value, percent, repr, score_lines, verdict):
+    for shape in (detectable, further_lines, interval, p_value, percent, perplexities, repr, score_lines, verdict):
         environment.globals[shape.__name__] = shape
     return environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
 

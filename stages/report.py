@@ -17,6 +17,7 @@ from pipeline.common.paths import (
     ADAPTER,
     ANSWERS,
     BASE,
+    CORPUS_DETAILS,
     DATA_DETAILS,
     EXAM,
     EXAM_DETAILS,
@@ -27,6 +28,7 @@ from pipeline.common.paths import (
     GGUF_DETAILS,
     LENGTHS_DETAILS,
     LOSS_TABLE,
+    PERPLEXITY,
     REPORT_PAGE,
     REPORT_SUMMARY,
     TAGS_TABLE,
@@ -57,7 +59,7 @@ def main() -> None:
     train = read_json(TRAIN_METRICS)
     with open(existing(LOSS_TABLE), encoding="utf-8") as file:
         curve = [{name: float(number) for name, number in point.items()} for point in csv.DictReader(file)]
-    base = read_json(BASE)
+    base, perplexity = read_json(BASE), read_json(PERPLEXITY).get("perplexity", {})
     html = report_page(
         exams=[exam, general],
         variants=variants,
@@ -65,6 +67,8 @@ def main() -> None:
         tokens=read_details(TRAIN_DETAILS)["tokens"],
         loss=loss_chart(curve, train["loss"]["before"]),
         data=read_details(DATA_DETAILS),
+        corpus=read_details(CORPUS_DETAILS),
+        perplexity=perplexity,
         lengths=read_details(LENGTHS_DETAILS),
         base=base,
         base_name=public_name(base),
@@ -72,7 +76,7 @@ def main() -> None:
         parameters=existing(Path("params.yaml")).read_text(encoding="utf-8").replace(base["model"], public_name(base)),
     )
     write(REPORT_PAGE, html)
-    write(REPORT_SUMMARY, summary(exam, general, variants))
+    write(REPORT_SUMMARY, summary(exam, general, variants, perplexity))
     write_csv(TAGS_TABLE, ["exam", "tag", "questions", "variant", "correct"], tags([exam, general]))
     write_csv(VARIANTS_TABLE, ["variant", "score", "value"], scores(variants))
 

@@ -1,10 +1,11 @@
-"""The rows as token ids and labels, and their lengths.
+"""The rows and the raw text as token ids and labels, and their lengths.
 
     python -m stages.tokenize
 
-models/base.json, models/chat_template.jinja, data/train_merged.jsonl, data/valid.jsonl -> data/tokens/ (train.arrow and
-valid.arrow: Arrow streams with the columns input_ids and labels; overflow.jsonl: rows that were dropped or truncated),
-metrics/lengths.json, metrics/lengths.csv, metrics/mask.md, metrics/details/lengths.json
+models/base.json, models/chat_template.jinja, data/train_merged.jsonl, data/valid.jsonl, data/corpus_train.jsonl ->
+data/tokens/ (train.arrow and valid.arrow: Arrow streams with the columns input_ids and labels; overflow.jsonl: rows
+that were dropped or truncated), metrics/lengths.json, metrics/lengths.csv, metrics/mask.md,
+metrics/details/lengths.json
 """
 
 import csv
@@ -25,6 +26,7 @@ from pipeline.common.outputs import atomic_output, write_details, write_json, wr
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import (
+    CORPUS_TRAIN,
     LENGTHS_DETAILS,
     LENGTHS_METRICS,
     LENGTHS_TABLE,
@@ -33,9 +35,10 @@ from pipeline.common.paths import (
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import Message, file_of, is_replay
+from pipeline.common.rows import Message, file_of, is_replay, read_jsonl
 from pipeline.model.base import located, trained_template
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.model.packing import packed, with_raw_text
 from pipeline.model.row_kinds import always_thinks
 from pipeline.model.supervision import IGNORED, conversations, supervised, truncated
 from pipeline.training.mask_page import Shown, mask_page
@@ -64,18 +67,26 @@ def main() -> None:
     folder, _ = located()
     tokenizer, ends = load_tokenizer(folder, trained_template()), end_tokens(load_generation_config(folder))
     lengths, shown = Lengths(), Shown()
+    passages, tokens = read_jsonl(CORPUS_TRAIN), Counter[str]()
+    raw = packed(passages, tokenizer, max_length)
     with atomic_output(TOKENS) as aside:
         aside.mkdir()
         kept = {}
         for side, file in SIDES.items():
             rows = tokenized(read_rows(file), tokenizer, ends, parameters, lengths, shown)
+            if side == "train":
+                rows = with_raw_text(rows, raw, parameters.tokenize.corpus_share, tokens)
             kept[side] = write_arrow(aside / f"{side}.arrow", rows)
         if parameters.tokenize.on_overflow == "raise":
             require_none_too_long(lengths, max_length)
         require_rows(kept, max_length)
         write_jsonl(aside / "overflow.jsonl", lengths.overflow)
     details = counted(lengths, max_length)
-    write_json(LENGTHS_METRICS, {key: details[key] for key in ("tokens", "rows")})
+    if tokens["raw"]:
+        shown.rows.append((passages[0], raw[0].tolist(), raw[0].tolist()))
+    if raw:
+        details["corpus"] = {"tokens": tokens["raw"], "share": tokens["raw"] / tokens.total()}
+    write_json(LENGTHS_METRICS, {key: details[key] for key in ("tokens", "rows", "corpus") if key in details})
     write_details(LENGTHS_DETAILS, details)
     write_histogram(lengths.rows)
     with atomic_output(MASK_PAGE) as aside:

@@ -243,7 +243,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A clone in which nothing has run yet. It is the working directory."""
     monkeypatch.chdir(tmp_path)
     made = clone(tmp_path)
-    Path("data/replay.jsonl").write_text("\n", encoding="utf-8")  # as the replay stage writes it for no rows
+    for name in ("replay", "corpus_train", "corpus_valid"):  # as their stages write them without rows
+        Path(f"data/{name}.jsonl").write_text("\n", encoding="utf-8")
     return made
 
 

@@ -82,6 +82,8 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
         "metrics/details/lengths.json",
         [{"tokens": lengths, "rows": {"dropped": 1, "truncated": 0}, "sources": sources}],
     )
+    put("metrics/details/corpus.json", [{"documents": {"read": 9, "dropped": 1, "train": 6, "valid": 2}}])
+    put("metrics/perplexity.json", {})
     put("models/base.json", {"model": "models/tiny-base", "revision": None, "fingerprint": "f" * 64})
     lock("a" * 32 + ".dir")
 
@@ -338,6 +340,19 @@ def test_the_summary_names_what_broke_first_and_what_was_fixed_up_to_a_few(run: 
     assert conversion in text
 
 
+def test_raw_text_has_its_perplexity_before_and_after_in_the_report(run: Path) -> None:
+    report.main()
+    assert not any("Raw text" in Path(f"metrics/report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    put("metrics/perplexity.json", {"perplexity": {"base": 1234.5678, "tuned": 6.789, "tokens": 2345}})
+    lengths = json.loads(Path("metrics/details/lengths.json").read_text(encoding="utf-8"))
+    put("metrics/details/lengths.json", [lengths[0] | {"corpus": {"tokens": 5000, "share": 0.2}}])
+    report.main()
+    for kind in ("md", "html"):
+        assert "1,234.57 → 6.79" in Path(f"metrics/report.{kind}").read_text(encoding="utf-8")
+    page = Path("metrics/report.html").read_text(encoding="utf-8")
+    assert "6 documents of <code>data/corpus</code> are trained on: 5,000 tokens in an epoch, 20.0 % of all" in page
+
+
 def test_every_score_that_an_exam_has_is_explained() -> None:
     assert set(graded(Question("1", "?", ["yes"], "here:1"), Answer("yes", True, 0.1))["scores"]) == set(SCORES)
 
@@ -364,7 +379,7 @@ def test_the_same_run_makes_the_same_bytes(run: Path) -> None:
 
 def test_a_missing_input_is_named_in_one_line_and_leaves_no_report(run: Path) -> None:
     inputs = [path for path in run.rglob("*.*") if path.is_file()]
-    assert len(inputs) == 15
+    assert len(inputs) == 17
     for path in inputs:
         kept = path.rename(path.with_suffix(".away"))
         with pytest.raises(UserError) as refused:

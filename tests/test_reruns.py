@@ -131,12 +131,12 @@ def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
 @pytest.mark.parametrize(
     ("section", "never"),
     [
-        ("lora", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
-        ("tokenize", {"prepare_base", "generate", "merge", "evaluate_base"}),
-        ("train", {"prepare_base", "generate", "merge", "tokenize", "evaluate_base"}),
-        ("base", {"generate"}),
-        ("generate", {"prepare_base", "evaluate_base"}),
-        ("merge", {"prepare_base", "generate", "evaluate_base"}),
+        ("lora", {"prepare_base", "generate", "merge", "corpus", "tokenize", "evaluate_base"}),
+        ("tokenize", {"prepare_base", "generate", "merge", "corpus", "evaluate_base"}),
+        ("train", {"prepare_base", "generate", "merge", "corpus", "tokenize", "evaluate_base"}),
+        ("base", {"generate", "corpus"}),
+        ("generate", {"prepare_base", "corpus", "evaluate_base"}),
+        ("merge", {"prepare_base", "generate"}),
         ("evaluate", {"train_qlora", "merge_adapter", "convert_gguf"}),
         ("gguf", {"train_qlora", "evaluate", "model_card", "merge_adapter"}),
     ],
@@ -187,9 +187,16 @@ def test_what_must_run_again(reruns: Reruns) -> None:
         "report",
     }  # a limit that cuts no row retrains nothing
     assert reruns.of("llama.cpp/source.txt") == {"prepare_base", "convert_gguf", "evaluate_gguf"}
-    assert reruns.of("data/questions.jsonl") == {"merge", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
+    exam = {"merge", "corpus", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
+    assert reruns.of("data/questions.jsonl") == exam
     assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}
-    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate"}
+    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate", "corpus"}
+
+
+def test_raw_text_and_rows_rerun_what_they_are_for(reruns: Reruns) -> None:
+    assert reruns.of("data/corpus") == reruns.of("stages/corpus.py") == {"corpus"}
+    assert not reruns.at_most("data/corpus") & {"prepare_base", "generate", "replay", "merge"}
+    assert not reruns.at_most("data/curated") & {"corpus", "evaluate_base"}
 
 
 def parameter_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:

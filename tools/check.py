@@ -210,12 +210,16 @@ def longest_row(tokenize: Tokenize) -> int:
             f"up to {tokenize.max_length} tokens (tokenize.max_length): dvc repro tokenize counts the rows",
         )
         return tokenize.max_length
-    longest = read_json(LENGTHS_METRICS)["tokens"]["max"]
+    lengths = read_json(LENGTHS_METRICS)
+    longest = lengths["tokens"]["max"]
     if longest > tokenize.max_length and tokenize.on_overflow == "raise":
         raise UserError(
             f"the longest row has {longest} tokens, tokenize.max_length is {tokenize.max_length}: raise "
             "tokenize.max_length, or set tokenize.on_overflow to drop or truncate"
         )
+    if lengths.get("corpus", {}).get("tokens"):
+        say("longest row", f"{tokenize.max_length} tokens: raw text fills its rows (tokenize.max_length)")
+        return tokenize.max_length
     say("longest row", f"{longest} tokens, of at most {tokenize.max_length}")
     return min(longest, tokenize.max_length)
 

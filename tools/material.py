@@ -10,10 +10,11 @@ from pipeline.common.messages import InvalidRow
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import CURATED, EXAM, GENERAL_EXAM, PROMPTS, RAW
+from pipeline.common.paths import CORPUS, CURATED, EXAM, GENERAL_EXAM, PROMPTS, RAW
 from pipeline.common.rows import KINDS, Message, Tools, kinds_of, row, text_of
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words
+from pipeline.data.corpus import Document, corpus_files, read_documents
 from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import SUFFIXES, conversation, kind, parsed, records
@@ -53,6 +54,9 @@ def material(parameters: Parameters) -> Iterator[Material]:
         yield Material(CURATED, "", "rows, or the missing files of data/raw", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
+    corpus = of_corpus(parameters.merge, exams)
+    if corpus.found or corpus.missing:
+        yield corpus
     yield exam
     yield general
     if parameters.generate.replay:
@@ -70,7 +74,7 @@ def of_raw(generate: Generate, exams: ExamIndex) -> Material:
             require_endpoint(documents[0], generate)
             passages_of(documents, generate.passage_length)
         for one in rows:
-            require_no_leak(one["source"], one["messages"], exams)
+            require_no_leak(one["source"], "\n".join(map(text_of, one["messages"])), exams)
     except UserError as refusal:
         return Material(RAW, "", str(refusal))
     of_facts = f"{len(rows)} questions about {len(facts)} facts" if facts else ""
@@ -112,7 +116,7 @@ def of_curated(merge: Merge, exams: ExamIndex) -> Material:
                 location = f"{file}:{number}"
                 if found_row := usable(location, record, merge.on_invalid):
                     messages, tools = found_row
-                    require_no_leak(location, messages, exams)
+                    require_no_leak(location, "\n".join(map(text_of, messages)), exams)
                     ids.add(row(messages, location, tools)["id"])
                     kinds.update(kinds_of(messages, tools))
             more = " or more" if len(found) == LOOKED_AT else more
@@ -121,6 +125,29 @@ def of_curated(merge: Merge, exams: ExamIndex) -> Material:
     with_kinds = f", with {', '.join(kind for kind in KINDS if kind in kinds)}" if kinds else ""
     text = f"{len(ids)}{more} valid rows{with_kinds}" if ids else ""
     return Material(CURATED, text, rows=frozenset(ids), kinds=frozenset(kinds))
+
+
+def of_corpus(merge: Merge, exams: ExamIndex) -> Material:
+    documents, more = set[str](), ""
+    try:
+        for file in corpus_files():
+            found = list(islice(read_documents(file, merge.columns), LOOKED_AT))
+            for document in found:
+                if isinstance(document, Document):
+                    documents.add(document.passages[0]["document_id"])
+                    for passage in document.passages:
+                        require_no_leak(passage["source"], passage["text"], exams)
+                elif merge.on_invalid == "raise":
+                    raise UserError(
+                        f"{document['source']}: {document['explanation']}: correct or remove the row, or set "
+                        "merge.on_invalid to skip"
+                    )
+            more = " or more" if len(found) == LOOKED_AT else more
+    except UserError as refusal:
+        return Material(CORPUS, "", str(refusal))
+    if len(documents) == 1 and not more:
+        return Material(CORPUS, "", "one document, but one to train on and one to measure the perplexity are needed")
+    return Material(CORPUS, f"{len(documents)}{more} documents of raw text" if documents else "")
 
 
 def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> tuple[list[Message], Tools] | None:
@@ -139,12 +166,9 @@ def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> tuple[
         raise UserError(f"{location}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
 
 
-def require_no_leak(location: str, messages: list[Message], exams: ExamIndex) -> None:
-    if leak := exams.leak(words("\n".join(map(text_of, messages)))):
-        raise UserError(
-            f"{location}: asks the question {leak.question} of an exam ({leak.text!r}): reword or remove the row, or "
-            "set merge.on_leak to drop"
-        )
+def require_no_leak(location: str, text: str, exams: ExamIndex) -> None:
+    if leak := exams.leak(words(text)):
+        raise UserError(f"{location}: {leak}: reword or remove the row, or set merge.on_leak to drop")
 
 
 def of_exam(path: Path) -> Material:

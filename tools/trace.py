@@ -1,6 +1,7 @@
-"""Show the source of a training row: line, fact or passage; or the outcome of a source.
+"""Show the source of a training row or of raw text: line, fact or passage; or the outcome of a source.
 
-python -m tools.trace ID            # a row of data/train_merged.jsonl or data/valid.jsonl, by the beginning of its id
+python -m tools.trace ID            # a row of data/{train_merged,valid,corpus_train,corpus_valid}.jsonl, by the
+                                    # beginning of its id
 python -m tools.trace FILE:NUMBER   # the rows of this line, fact or passage, and their outcomes
 """
 
@@ -14,9 +15,22 @@ import orjson
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import PROMPTS, QUARANTINE, RAW, TOKENS, TRAIN_ROWS, UNGROUNDED, VALID_ROWS
+from pipeline.common.paths import (
+    CORPUS,
+    CORPUS_QUARANTINE,
+    CORPUS_TRAIN,
+    CORPUS_VALID,
+    PROMPTS,
+    QUARANTINE,
+    RAW,
+    TOKENS,
+    TRAIN_ROWS,
+    UNGROUNDED,
+    VALID_ROWS,
+)
 from pipeline.common.rows import text_of
-from pipeline.data.documents import DOCUMENTS, read_passages
+from pipeline.data.corpus import LENGTH
+from pipeline.data.documents import DOCUMENTS, Passage, read_passages, whole_text
 from pipeline.data.facts import read_facts
 from pipeline.data.formats import records
 
@@ -26,6 +40,9 @@ OUTCOME_OF_FILE = {
     TOKENS / "overflow.jsonl": "was too long",
     QUARANTINE: "was dropped",
     UNGROUNDED: "was not made a row",
+    CORPUS_TRAIN: "is raw text to train on",
+    CORPUS_VALID: "is raw text that is held out",
+    CORPUS_QUARANTINE: "was dropped",
 }
 
 
@@ -50,6 +67,8 @@ def trace(wanted: str) -> None:
         print(f"{row.get('id', 'a row')} {OUTCOME_OF_FILE[file]} ({file}){why and f': {why}'}")
         for message in row.get("messages", []):
             print(f"  {message['role']}: {text_of(message)}")
+        if "text" in row:
+            print(f"  {row['text']}")
     parameters = check(Path("params.yaml"))
     for source in dict.fromkeys(row["source"] for _, row in found):
         print(f"from {source}\n  {origin(source, parameters)}")
@@ -75,16 +94,21 @@ def origin(source: str, parameters: Parameters) -> str:
     at = int(number)
     if file == PROMPTS:
         text = "\n".join(file.read_text(encoding="utf-8").splitlines()[at - 1 : at])
+    elif file.is_relative_to(CORPUS) and file.suffix.lower() in DOCUMENTS:
+        text = shown(whole_text(file, LENGTH)[at - 1 : at])
     elif not file.is_relative_to(RAW):
         found = [record for line, record in records(file, parameters.merge.columns) if line == at]
         text = "".join(one.decode(errors="replace") if isinstance(one, bytes) else str(one) for one in found)
     elif file.suffix.lower() in DOCUMENTS:
-        passages = read_passages(file, parameters.generate.passage_length)[at - 1 : at]
-        text = "\n  ".join(part for p in passages for part in (p.page and f"page {p.page}", p.heading, p.text) if part)
+        text = shown(read_passages(file, parameters.generate.passage_length)[at - 1 : at])
     else:
         facts = [fact for fact in read_facts([file]) if fact.location == source]
         text = "\n  ".join(f"{column}: {value}" for fact in facts for column, value in fact.values.items())
     return text or f"no content: {file} has changed since the rows were made"
+
+
+def shown(passages: list[Passage]) -> str:
+    return "\n  ".join(part for p in passages for part in (p.page and f"page {p.page}", p.heading, p.text) if part)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from ruamel.yaml import YAML
 from transformers import AutoConfig
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import read_details
+from pipeline.common.outputs import read_details, write_jsonl
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import GGUF_DETAILS
+from pipeline.common.paths import CORPUS_TRAIN, CORPUS_VALID, GGUF_DETAILS
 from pipeline.common.rows import question_and_answer, row
 from pipeline.evaluation.variants import in_16_bits
 from pipeline.export.llama_cpp import last_line
@@ -190,6 +190,8 @@ def write_project(clone: Path, parameters: Parameters) -> None:
     for name, lines in written.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (clone / f"data/{name}.jsonl").write_text(text, encoding="utf-8")
+    for path in (CORPUS_TRAIN, CORPUS_VALID):
+        write_jsonl(clone / path, [])
     (clone / "metrics").mkdir(exist_ok=True)
 
 

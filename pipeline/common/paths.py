@@ -7,6 +7,7 @@ from pathlib import Path
 
 RAW = Path("data/raw")  # facts, phrasings and documents
 CURATED = Path("data/curated")  # the user's rows
+CORPUS = Path("data/corpus")  # raw text: documents and rows
 EXAM = Path("data/questions.jsonl")  # tests what the model is trained for
 GENERAL_EXAM = Path("data/general.jsonl")  # tests what the model must not forget
 PROMPTS = Path("data/prompts.txt")  # everyday prompts, which the base answers for replay
@@ -19,6 +20,9 @@ TRAIN_ROWS = Path("data/train_merged.jsonl")
 VALID_ROWS = Path("data/valid.jsonl")
 QUARANTINE = Path("data/quarantine.jsonl")
 CONFLICTS = Path("data/conflicts.jsonl")
+CORPUS_TRAIN = Path("data/corpus_train.jsonl")
+CORPUS_VALID = Path("data/corpus_valid.jsonl")
+CORPUS_QUARANTINE = Path("data/corpus_quarantine.jsonl")
 TOKENS = Path("data/tokens")
 
 BASE = Path("models/base.json")
@@ -32,10 +36,12 @@ GGUF = Path("models/gguf")
 # Metrics have the few numbers that people compare. Details are JSON lists, of which DVC shows no numbers.
 GENERATE_METRICS = Path("metrics/generate.json")
 DATA_METRICS, DATA_DETAILS = Path("metrics/data.json"), Path("metrics/details/data.json")
+CORPUS_METRICS, CORPUS_DETAILS = Path("metrics/corpus.json"), Path("metrics/details/corpus.json")
 LENGTHS_METRICS, LENGTHS_DETAILS = Path("metrics/lengths.json"), Path("metrics/details/lengths.json")
 TRAIN_METRICS, TRAIN_DETAILS = Path("metrics/train.json"), Path("metrics/details/train.json")
 EXAM_METRICS, GENERAL_METRICS = Path("metrics/evaluate.json"), Path("metrics/general.json")
 EXAM_DETAILS = Path("metrics/details/evaluate.json")  # of both exams
+BASE_PERPLEXITY, PERPLEXITY = Path("metrics/perplexity_base.json"), Path("metrics/perplexity.json")
 GGUF_METRICS, GGUF_DETAILS = Path("metrics/gguf.json"), Path("metrics/details/gguf.json")
 
 BASE_ANSWERS, BASE_GENERAL_ANSWERS = Path("metrics/answers_base.jsonl"), Path("metrics/answers_general_base.jsonl")
@@ -43,6 +49,7 @@ ANSWERS, GENERAL_ANSWERS = Path("metrics/answers.jsonl"), Path("metrics/answers_
 GGUF_ANSWERS = Path("metrics/answers_gguf.jsonl")
 
 DATA_PAGE = Path("metrics/data.md")
+CORPUS_PAGE = Path("metrics/corpus.md")
 MASK_PAGE = Path("metrics/mask.md")
 LENGTHS_TABLE = Path("metrics/lengths.csv")
 LOSS_TABLE = Path("metrics/loss.csv")

@@ -63,8 +63,8 @@ def unknown_keys(named: dict[str, int], further: int) -> list[str]:
     return [
         "## Keys that no format knows",
         "",
-        "The rows are trained on without these keys. If a key matters, write its value into the messages. A column of",
-        "a CSV or Parquet file can be named in `merge.columns`.",
+        "The rows are trained on without these keys. If a key matters, write its value into the text of the row. A",
+        "column of a CSV or Parquet file can be named in `merge.columns`.",
         "",
         *table(["key", "rows"], [[quoted(name) or "(no name)", n] for name, n in named.items()]),
         *([f"Keys with other names: {further}.", ""] if further else []),

@@ -39,23 +39,46 @@ def read_passages(file: Path, length: int) -> list[Passage]:
     Raises:
         UserError: the document is damaged, encrypted, not UTF-8, or has no text.
     """
-    try:
-        pages = list(read_pages(file))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    except Exception as error:  # the libraries raise many types of errors for a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read ({reason}): repair it, remove its password, or remove it") from None
     passages = [
         Passage(piece.strip(), heading, page)
-        for page, markdown in pages
+        for page, markdown in converted(file)
         for heading, text in sections(markdown)
         for piece in pieces(text, length)
         if piece.strip()
     ]
     if not passages:
-        raise UserError(f"{file} has no text: run OCR on a scan first, or remove the file")
+        raise no_text(file)
     return passages
+
+
+def whole_text(file: Path, length: int) -> list[Passage]:
+    """Passages of at most `length` characters that make the complete text of a document, headings included.
+
+    Raises:
+        UserError: as `read_passages`.
+    """
+    pages = [(page, text.replace("\r\n", "\n").strip()) for page, text in converted(file)]
+    pages = [(page, text) for page, text in pages if text]
+    if not pages:
+        raise no_text(file)
+    *before, last = pages
+    pages = [*((page, f"{text}\n\n") for page, text in before), last]
+    return [Passage(piece, "", page) for page, text in pages for piece in pieces(text, length)]
+
+
+def converted(file: Path) -> list[tuple[int | None, str]]:
+    """(page number, Markdown) of a document. Raises UserError if it is damaged, encrypted or not UTF-8."""
+    try:
+        return list(read_pages(file))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    except Exception as error:  # the libraries raise many types of errors for a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read ({reason}): repair it, remove its password, or remove it") from None
+
+
+def no_text(file: Path) -> UserError:
+    return UserError(f"{file} has no text: run OCR on a scan first, or remove the file")
 
 
 def read_pages(file: Path) -> Iterator[tuple[int | None, str]]:

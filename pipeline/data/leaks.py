@@ -40,6 +40,9 @@ class Leak:
     text: str
     near: bool  # False: the text has the question word by word
 
+    def __str__(self) -> str:
+        return f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({self.text!r})"
+
 
 @dataclass(frozen=True)
 class Asked:

@@ -52,6 +52,11 @@ def p_value(p: float) -> str:
     return f"p = {p:.2g}" if p >= 0.0001 else "p < 0.0001"
 
 
+def perplexities(found: dict[str, float]) -> str:
+    """Of the base and of the tuned model, from metrics/perplexity.json."""
+    return f"{found['base']:,.2f} → {found['tuned']:,.2f}"
+
+
 def megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 

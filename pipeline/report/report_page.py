@@ -10,7 +10,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.report.conversion_table import conversion_table
-from pipeline.report.readable import SCORES, change, detectable, interval, megabytes, p_value, percent, trend, value
+from pipeline.report.readable import (
+    SCORES,
+    change,
+    detectable,
+    interval,
+    megabytes,
+    p_value,
+    percent,
+    perplexities,
+    trend,
+    value,
+)
 
 PARTS = Path(__file__).parent  # report_page.html, .css and .js
 WIDTH, HEIGHT = 640, 240  # of the loss chart, in its own units
@@ -33,7 +44,7 @@ def report_page(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for shape in (change, detectable, interval, megabytes, p_value, percent, value):
+    for shape in (change, detectable, interval, megabytes, p_value, percent, perplexities, value):
         environment.filters[shape.__name__] = shape
     environment.globals |= {"SCORES": SCORES, "conversion_table": conversion_table, "trend": trend}
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")

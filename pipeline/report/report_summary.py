@@ -12,6 +12,7 @@ from pipeline.report.readable import (
     megabytes,
     p_value,
     percent,
+    perplexities,
     score_lines,
     verdict,
 )
@@ -22,8 +23,9 @@ EXAMPLES = 5  # other questions
 WIDEST = 60  # characters of a question or an answer
 
 
-def summary(exam: ExamResult, general: ExamResult, variants: dict[str, Any]) -> str:
-    """Markdown. `variants` are the scores of base, tuned, merged and each GGUF file."""
+def summary(exam: ExamResult, general: ExamResult, variants: dict[str, Any], perplexity: dict[str, float]) -> str:
+    """Markdown. `variants` are the scores of base, tuned, merged and each GGUF file; `perplexity` is that of raw text,
+    {} without raw text."""
     return "\n".join(
         [
             f"# {exam.total.before} → {exam.total.after} of {exam.total.questions} answers correct",
@@ -34,6 +36,7 @@ def summary(exam: ExamResult, general: ExamResult, variants: dict[str, Any]) -> 
             *headline("The general exam, of what the model must not forget", general),
             *score_lines(general.metrics),
             *further_lines(general.metrics),
+            *of_raw_text(perplexity),
             "**Every variant of the model.** Each variant is compared with the tuned model, which the exam was",
             "about. Same answers: the share of identical answers. KL: the mean divergence of the",
             "next-token probabilities, in nats per token.",
@@ -61,6 +64,16 @@ def headline(name: str, exam: ExamResult) -> list[str]:
         f"{change(gain['mean'], 'correct')} points (95 % interval {interval(gain, 'correct')}),",
         f"{changed['fixed']} fixed, {changed['broken']} broken ({p_value(gain['p_value'])}).",
         f"Smallest change that differs from chance: {detectable(exam.metrics['detectable'])}.",
+        "",
+    ]
+
+
+def of_raw_text(perplexity: dict[str, float]) -> list[str]:
+    if not perplexity:
+        return []
+    return [
+        f"**Raw text.** Perplexity on documents that were held out ({perplexity['tokens']:,} tokens): "
+        f"{perplexities(perplexity)}; lower is better.",
         "",
     ]
 

@@ -19,6 +19,7 @@ Column = Literal[
     "instruction",
     "input",
     "output",
+    "text",
 ]
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.common.parameters.section import Section
+from pipeline.common.parameters.section import Section, Share
 
 
 class Tokenize(Section):
@@ -13,3 +13,4 @@ class Tokenize(Section):
     mask_history: bool
     tool_format: Literal["auto", "hermes"]
     thinking: Literal["train", "mask", "drop"]
+    corpus_share: Share | None
