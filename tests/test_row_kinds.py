@@ -7,15 +7,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from conftest import ROOT, Project
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from pipeline.common.errors import UserError
 from pipeline.common.messages import InvalidRow
 from pipeline.common.outputs import read_details
 from pipeline.common.rows import KINDS, Message, read_jsonl
-from pipeline.data.formats import conversation
+from pipeline.data.formats import conversation, parsed, records
 from pipeline.evaluation.answers import answer_of, prompt_and_reference
 from pipeline.evaluation.questions import read_question
 from pipeline.evaluation.tool_calls import call_errors
@@ -155,6 +157,15 @@ def test_parallel_results_follow_the_order_of_their_calls() -> None:
     results = [{"role": "tool", "content": c, "tool_call_id": c} for c in ("b", "a")]
     messages, _ = conversation({"messages": [Q, both, *results, A]})
     assert [message["content"] for message in messages] == [Q["content"], "", "a", "b", A["content"]]
+
+
+def test_arguments_of_other_calls_in_a_parquet_file_do_not_count(tmp_path: Path) -> None:
+    answers = [{"role": "assistant", "content": None, "tool_calls": [call(a)]} for a in ({"a": 1}, {"b": "x"})]
+    rows = [{"messages": [Q, answer]} for answer in answers]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = [record for _, record in records(tmp_path / "rows.parquet", {}) if isinstance(record, bytes)]
+    read = [conversation(parsed(record))[0][1] for record in found]
+    assert [message["tool_calls"][0]["function"]["arguments"] for message in read] == [{"a": 1}, {"b": "x"}]
 
 
 @pytest.mark.parametrize(

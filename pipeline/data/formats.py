@@ -158,7 +158,7 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
                 cells = ((batch, at) for batch in batches for at in range(batch.num_rows))
                 for number, (batch, at) in enumerate(cells, start=1):
                     try:
-                        found = {name: batch[name][at].as_py() for name in wanted}
+                        found = {name: without_absent(batch[name][at].as_py()) for name in wanted}
                         nothing = {name: None for name in others if is_empty(batch[name][at].as_py())}
                         yield number, as_record(found | unread | nothing, columns)
                     except UnicodeDecodeError:
@@ -167,6 +167,17 @@ def parquet_rows(file: Path, columns: Mapping[Any, str]) -> Iterator[Record]:
                         yield number, unreadable(error)
     except pyarrow.ArrowException as error:
         raise OSError(str(error)) from None
+
+
+def without_absent(value: Any, within: bool = False) -> Any:
+    """`value` without the nulls in its calls and tools: a column of structures gives each call the arguments of all."""
+    match value:
+        case dict():
+            kept = {key: part for key, part in value.items() if not (within and part is None)}
+            return {key: without_absent(part, within or key in {*TOOLS, "function"}) for key, part in kept.items()}
+        case list():
+            return [without_absent(part, within) for part in value]
+    return value
 
 
 def as_record(row: dict[str, Any], columns: Mapping[Any, str]) -> bytes | InvalidRow:
