@@ -35,12 +35,14 @@ from pipeline.model.chat_template import end_tokens, load_generation_config, loa
 from pipeline.model.llama_server import Server, served
 from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.row_kinds import thinking_marks
+from pipeline.model.supervision import shared_beginning
 from pipeline.report.conversion_table import conversion_table
 from stages import run
 
 REMEDY = (
     "set merge_adapter.base to auto, run dvc repro -f convert_gguf, choose another base.model, or raise evaluate.max_kl"
 )
+SHOWN = 8  # tokens of a prompt that differs
 Asked = tuple[list[int], list[int]]  # token ids of a prompt, and of the reference answer with the token that ends it
 
 
@@ -104,7 +106,7 @@ def files_to_examine(
     base_gguf = temporary / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
-        convert_base(base, quantization, dtype, base_gguf)
+        convert_base(base, TRAINED, quantization, dtype, base_gguf)
     return [(lora.name, base_gguf, lora) for lora in loras] + [
         (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
     ]
@@ -154,9 +156,12 @@ def require_same_tokens(server: Server, questions: list[Question], prompts: Iter
     for question, expected in zip(questions, prompts, strict=True):
         tokens = server.tokens(question.asked, question.tools)
         if tokens != expected:
+            at = shared_beginning([tokens, expected])
+            ours, theirs = (row[at : at + SHOWN] for row in (tokens, expected))
             raise UserError(
-                f"{name}: the prompt of question {question.id} ({question.question!r}) is {tokens} in llama.cpp, but "
-                f"{expected} in Transformers: the file would get other prompts than the model was trained on"
+                f"{name}: the prompt of question {question.id} ({question.question[:80]!r}) is, from token {at + 1} on, "
+                f"{ours} in llama.cpp, but {theirs} in Transformers: the file would get other prompts than the model "
+                "was trained on"
             )
 
 

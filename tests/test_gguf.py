@@ -57,7 +57,9 @@ def test_a_prompt_that_llama_cpp_tokenizes_otherwise_is_refused_with_both(base_g
     with served(base_gguf, context=64, threads=1) as server:
         require_same_tokens(server, questions, prompts, "model.gguf")
         prompts[1] = [0, *prompts[1]]  # as by a doubled BOS
-        with pytest.raises(UserError, match=r"model\.gguf: the prompt of question b .* is \[1, .* but \[0, 1, "):
+        with pytest.raises(
+            UserError, match=r"model\.gguf: the prompt of question b .* is, from token 1 on, \[1, .* but \[0, 1, "
+        ):
             require_same_tokens(server, questions, prompts, "model.gguf")
 
 

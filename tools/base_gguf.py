@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.common.outputs import atomic_output
 from pipeline.common.parameters.params_yaml import check
+from pipeline.common.paths import ADAPTER
 from pipeline.export.base_gguf import convert_base
 from pipeline.export.modelfile import BASE
 from pipeline.model.base import located
@@ -22,7 +23,7 @@ def main() -> None:
     file = Path("models", BASE)
     dtype = pick_dtype(parameters.base.compute_dtype, pick_device(parameters.base.device))
     with atomic_output(file) as aside:
-        convert_base(folder, parameters.base.quantization, dtype, aside)
+        convert_base(folder, ADAPTER, parameters.base.quantization, dtype, aside)
     print(file)
 
 
