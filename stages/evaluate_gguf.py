@@ -159,8 +159,8 @@ def require_same_tokens(server: Server, questions: list[Question], prompts: Iter
             at = shared_beginning([tokens, expected])
             ours, theirs = (row[at : at + SHOWN] for row in (tokens, expected))
             raise UserError(
-                f"{name}: the prompt of question {question.id} ({question.question[:80]!r}) is, from token {at + 1} on, "
-                f"{ours} in llama.cpp, but {theirs} in Transformers: the file would get other prompts than the model "
+                f"{name}: the prompt of question {question.id} ({question.question[:80]!r}) is, from token "
+                f"{at + 1} on, {ours} in llama.cpp, but {theirs} in Transformers: the file would get other prompts than the model "
                 "was trained on"
             )
 
