@@ -160,8 +160,8 @@ def require_same_tokens(server: Server, questions: list[Question], prompts: Iter
             ours, theirs = (row[at : at + SHOWN] for row in (tokens, expected))
             raise UserError(
                 f"{name}: the prompt of question {question.id} ({question.question[:80]!r}) is, from token "
-                f"{at + 1} on, {ours} in llama.cpp, but {theirs} in Transformers: the file would get other prompts than the model "
-                "was trained on"
+                f"{at + 1} on, {ours} in llama.cpp, but {theirs} in Transformers: the file would get other prompts than "
+                "the model was trained on"
             )
 
 
