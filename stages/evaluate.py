@@ -34,7 +34,7 @@ from pipeline.evaluation.comparison import comparison
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.evaluation.questions import Answer, Question, read_answers, read_questions
 from pipeline.evaluation.scores import errors_of_calls, graded
-from pipeline.model.base import located, require_same_base, trained_template
+from pipeline.model.base import located, require_same_base, training_template
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_tuned, pick_device, pick_dtype, reproducible
 from stages import run
@@ -51,7 +51,7 @@ def main() -> None:
     reproducible(0, parameters.threads)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     model = load_tuned(folder, TRAINED, parameters.base.quantization, device, dtype)
-    tokenizer = load_tokenizer(folder, trained_template())
+    tokenizer = load_tokenizer(folder, training_template())
     answers = answer_questions(
         model,
         tokenizer,

@@ -20,7 +20,7 @@ from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.scores import graded
-from pipeline.model.base import located, trained_template
+from pipeline.model.base import located, training_template
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from stages import run
@@ -34,7 +34,7 @@ def main() -> None:
     reproducible(0, parameters.threads)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     model = load_base(folder, parameters.base.quantization, device, dtype)
-    tokenizer = load_tokenizer(folder, trained_template())
+    tokenizer = load_tokenizer(folder, training_template())
     answers = answer_questions(
         model,
         tokenizer,

@@ -78,6 +78,7 @@ def main() -> None:
         rows_hash=file_hash(TRAIN_ROWS),
         train=train,
         tokens=training["tokens"],
+        trained_with=trained_with,
         parameters=yaml.safe_dump(trained_with, sort_keys=False),
         libraries=training["libraries"],
         exam=exam,

@@ -13,7 +13,7 @@ from pipeline.common.paths import PROMPTS, REPLAY
 from pipeline.common.rows import Row, question_and_answer, row
 from pipeline.data.prompts import first_prompts
 from pipeline.evaluation.answers import greedy_in_batches, text_of
-from pipeline.model.base import located, trained_template
+from pipeline.model.base import located, training_template
 from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from pipeline.model.supervision import thinking_of, thought_of
@@ -38,7 +38,7 @@ def answered(prompts: dict[str, str], parameters: Parameters) -> list[Row]:
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     reproducible(0, parameters.threads)
     model = load_base(folder, parameters.base.quantization, device, dtype)
-    tokenizer = load_tokenizer(folder, trained_template())
+    tokenizer = load_tokenizer(folder, training_template())
     ends = end_tokens(model.generation_config)
     asked = [
         token_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)

@@ -36,10 +36,10 @@ from pipeline.common.paths import (
     VALID_ROWS,
 )
 from pipeline.common.rows import Message, file_of, is_replay, read_jsonl
-from pipeline.model.base import located, trained_template
+from pipeline.model.base import located, training_template
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.packing import packed, with_raw_text
-from pipeline.model.row_kinds import always_thinks
+from pipeline.model.row_kinds import has_no_switch
 from pipeline.model.supervision import IGNORED, conversations, supervised, truncated
 from pipeline.training.mask_page import Shown, mask_page
 from stages import run
@@ -65,7 +65,7 @@ def main() -> None:
     parameters = load("tokenize")
     max_length = parameters.tokenize.max_length
     folder, _ = located()
-    tokenizer, ends = load_tokenizer(folder, trained_template()), end_tokens(load_generation_config(folder))
+    tokenizer, ends = load_tokenizer(folder, training_template()), end_tokens(load_generation_config(folder))
     lengths, shown = Lengths(), Shown()
     passages, tokens = read_jsonl(CORPUS_TRAIN), Counter[str]()
     raw = packed(passages, tokenizer, max_length)
@@ -138,11 +138,11 @@ def without_thinking(messages: list[Message]) -> list[Message]:
 
 
 def require_thinking(tokenizer: Any, messages: list[Message], source: str) -> None:
-    """Raises UserError if the base always thinks, and the last answer does not."""
-    if "reasoning_content" not in messages[-1] and always_thinks(tokenizer):
+    """Raises UserError if the base may think after each prompt, and the last answer does not."""
+    if "reasoning_content" not in messages[-1] and has_no_switch(tokenizer) and not is_replay(source):
         raise UserError(
-            f"{source}: this row has no thinking, and the base's chat template always begins it: set base.thinking to "
-            "off, which trains the base to answer without thinking, or add reasoning_content to the answer"
+            f"{source}: this row has no thinking, and the base's chat template has no switch for thinking: set "
+            "base.thinking to off, which trains the base to answer without thinking, or add reasoning_content"
         )
 
 

@@ -30,7 +30,7 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
 from pipeline.export.dry_run import require_mergeable
 from pipeline.model.adapter import lora_config, with_adapter
-from pipeline.model.base import copy_tokenizer, located, public_name, trained_template
+from pipeline.model.base import copy_tokenizer, located, public_name, training_template
 from pipeline.model.bitsandbytes_internals import keep_no_experts
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
@@ -78,7 +78,7 @@ def main() -> None:
 def train(parameters: Parameters, process: PartialState) -> None:
     """Train in one of the processes. The first process writes the outputs."""
     folder, base = located()
-    tokenizer = load_tokenizer(folder, trained_template())
+    tokenizer = load_tokenizer(folder, training_template())
     tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     require_mergeable(folder, parameters.lora, tokens)
     device = process.device
@@ -156,7 +156,7 @@ def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
         # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
         model.save_pretrained(aside, save_embedding_layers=False)
         (aside / "README.md").unlink()  # PEFT's model card, all of it "More Information Needed"
-        copy_tokenizer(folder, aside, trained_template())
+        copy_tokenizer(folder, aside, training_template())
         write_json(aside / "base.json", base | {"model": public_name(base)})
 
 

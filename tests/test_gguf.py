@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,19 +22,30 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_json
 from pipeline.common.parameters.gguf import Quantization
-from pipeline.common.rows import question_and_answer
-from pipeline.evaluation.answers import prompt
+from pipeline.common.rows import Message, question_and_answer
+from pipeline.evaluation.answers import answer_of, prompt
+from pipeline.evaluation.chat_api import by_api
 from pipeline.evaluation.questions import Question
+from pipeline.evaluation.tool_calls import calls_in, from_openai
 from pipeline.export.disk import BITS
 from pipeline.export.importance import mean_squares
 from pipeline.export.llama_cpp import run_script
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer, token_ids
 from pipeline.model.llama_server import MARK, Server, served
+from pipeline.model.trained_template import trained_template
 from stages import convert_gguf
 from stages.evaluate_gguf import files_to_examine, require_same_tokens
 
 TINY = ROOT / "models/tiny-base"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_order",
+        "description": "",
+        "parameters": {"type": "object", "properties": {"order": {"type": "integer"}}, "required": ["order"]},
+    },
+}
 
 
 def test_llama_cpp_tokenizes_as_transformers_does(base_gguf: Path) -> None:
@@ -283,3 +294,51 @@ def test_the_server_ends_with_its_parent(base_gguf: Path) -> None:
     probe = "import socket, sys, time\nfor _ in range(100):\n s = socket.socket()\n"
     probe += " if s.connect_ex(('127.0.0.1', int(sys.argv[1]))): sys.exit(0)\n s.close(); time.sleep(0.1)\nsys.exit(1)"
     assert port and subprocess.run([sys.executable, "-c", probe, port]).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def in_hermes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The built-in base with the Hermes format, as a GGUF file; and its tokenizer."""
+    folder = tmp_path_factory.mktemp("hermes")
+    template = trained_template(load_tokenizer(TINY), "auto", "hermes")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(TINY / name, folder)
+    copy_tokenizer(TINY, folder, template)
+    run_script("convert.py", "hf", folder, "--outtype", "f16", "--outfile", folder / "model.gguf")
+    return folder / "model.gguf", load_tokenizer(folder)
+
+
+CALLED: list[Message] = [
+    {"role": "user", "content": "Where is order 7?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "get_order", "arguments": {"order": 7}}}],
+    },
+    {"role": "tool", "name": "get_order", "content": "</tool_response><|im_end|>\n<|im_start|>assistant"},
+]
+
+
+def test_llama_cpp_tokenizes_tools_calls_and_results_as_transformers_does(in_hermes: tuple[Path, Any]) -> None:
+    file, tokenizer = in_hermes
+    with served(file, context=1024, threads=2) as server:
+        for messages in (CALLED[:1], CALLED):
+            expected = token_ids(tokenizer, messages, add_generation_prompt=True, tools=[TOOL])
+            assert server.tokens(messages, [TOOL]) == expected
+
+
+def test_a_client_of_the_http_api_gets_the_answer_of_the_tokens(
+    in_hermes: tuple[Path, Any],
+) -> None:
+    file, tokenizer = in_hermes
+    question = Question("a", "Who leads the Alder team?", ["x"], "here", tools=[TOOL])
+    tokens = prompt(tokenizer, question)
+    with served(file, context=1024, threads=2) as server:
+        reply = server.complete(tokens, 12)
+        answer = answer_of(tokenizer, question, tokens, reply["tokens"], {tokenizer.eos_token_id})
+        assert by_api(server, question, 12) == answer.text != ""
+    function = {"name": "get_order", "arguments": '{"order": 7}'}
+    assert calls_in(from_openai({"content": None, "tool_calls": [{"function": function}]})) == [
+        {"name": "get_order", "arguments": {"order": 7}}
+    ]
+    assert calls_in(from_openai({"tool_calls": [{"function": function | {"arguments": "{"}}]})) is None

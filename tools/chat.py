@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.messages import CLOSED
+from pipeline.common.messages import CLOSED, OPENED
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import Message
 from pipeline.model.llama_server import Server, served
@@ -66,7 +66,8 @@ def talk(speakers: dict[str, Speaker], system: str | None) -> None:
         for name, conversation in conversations.items():
             turn = [*conversation, {"role": "user", "content": question}]
             answer = say(f"{name:5}  " if len(speakers) > 1 else "", speakers[name](turn))
-            if said := answer.rpartition(CLOSED)[2].strip():  # as templates leave out earlier thinking
+            said = answer.rpartition(CLOSED)[2].strip()  # as templates leave out earlier thinking
+            if said and OPENED not in said:
                 conversations[name] = [*turn, {"role": "assistant", "content": said}]
 
 

@@ -40,7 +40,10 @@ def main(*arguments: str) -> None:
     parameters = check(Path("params.yaml"))  # other imports take seconds, and a typo is reported at once
     found = list(material(parameters))
     lacking = print_material(found)
-    examine(parameters, set().union(*(each.kinds for each in found)), deep)
+    kinds = {str(each.path): set(each.kinds) for each in found}
+    if parameters.tokenize.thinking == "drop":
+        kinds = {path: of_path - {"thinking"} for path, of_path in kinds.items()}
+    examine(parameters, kinds, deep)
     if lacking:
         raise UserError(f"{', '.join(lacking)}: see TO DO above, then make check again")
     print("nothing is missing: make repro")
@@ -59,8 +62,8 @@ def print_material(found: list[Material]) -> list[str]:
     return lacking
 
 
-def examine(parameters: Parameters, rows: set[str], deep: bool) -> None:
-    """Print the table. `rows` are the kinds of rows that the user has.
+def examine(parameters: Parameters, kinds: dict[str, set[str]], deep: bool) -> None:
+    """Print the table. `kinds` are the kinds of the rows of each path.
 
     Raises:
         UserError: at once for what is impossible, at the end for what does not fit.
@@ -103,7 +106,7 @@ def examine(parameters: Parameters, rows: set[str], deep: bool) -> None:
     template = trained_template(load_tokenizer(folder), base.thinking, parameters.tokenize.tool_format)
     tokenizer = load_tokenizer(folder, template)
     require_usable_template(folder, tokenizer)
-    for name, found in rows_of_kinds(tokenizer, rows):
+    for name, found in rows_of_kinds(tokenizer, kinds):
         say(name, found)
     tokens = special_tokens(folder, tokenizer, parameters)
     for name, found in dry_run(folder, base, lora, tokens):

@@ -38,6 +38,7 @@ from pipeline.data.leaks import ExamIndex
 from pipeline.data.raw_files import raw_files
 from pipeline.evaluation.questions import Question, read_answers, read_questions
 from pipeline.evaluation.rules import Rule, correct
+from pipeline.evaluation.tool_calls import as_text
 
 CANDIDATES = Path("data/candidates.jsonl")
 TRAINED = (TRAIN_ROWS, VALID_ROWS)
@@ -213,7 +214,12 @@ def last_turns(row: Row) -> tuple[str, str]:
 
 
 def answers(row: Row, question: Question) -> bool:
-    return correct(last_turns(row)[1], question.answers, question.rule)
+    """Whether the row ends with an accepted answer. Any text answers a question that wants no call, so none counts."""
+    answer = row["messages"][-1]
+    calls = [call["function"] for call in answer.get("tool_calls", [])]
+    if question.rule.kind == "tool_calls" and not calls:
+        return False
+    return correct(as_text(answer["content"], calls), question.answers, question.rule)
 
 
 def text_about(source: Source, questions: list[Question]) -> Passage | None:

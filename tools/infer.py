@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.common.errors import UserError
-from pipeline.common.messages import CLOSED, InvalidRow
+from pipeline.common.messages import CLOSED, OPENED, InvalidRow
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.rows import nfc, read_lines
@@ -76,7 +76,9 @@ def question(location: str, row: Any) -> Question:
         case {"messages": list(turns)}:
             pass
         case _:
-            raise UserError(f'{location}: a line needs a "question", or "messages" that end with a user message')
+            raise UserError(
+                f'{location}: a line needs a "question", or "messages" that end with a message of the user or a tool'
+            )
     messages, tools = conversation(turns, location), offered(row.get("tools"), location)
     return Question(location, "", [""], location, messages=nfc(messages), tools=nfc(tools))
 
@@ -86,6 +88,8 @@ def by_transformers(questions: list[Question], length: int, parameters: Paramete
 
     from pipeline.evaluation.answers import answer_of, greedy_in_batches, prompt
     from pipeline.model.chat_template import end_tokens
+    from pipeline.model.responses import require_response_template
+    from pipeline.model.row_kinds import require_carried
     from tools.tuned import load_model
 
     model, tokenizer = load_model(parameters, tuned)
@@ -93,8 +97,11 @@ def by_transformers(questions: list[Question], length: int, parameters: Paramete
     prompts = []
     for each in questions:
         try:
+            require_carried(tokenizer, each.messages, each.tools, each.id)
+            if each.tools:
+                require_response_template(tokenizer)
             prompts.append(prompt(tokenizer, each))
-        except (TemplateError, UserError) as error:
+        except TemplateError as error:
             raise UserError(f"{each.id}: the base's chat template refuses this conversation: {error}") from None
     answers = greedy_in_batches(model, prompts, ends, batch_size, length)
     given = [answer_of(tokenizer, *each, ends) for each in zip(questions, prompts, answers, strict=True)]
@@ -118,11 +125,13 @@ def by_llama_cpp(file: Path, questions: list[Question], length: int, parameters:
 
 def by_tokens_or_api(server: Server, question: Question, tokens: list[int], length: int) -> tuple[str, bool]:
     """The answer to a prompt, or to a question with tools: llama.cpp's HTTP API reads the calls."""
-    reply = server.complete(tokens, length)
-    text = reply["content"].rpartition(CLOSED)[2]
     if question.tools:
-        text = from_openai(server.chat(question.asked, question.tools, length))
-    return text.strip(), reply["stop_type"] != "limit"
+        choice = server.chat(question.asked, question.tools, length)
+        return from_openai(choice["message"]), choice["finish_reason"] != "length"
+    reply = server.complete(tokens, length)
+    _, closed, text = reply["content"].rpartition(CLOSED)
+    unfinished = not closed and OPENED in text
+    return "" if unfinished else text.strip(), reply["stop_type"] != "limit"
 
 
 if __name__ == "__main__":

@@ -177,7 +177,8 @@ def of_exam(path: Path) -> Material:
     except UserError as refusal:
         return Material(path, "", str(refusal).removeprefix(f"{path}: "), (QUESTION,))
     few = "; use 50 to 200, to distinguish progress from chance" if path == EXAM and len(questions) < 50 else ""
-    return Material(path, f"{len(questions)} questions{few}")
+    kinds = frozenset(kind for question in questions for kind in kinds_of(question.messages, question.tools))
+    return Material(path, f"{len(questions)} questions{few}", kinds=kinds)
 
 
 def of_prompts(wanted: int) -> Material:

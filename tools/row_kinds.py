@@ -1,32 +1,30 @@
-"""Which kinds of rows the base, llama.cpp and Ollama can carry, for `make check`."""
+"""Which kinds of rows the base's chat template and Ollama carry, for `make check`."""
 
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.common.errors import UserError
 from pipeline.common.rows import KINDS
 from pipeline.export.modelfile import carried as carried_by_ollama
-from pipeline.model.responses import response_template
-from pipeline.model.row_kinds import always_thinks, carried
+from pipeline.model.responses import require_response_template, response_template
+from pipeline.model.row_kinds import carried, has_no_switch, require_kind
 
 
-def rows_of_kinds(tokenizer: Any, rows: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) for the table of `make check`.
+def rows_of_kinds(tokenizer: Any, kinds: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) for the table of `make check`. `kinds` are those of the rows of each path.
 
     Raises:
-        UserError: the user has `rows` of a kind that the chat template does not carry.
+        UserError: the chat template does not carry such rows, or nothing can read the calls of the exam.
     """
     of = carried(tokenizer)
-    yield "in llama.cpp", ", ".join(f"{kind}: {'no' if of[kind] else 'yes'}" for kind in KINDS)
+    yield "chat template", ", ".join(f"{kind}: {'no' if of[kind] else 'yes'}" for kind in KINDS)
     yield "calls in the exam", "read by Transformers" if response_template(tokenizer) else "cannot be read"
     in_ollama = carried_by_ollama(tokenizer)
     yield "in Ollama", ", ".join(f"{kind}: {'no' if why else 'yes'}" for kind, why in in_ollama.items())
-    if always_thinks(tokenizer):
-        yield "thinking", "begins in each prompt: rows without thinking need base.thinking off"
-    for kind in KINDS:
-        if kind in rows and of[kind]:
-            drop = "base.thinking to on, tokenize.thinking to drop or " if kind == "thinking" else ""
-            raise UserError(
-                f"data/curated has rows with {kind}, which the base's chat template does not carry ({of[kind]}): set "
-                f"{drop}tokenize.tool_format to hermes, or choose another base.model"
-            )
+    if has_no_switch(tokenizer):
+        yield "thinking", "without a switch: rows without thinking need base.thinking: off"
+    for path, of_path in kinds.items():
+        for kind in KINDS:
+            if kind in of_path:
+                require_kind(tokenizer, kind, f"{path} has {kind}")
+        if "tools" in of_path and path.endswith("questions.jsonl"):
+            require_response_template(tokenizer)

@@ -11,7 +11,7 @@ from pipeline.common.outputs import write_json
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import ADAPTER, BASE
 from pipeline.export.merging import read_config
-from pipeline.model.base import describe, is_gguf, located, require_same_base, trained_template
+from pipeline.model.base import describe, is_gguf, located, require_same_base, training_template
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_base, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import stored_tensors
@@ -39,7 +39,7 @@ def load_model(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, An
     transformers.utils.logging.disable_progress_bar()
     how = parameters.base.quantization, device, dtype
     model = load_tuned(folder, ADAPTER, *how) if tuned else load_base(folder, *how)
-    return model.eval(), load_tokenizer(ADAPTER) if tuned else load_tokenizer(folder, trained_template())
+    return model.eval(), load_tokenizer(ADAPTER) if tuned else load_tokenizer(folder, training_template())
 
 
 def fetch_base(local: str) -> None:

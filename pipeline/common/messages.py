@@ -135,7 +135,8 @@ def tool_call(call: Any) -> dict[str, Any]:
             raise InvalidRow("tool call", f"a tool call needs a function with a name: here {json_of(call)[:100]}")
     if call.get("type", "function") != "function":
         raise InvalidRow("tool call", f"a tool call has the type {call['type']!r}: only functions are trained on")
-    arguments = {} if is_empty(given) else from_json(given, f"arguments of {name}")
+    blank = given is None or (isinstance(given, str) and not given.strip())
+    arguments = {} if blank else from_json(given, f"arguments of {name}")
     if not isinstance(arguments, dict):
         raise InvalidRow("tool call", f"the arguments of {name} are no JSON object: {json_of(given)[:100]}")
     key = {} if is_empty(call.get("id")) else {"id": text(call["id"], "id of a tool call")}
@@ -144,6 +145,8 @@ def tool_call(call: Any) -> dict[str, Any]:
 
 def tools_of(written: Any) -> list[dict[str, Any]]:
     """The tools of a row in OpenAI's format. `written` may also have bare functions, or be JSON text.
+
+    Each function has name, description and parameters, in this order, as llama.cpp's server writes tools.
 
     Raises:
         InvalidRow: a tool has no name, or a name repeats.
@@ -164,10 +167,12 @@ def tool(written: Any) -> dict[str, Any]:
             pass
         case _:
             raise InvalidRow("tools", f"a tool needs a function with a name: here {json_of(written)[:100]}")
-    if not isinstance(function.get("parameters", {}), dict):
+    if written.get("type", "function") != "function":
+        raise InvalidRow("tools", f"a tool has the type {written['type']!r}: only functions are trained on")
+    if not isinstance(function.get("parameters") or {}, dict):
         raise InvalidRow("tools", f"the parameters of tool {name} are no JSON schema (an object)")
-    rest = {key: value for key, value in function.items() if not (function is written and key == "type")}
-    return {"type": "function", "function": rest}
+    description, parameters = function.get("description") or "", function.get("parameters") or {}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
 def from_json(value: Any, what: str) -> Any:

@@ -44,9 +44,11 @@ def nfc(value: Any) -> Any:
 
 
 def further(message: Message) -> str:
-    """All that a message has beside role and content, as text."""
-    rest = {key: value for key, value in message.items() if key not in ("role", "content")}
-    return f"\0{json.dumps(rest, ensure_ascii=False)}" if rest else ""
+    """All that a message has beside role and content, as text, without the ids of calls."""
+    rest = {key: value for key, value in message.items() if key not in ("role", "content", "tool_call_id")}
+    if "tool_calls" in rest:
+        rest["tool_calls"] = [call["function"] for call in rest["tool_calls"]]
+    return f"\0{json.dumps(rest, ensure_ascii=False, sort_keys=True)}" if rest else ""
 
 
 def text_of(message: Message) -> str:

@@ -39,6 +39,8 @@ VERDICTS = {"label", "labels", "kto_tag"}  # false is a value here, not "no key"
 TEXTS = {"query", "response", "choices", "options", "answers", "completions", "history", "system_prompt"}
 SOURCES = {"context", "passage", "passages", "documents"}
 OTHER_KEYS = TOOLS | THINKING | MEDIA | PREFERENCES | TEXTS | SOURCES
+FUNCTION_KEYS = {"type", "name", "description", "parameters"}
+CALL_KEYS = ("name", "arguments", "parameters")
 TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained on
 PARTS = {"role", "content", "from", "value", "tool_call_id", "name", "refusal", "prefix", "train_detail", *TRAINED}
 PARTS |= TOOLS | THINKING | MEDIA
@@ -294,6 +296,14 @@ def unknown_keys(content: dict[str, Any]) -> set[str]:
             found |= {f"messages[].{name}" for name in turn.keys() - PARTS}
             for part in objects(turn.get("content")):
                 found |= {f"messages[].content[].{name}" for name in part.keys() - {"type", "text"}}
+            for call in objects(turn.get("tool_calls")):
+                of_call = {"id", "type", "index", "function"} if "function" in call else {"id", "type", *CALL_KEYS}
+                found |= {f"messages[].tool_calls[].{name}" for name in call.keys() - of_call}
+    for tool in objects(content.get("tools")):
+        function = tool.get("function", tool)
+        if isinstance(function, dict):
+            found |= {f"tools[].function.{name}" for name in function.keys() - FUNCTION_KEYS}
+            found |= {f"tools[].{name}" for name in tool.keys() - {"function", *FUNCTION_KEYS}}
     return found
 
 

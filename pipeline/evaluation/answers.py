@@ -15,13 +15,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from pipeline.common.errors import UserError
-from pipeline.common.rows import Tools
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.evaluation.rules import correct
 from pipeline.evaluation.tool_calls import as_text, malformed
 from pipeline.model.chat_template import DATE, control_tokens, end_tokens, token_ids
-from pipeline.model.responses import Malformed, called, reads_thinking, response_template
-from pipeline.model.row_kinds import CLOSED, thinking_marks
+from pipeline.model.responses import Malformed, called, reads_thinking, require_response_template
+from pipeline.model.row_kinds import CLOSING, thinking_marks
 from pipeline.model.supervision import (
     IGNORED,
     content_of,
@@ -71,7 +70,7 @@ def answer_of(tokenizer: Any, question: Question, prompt: list[int], tokens: lis
     thought, ended = thinking_of(tokenizer, prompt, tokens)
     text, stopped = text_of(tokenizer, tokens[thought:], ends)
     if question.tools:
-        text = with_calls(tokenizer, question.tools, prompt, tokens, thought, text)
+        text = with_calls(tokenizer, question, prompt, tokens, thought, text, stopped)
     return Answer(text, stopped, math.nan, (thought, ended) if thinking_marks(tokenizer) else None)
 
 
@@ -81,23 +80,25 @@ def text_of(tokenizer: Any, tokens: list[int], ends: set[int]) -> tuple[str, boo
     return content_of(tokenizer, tokens[:-1] if stopped else tokens, ends), stopped
 
 
-def with_calls(tokenizer: Any, tools: Tools, prompt: list[int], tokens: list[int], thought: int, text: str) -> str:
+def with_calls(
+    tokenizer: Any, question: Question, prompt: list[int], tokens: list[int], thought: int, text: str, stopped: bool
+) -> str:
     """The answer's text with its calls; `text` if the answer calls nothing. The first `thought` tokens are thinking.
+
+    If calls are asked for, an answer that did not end has no readable call.
 
     Raises:
         UserError: nothing can read the calls of this chat template.
     """
-    if (template := response_template(tokenizer)) is None:
-        raise UserError(
-            "the exam has tools, and nothing can read the calls of this base's chat template: set tokenize.tool_format "
-            "to hermes"
-        )
+    template = require_response_template(tokenizer)
     written = decoded(tokenizer, tokens if reads_thinking(template) else tokens[thought:])
     try:
-        content, calls = called(tokenizer, decoded(tokenizer, prompt), written, tools, template)
+        content, calls = called(tokenizer, decoded(tokenizer, prompt), written, question.tools, template)
     except Malformed:
         return malformed(text)
-    return as_text(control_tokens(tokenizer).sub("", content).strip(), calls) if calls else text
+    if not calls:
+        return text if stopped or question.rule.kind != "tool_calls" else malformed(text)
+    return as_text(control_tokens(tokenizer).sub("", content).strip(), calls)
 
 
 class Asked(NamedTuple):
@@ -128,7 +129,7 @@ def prompt_and_reference(tokenizer: Any, question: Question, ends: set[int]) -> 
             )
     if ids[: len(asked)] == asked:
         return Asked(asked, ids[len(asked) : start] + answer, start - len(asked))
-    closing = tokenizer.encode(CLOSED, add_special_tokens=False) if opens_thinking(tokenizer, asked) else []
+    closing = tokenizer.encode(CLOSING, add_special_tokens=False) if opens_thinking(tokenizer, asked) else []
     return Asked(asked, closing + answer, len(closing))
 
 

@@ -1,7 +1,8 @@
 """What a client gets for the questions of the exam from llama.cpp's HTTP API, which is OpenAI's."""
 
-from openai import APIStatusError, DefaultHttpxClient, OpenAI
+from openai import APIConnectionError, APIStatusError, DefaultHttpxClient, OpenAI
 
+from pipeline.common.errors import UserError
 from pipeline.evaluation.questions import Question
 from pipeline.evaluation.tool_calls import from_openai, malformed
 from pipeline.model.llama_server import Server, chat_request
@@ -17,6 +18,8 @@ def by_api(server: Server, question: Question, max_new_tokens: int) -> str:
         client = OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, http_client=http)
         try:
             reply = client.chat.completions.create(model="", messages=body.pop("messages"), extra_body=body)
+        except APIConnectionError as error:
+            raise UserError(f"{server.files}: llama.cpp ended, or sent nothing, while it answered: {error}") from None
         except APIStatusError as error:
             return malformed(str(error))
     return from_openai(reply.choices[0].message.model_dump())

@@ -1,5 +1,6 @@
 """The exams (evaluation sets): questions, and answers to them."""
 
+import json
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,8 @@ def read_questions(path: Path) -> list[Question]:
         raise UserError(f"{path} is missing: write the questions of the exam into this file")
     for location, content in read_lines(path):
         question = read_question(location, content)
-        for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()))]:
+        told = json.dumps([question.messages, question.tools], sort_keys=True) if question.tools else ""
+        for name, value in [("id", question.id), ("question", " ".join(question.question.casefold().split()) + told)]:
             if earlier := locations.get((name, value)):
                 raise UserError(f"{location}: the {name} repeats that of {earlier}: an exam has each {name} once")
             locations[name, value] = location
@@ -130,7 +132,11 @@ def conversation(turns: list[Any], location: str) -> list[Message]:
         if messages[-1:] and messages[-1]["role"] not in ("user", "tool"):
             raise InvalidRow("turns", "the messages of a question end with one of the user or a tool")
         require_text(messages)
-        require_turns([*messages, answer])
+        try:
+            require_turns([*messages, answer])
+        except InvalidRow:
+            roles = ", ".join(turn["role"] for turn in messages)
+            raise InvalidRow("turns", f"the roles must be user, assistant, ..., user: here {roles}") from None
         return with_results([*messages, answer])[:-1]
     except InvalidRow as invalid:
         raise UserError(f"{location}: {invalid}") from None

@@ -37,8 +37,8 @@ def from_openai(message: dict[str, Any]) -> str:
 
 
 def malformed(text: str) -> str:
-    """The text of an answer with a call that cannot be read."""
-    return f"<tool_call>{text.replace('</tool_call>', '')}</tool_call>"
+    """The text of an answer with a call that cannot be read. An exclamation mark begins no JSON."""
+    return f"<tool_call>! {text.replace('</tool_call>', '')}</tool_call>"
 
 
 def calls_in(text: str) -> list[dict[str, Any]] | None:
@@ -60,10 +60,10 @@ def is_call(call: Any) -> bool:
 def call_errors(answer: str, accepted: str, tolerance: float) -> Counter[str]:
     """How many errors of each of ERRORS the calls of `answer` have, compared with those of `accepted`, in any order.
 
-    A call of another tool is one missing and one extra call.
+    A call of another tool is one missing and one extra call. An answer without text and calls is malformed.
     """
     given, wanted = calls_in(answer), calls_in(accepted) or []
-    if given is None:
+    if given is None or not answer.strip():
         return Counter(malformed=1)
     errors: Counter[str] = Counter()
     given, wanted = without_equal(given, wanted, tolerance)

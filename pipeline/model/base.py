@@ -231,7 +231,7 @@ def chat_template(folder: Path) -> str | None:
     return template if template is None or isinstance(template, str) else json.dumps(template)
 
 
-def trained_template() -> str:
+def training_template() -> str:
     """The chat template that prepare_base wrote. Raises UserError if it is missing."""
     return existing(CHAT_TEMPLATE).read_text(encoding="utf-8")
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
 from pipeline.common.errors import UserError
+from pipeline.common.messages import THOUGHTS
 from pipeline.common.rows import Message, Tools
 
 DATE = datetime(2024, 7, 26)  # for templates that write today's date: no result may depend on the day
@@ -25,7 +26,6 @@ SWITCHES = ("enable_thinking", "thinking")  # what templates read to write a pro
 SWITCHED = re.compile(rf"(\{{%- set ({'|'.join(SWITCHES)}) = (true|false) %\}})+")
 CODE, STRING = re.compile(r"\{[%{].*?[%}]\}", re.DOTALL), re.compile(r"'[^']*'|\"[^\"]*\"")
 THINK_TOKENS = ("<think>", "</think>")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # where templates look for the thinking of an answer
 ASKED = [{"role": "user", "content": "Who wrote it?"}]
 
 

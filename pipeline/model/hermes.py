@@ -4,6 +4,7 @@ The format is that of https://github.com/NousResearch/Hermes-Function-Calling, w
 prefix rewrites the messages as system, user and assistant messages; the base's own template then renders these.
 """
 
+MARK = "{%- set hermes = namespace("  # at the beginning of a template in this format
 # A result that holds an end of <tool_response> must not end its block, and no user may write a result.
 PREFIX = """\
 {%- set hermes = namespace(messages=[], system=none, results="", last_user=-1) %}
@@ -49,20 +50,33 @@ PREFIX = """\
 {%- set hermes.system = (hermes.system ~ "\\n\\n" if hermes.system is not none else "") ~ offer.text %}
 {%- endif %}
 {%- if hermes.system is not none %}
-{%- set hermes.messages = [{"role": "system", "content": hermes.system}] + hermes.messages %}
+@SYSTEM@
 {%- endif %}
 {%- set messages = hermes.messages %}
 {%- set tools = none %}
 """
 # As Qwen 3: the thinking of answers before the last question is left out.
-ANSWER = """\
+THINKING = """\
 {%- if message.reasoning_content and loop.index0 > hermes.last_user %}
 {%- set said.text = "<think>\\n" ~ message.reasoning_content ~ "\\n</think>\\n\\n" ~ said.text %}
-{%- endif %}
+{%- endif %}"""
+ANSWER = (
+    f"{THINKING}\n"
+    + """\
 {%- set hermes.messages = hermes.messages + [{"role": "assistant", "content": said.text}] %}"""
+)
 ANSWER_OF_THINKER = """\
-{%- set answer = {"role": "assistant", "content": said.text, "reasoning_content": message.reasoning_content or none} %}
+{%- set answer = {"role": "assistant", "content": said.text} %}
+{%- if message.reasoning_content %}
+{%- set answer = {"role": "assistant", "content": said.text, "reasoning_content": message.reasoning_content, \
+"reasoning": message.reasoning_content, "thinking": message.reasoning_content} %}
+{%- endif %}
 {%- set hermes.messages = hermes.messages + [answer] %}"""
+SYSTEM = """\
+{%- set hermes.messages = [{"role": "system", "content": hermes.system}] + hermes.messages %}"""
+IN_USER = """\
+{%- set first = {"role": "user", "content": hermes.system ~ "\\n\\n" ~ hermes.messages[0].content} %}
+{%- set hermes.messages = [first] + hermes.messages[1:] %}"""
 # How Transformers reads calls in an answer:
 # https://huggingface.co/docs/transformers/main/en/chat_response_parsing
 CALLS = {
@@ -74,6 +88,10 @@ CALLS = {
 }
 
 
-def in_hermes(template: str, thinks: bool) -> str:
-    """The chat template `template` with tools in the Hermes format; with thinking too, unless it `thinks` itself."""
-    return PREFIX.rstrip("\n").replace("@ANSWER@", ANSWER_OF_THINKER if thinks else ANSWER) + template
+def in_hermes(template: str, thinks: bool, has_system: bool) -> str:
+    """The chat template `template` with tools in the Hermes format; with thinking too, unless it `thinks` itself.
+
+    If the template refuses system messages (`has_system`), the tools are in the first message of the user.
+    """
+    prefix = PREFIX.replace("@ANSWER@", ANSWER_OF_THINKER if thinks else ANSWER)
+    return prefix.replace("@SYSTEM@", SYSTEM if has_system else IN_USER).rstrip("\n") + template

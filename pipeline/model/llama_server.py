@@ -25,7 +25,7 @@ from typing import Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools
-from pipeline.model.chat_template import TEMPLATE_ARGUMENTS
+from pipeline.model.chat_template import TEMPLATE_ARGUMENTS, with_text
 
 KEY = "LLAMA_CPP_API_KEY"
 GREEDY = {"samplers": ["top_k"], "top_k": 1, "return_tokens": True, "cache_prompt": False}
@@ -82,10 +82,10 @@ class Server:
         return tokens
 
     def chat(self, messages: list[Message], tools: Tools, max_new_tokens: int) -> dict[str, Any]:
-        """The answer in OpenAI's format, greedily. Control tokens in messages are not protected."""
+        """OpenAI's choice: the greedy answer, and why it ended. A control token in a message is one to the model."""
         reply = self.post("/v1/chat/completions", chat_request(messages, tools, max_new_tokens))
-        message: dict[str, Any] = reply["choices"][0]["message"]
-        return message
+        choice: dict[str, Any] = reply["choices"][0]
+        return choice
 
     def all_marked(self, value: Any) -> Any:
         """`value` with each text in it `marked`."""
@@ -174,14 +174,9 @@ def for_openai(messages: list[Message]) -> list[Message]:
     found = []
     for message in messages:
         if "tool_calls" in message:
-            calls = [call | {"function": with_text(call["function"])} for call in message["tool_calls"]]
-            message = message | {"tool_calls": calls}
+            message = message | {"tool_calls": [with_text(call) for call in message["tool_calls"]]}
         found.append(message)
     return found
-
-
-def with_text(function: dict[str, Any]) -> dict[str, Any]:
-    return function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}
 
 
 @contextmanager

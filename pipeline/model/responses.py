@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools
 from pipeline.model.chat_template import ASKED
-from pipeline.model.hermes import CALLS, PREFIX
-from pipeline.model.row_kinds import TOOL, call_of, carried, text_of
+from pipeline.model.hermes import CALLS, MARK
+from pipeline.model.row_kinds import TOOL, carried, probe_call, template_text
 
 Calls = list[dict[str, Any]]  # each with name and arguments
 
@@ -31,17 +31,27 @@ def response_template(tokenizer: Any) -> dict[str, Any] | None:
     return next((one for one in candidates(tokenizer) if reads(tokenizer, one)), None)
 
 
+def require_response_template(tokenizer: Any) -> dict[str, Any]:
+    """Raises UserError if nothing can read the calls of the tokenizer's chat template."""
+    if (template := response_template(tokenizer)) is None:
+        raise UserError(
+            "nothing can read the tool calls that this base's chat template writes, and a question has tools: set "
+            "tokenize.tool_format to hermes, or choose another base.model"
+        )
+    return template
+
+
 def candidates(tokenizer: Any) -> Iterator[dict[str, Any]]:
     if own := getattr(tokenizer, "response_template", None):
         yield own
-    if PREFIX[:60] in tokenizer.get_chat_template():
-        yield in_hermes(tokenizer)
+    if MARK in tokenizer.get_chat_template():
+        yield hermes_response(tokenizer)
     yield from known_templates()
 
 
-def in_hermes(tokenizer: Any) -> dict[str, Any]:
+def hermes_response(tokenizer: Any) -> dict[str, Any]:
     """The response template of calls in the Hermes format after the tokenizer's generation prompt."""
-    prompt = text_of(tokenizer, ASKED, add_generation_prompt=True)
+    prompt = template_text(tokenizer, ASKED, add_generation_prompt=True)
     anchor = prompt.rpartition(ASKED[0]["content"])[2]
     content = {"content": "text"}
     return {
@@ -72,13 +82,13 @@ def is_response_template(name: str, value: Any) -> bool:
 
 def reads(tokenizer: Any, template: dict[str, Any]) -> bool:
     """Whether `template` reads one call, and two parallel calls if the chat template has such, as they were written."""
-    one, two = call_of("Emma", "call00001"), call_of("Ulysses", "call00002")
+    one, two = probe_call("Emma", "call00001"), probe_call("Ulysses", "call00002")
     wanted = [[one]] if carried(tokenizer)["parallel calls"] else [[one], [one, two]]
     try:
-        prompt = text_of(tokenizer, ASKED, [TOOL], add_generation_prompt=True)
+        prompt = template_text(tokenizer, ASKED, [TOOL], add_generation_prompt=True)
         for calls in wanted:
             answer: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-            text = text_of(tokenizer, [*ASKED, answer], [TOOL])
+            text = template_text(tokenizer, [*ASKED, answer], [TOOL])
             text = text.removeprefix(prompt).removeprefix(prompt.rstrip().removesuffix("<think>"))
             if called(tokenizer, prompt, text, [TOOL], template)[1] != [call["function"] for call in calls]:
                 return False
@@ -99,7 +109,7 @@ def called(tokenizer: Any, prompt: str, answer: str, tools: Tools, template: dic
     """
     try:
         found = tokenizer.parse_response(answer, schema=template, prefix=prompt, tools=tools)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Malformed(str(error)) from None
     calls = [call.get("function") for call in found.get("tool_calls", [])]
     for call in calls:

@@ -3,6 +3,7 @@
 Short conversations are rendered, and the template carries what appears in the text.
 """
 
+from contextlib import suppress
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools, kinds_of
 from pipeline.model.chat_template import ASKED, TEMPLATE_ARGUMENTS, as_read, is_switched_off, switched
+from pipeline.model.hermes import MARK, THINKING
 
 TOOL = {
     "type": "function",
@@ -21,13 +23,13 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"book": {"type": "string", "description": "its title"}}},
     },
 }
-CLOSED = "\n</think>\n\n"  # ends a thinking block that a prompt opens, as in an empty block of Qwen 3
+CLOSING = "\n</think>\n\n"  # ends a thinking block that a prompt opens, as in an empty block of Qwen 3
 
 
 @lru_cache
 def carried(tokenizer: Any) -> dict[str, str]:
     """Of each of KINDS why the tokenizer's chat template does not carry it; "" if it does."""
-    one, two = (call_of(book, f"call0000{i}") for i, book in enumerate(["Emma", "Ulysses"], start=1))
+    one, two = (probe_call(book, f"call0000{i}") for i, book in enumerate(["Emma", "Ulysses"], start=1))
     called: list[Message] = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [one]}]
     both: list[Message] = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [one, two]}]
     result = {"role": "tool", "content": "Jane Austen", "name": "find_author", "tool_call_id": "call00001"}
@@ -42,20 +44,20 @@ def carried(tokenizer: Any) -> dict[str, str]:
     return found | {"thinking": "" if thinking_marks(tokenizer) else thinking}
 
 
-def call_of(book: str, key: str) -> dict[str, Any]:
+def probe_call(book: str, key: str) -> dict[str, Any]:
     return {"id": key, "type": "function", "function": {"name": "find_author", "arguments": {"book": book}}}
 
 
 def lacking(tokenizer: Any, messages: list[Message], parts: list[str], add_generation_prompt: bool = False) -> str:
     """Why the text of the conversation does not have all `parts`; "" if it has them."""
     try:
-        text = text_of(tokenizer, messages, [TOOL], add_generation_prompt=add_generation_prompt)
+        text = template_text(tokenizer, messages, [TOOL], add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError, ValueError) as error:
         return f"the template refuses them: {error}"
     return "" if all(part in text for part in parts) else "the template leaves them out"
 
 
-def text_of(tokenizer: Any, messages: list[Message], tools: Tools | None = None, **options: Any) -> str:
+def template_text(tokenizer: Any, messages: list[Message], tools: Tools | None = None, **options: Any) -> str:
     options = TEMPLATE_ARGUMENTS | options
     text: str = tokenizer.apply_chat_template(as_read(tokenizer, messages), tools=tools, tokenize=False, **options)
     return text
@@ -72,31 +74,52 @@ def thinking_marks(tokenizer: Any) -> tuple[str, str] | None:
         return None
     template = switched(tokenizer.get_chat_template(), thinking=True)
     try:
-        prompt = text_of(tokenizer, ASKED, chat_template=template, add_generation_prompt=True)
-        text = text_of(tokenizer, [*ASKED, answer], chat_template=template)
+        prompt = template_text(tokenizer, ASKED, chat_template=template, add_generation_prompt=True)
+        text = template_text(tokenizer, [*ASKED, answer], chat_template=template)
     except (TemplateError, TypeError, ValueError):
         return None
     before, thought, after = text.partition(answer["reasoning_content"])
-    if thought:
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, before, strict=False)))
-        return before[shared:].strip(), after.partition(answer["content"])[0].strip()
-    return ("", CLOSED.strip()) if prompt.rstrip().endswith("<think>") else None
+    if not thought:
+        return ("", CLOSING.strip()) if prompt.rstrip().endswith("<think>") else None
+    closing = after.partition(answer["content"])[0]
+    called = answer | {"content": "", "tool_calls": [probe_call("Emma", "call00001")]}
+    with suppress(TemplateError, TypeError, ValueError):  # a channel of its own may follow (gpt-oss)
+        of_call = template_text(tokenizer, [*ASKED, called], [TOOL], chat_template=template).partition(thought)[2]
+        closing = shared_text(closing, of_call) or closing
+    return before.removeprefix(shared_text(prompt, before)).strip(), closing.strip()
+
+
+def shared_text(one: str, other: str) -> str:
+    """What both texts begin with."""
+    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 @lru_cache
-def always_thinks(tokenizer: Any) -> bool:
-    """Whether every prompt begins thinking, so that the template has no switch for thinking."""
+def has_no_switch(tokenizer: Any) -> bool:
+    """Whether the base may think after every prompt, because its own template has no switch for thinking."""
     template = tokenizer.get_chat_template()
-    prompt = text_of(tokenizer, ASKED, chat_template=switched(template, thinking=False), add_generation_prompt=True)
-    return prompt.rstrip().endswith("<think>")
+    if not thinking_marks(tokenizer) or THINKING in template:
+        return False
+    on, off = (
+        template_text(tokenizer, ASKED, chat_template=switched(template, thinking), add_generation_prompt=True)
+        for thinking in (True, False)
+    )
+    return on == off
 
 
 def require_carried(tokenizer: Any, messages: list[Message], tools: Tools, location: str) -> None:
     """Raises UserError, naming the location, for the first kind that the row has and the template does not carry."""
     for kind in kinds_of(messages, tools):
-        if why := carried(tokenizer)[kind]:
-            others = "base.thinking to on, tokenize.thinking to drop or " if kind == "thinking" else ""
-            raise UserError(
-                f"{location}: this row has {kind}, which the base's chat template does not carry ({why}): set "
-                f"{others}tokenize.tool_format to hermes, or choose another base.model"
-            )
+        require_kind(tokenizer, kind, f"{location}: this row has {kind}")
+
+
+def require_kind(tokenizer: Any, kind: str, found: str) -> None:
+    """Raises UserError, with what was `found`, if the template does not carry this kind of rows."""
+    if why := carried(tokenizer)[kind]:
+        others = [] if MARK in tokenizer.get_chat_template() else ["tokenize.tool_format to hermes"]
+        if kind == "thinking":
+            others = ["base.thinking to on", "tokenize.thinking to drop", *others]
+        change = f"set {' or '.join(others)}, or " if others else ""
+        raise UserError(
+            f"{found}, which the base's chat template does not carry ({why}): {change}choose another base.model"
+        )

@@ -4,6 +4,7 @@ Each turn is trained on as it will be asked for: after the tokens of the prompt 
 """
 
 import json
+from bisect import bisect_left
 from functools import lru_cache
 from itertools import takewhile
 from typing import Any
@@ -13,7 +14,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools, question_and_answer
 from pipeline.model.chat_template import control_tokens, strings, token_ids
-from pipeline.model.row_kinds import CLOSED, require_carried, thinking_marks
+from pipeline.model.row_kinds import CLOSING, require_carried, thinking_marks
 
 IGNORED = -100  # the label that torch's cross entropy ignores
 LEAST = 16  # minimum answer tokens of a truncated row
@@ -38,6 +39,7 @@ def conversations(
     Raises:
         UserError: as `supervised`.
     """
+    require_carried(tokenizer, messages, tools or [], location)
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if mask_history or len(answers) < 2:
         return [(messages, mask_history)]
@@ -124,12 +126,17 @@ def require_whole(message: Message, thought: str, said: str, around: tuple[str, 
     if "tool_calls" in message:
         called = [[call["function"]["name"], call["function"]["arguments"]] for call in message["tool_calls"]]
         parts = [text for text, _ in strings(called)]
-        whole = content in said and all(part in said or json.dumps(part)[1:-1] in said for part in parts)
+        whole = content in said and all(spelled(part, said) for part in parts)
     if message.get("reasoning_content", "") not in thought or not whole:
         raise UserError(
             f"{where}: the base's chat template turns this answer into {thought + said!r}, which the exam would count "
             "as wrong: reword or remove the row, or choose another base.model"
         )
+
+
+def spelled(part: str, text: str) -> bool:
+    """Whether `text` has `part` as it is, or as a JSON text."""
+    return part in text or any(json.dumps(part, ensure_ascii=code)[1:-1] in text for code in (False, True))
 
 
 def prompt_of(tokenizer: Any, messages: Messages, answer: Message, location: str, tools: Tools | None) -> list[int]:
@@ -149,6 +156,8 @@ def rendered(
         thinking = "reasoning_content" in messages[-1]
     try:
         return token_ids(tokenizer, messages, add_generation_prompt, tools=tools, thinking=thinking)
+    except UserError as error:
+        raise UserError(f"{location}: {error}") from None
     except TemplateSyntaxError as error:
         raise UserError(
             f"{location}: the base's chat template is damaged ({error}, line {error.lineno}): correct it, or fetch the "
@@ -184,7 +193,7 @@ def with_prompt(
         or answer["content"][:1].isspace()
     ):
         raise UserError(f"{location}: {prompt_differs(messages, len(messages) - 1)}")
-    closing = tokenizer.encode(thought + CLOSED, add_special_tokens=False) if opened else []
+    closing = tokenizer.encode(thought + CLOSING, add_special_tokens=False) if opened else []
     return prompt + closing + ids[shared:], len(prompt)
 
 
@@ -259,9 +268,14 @@ def thinking_of(tokenizer: Any, prompt: list[int], answer: list[int]) -> tuple[i
     opening, closing = marks
     if not opened and not (opening and text.lstrip().startswith(opening)):
         return 0, True
-    said = text.partition(closing)[2].strip()
-    ends = (at for at in range(len(answer)) if len(decoded(tokenizer, answer[at:]).strip()) <= len(said))
-    return (next(ends, len(answer)), True) if closing in text else (len(answer), False)
+    if closing not in text:
+        return len(answer), False
+    said = len(text.partition(closing)[2].strip())
+    # The first token after which no more than the content is left, and then the white space before the content.
+    at = bisect_left(range(len(answer)), -said, key=lambda at: -len(decoded(tokenizer, answer[at:]).strip()))
+    while at < len(answer) and not decoded(tokenizer, answer[at : at + 1]).strip():
+        at += 1
+    return at, True
 
 
 def opens_thinking(tokenizer: Any, prompt: list[int]) -> bool:
@@ -285,6 +299,8 @@ def prompt_differs(messages: Messages, i: int) -> str:
     differs = f"the base's chat template renders the prompt of turn {i + 1} differently with its answer"
     if messages[i]["content"][:1].isspace():
         return f"{differs}, which begins with white space: remove the white space"
+    if messages[i - 1]["role"] == "assistant":
+        return f"{differs}, which follows another answer: join both messages"
     if i < len(messages) - 1:
         return (
             f"{differs} and more turns: split the row, or set tokenize.mask_history: true to train only on the last "

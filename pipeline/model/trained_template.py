@@ -7,7 +7,7 @@ from jinja2 import TemplateError
 from pipeline.common.errors import UserError
 from pipeline.model.chat_template import ASKED, switched
 from pipeline.model.hermes import in_hermes
-from pipeline.model.row_kinds import carried, text_of
+from pipeline.model.row_kinds import carried, lacking, template_text
 
 
 def trained_template(tokenizer: Any, thinking: str, tool_format: str) -> str:
@@ -18,10 +18,14 @@ def trained_template(tokenizer: Any, thinking: str, tool_format: str) -> str:
     Raises:
         UserError: thinking is to be on, and the template has none.
     """
-    template: str = tokenizer.get_chat_template()
+    try:
+        template: str = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates, and none is the default
+        raise UserError(f"base.model: {error}: write one of them to chat_template.jinja in a local copy") from None
     thinks = not carried(tokenizer)["thinking"]
     if tool_format == "hermes":
-        template = in_hermes(template, thinks)
+        system = [{"role": "system", "content": "Be short."}, *ASKED]
+        template = in_hermes(template, thinks, not lacking(tokenizer, system, ["Be short."]))
     elif thinking == "on" and not thinks:
         raise UserError(
             "base.thinking is on, and the base's chat template has no place for thinking: set base.thinking to auto, "
@@ -29,7 +33,7 @@ def trained_template(tokenizer: Any, thinking: str, tool_format: str) -> str:
         )
     try:
         prompts = [
-            text_of(tokenizer, ASKED, add_generation_prompt=True, chat_template=switched(template, value))
+            template_text(tokenizer, ASKED, add_generation_prompt=True, chat_template=switched(template, value))
             for value in (None, False, True)
         ]
     except (TemplateError, TypeError) as error:

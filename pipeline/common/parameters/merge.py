@@ -12,6 +12,7 @@ Column = Literal[
     "conversations",
     "system",
     "tools",
+    "functions",
     "question",
     "answer",
     "prompt",
