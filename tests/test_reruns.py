@@ -142,7 +142,8 @@ def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
     ],
 )
 def test_no_parameter_of_a_section_ever_reruns(reruns: Reruns, section: str, never: set[str]) -> None:
-    names = [name for name in reruns.parameters if name.startswith(f"{section}.")]
+    template = "tokenize.tool_format"  # prepare_base writes the chat template
+    names = [name for name in reruns.parameters if name.startswith(f"{section}.") and name != template]
     assert names and not any(reruns.at_most(name) & never for name in names)
 
 
@@ -167,8 +168,8 @@ def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
 
 
 def test_a_library_reruns_the_stages_that_import_it(reruns: Reruns) -> None:
-    assert reruns.of("openai") == {"generate"}
-    assert reruns.of("trl") == {"train_qlora"}
+    assert reruns.of("openai") == {"generate", "evaluate_gguf"}
+    assert reruns.of("trl") == {"train_qlora", "replay", "evaluate_base", "evaluate", "evaluate_gguf"}
     assert reruns.of("cyllama") == {"convert_gguf"}
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from pipeline.common.rows import KINDS
 from pipeline.export.modelfile import carried as carried_by_ollama
+from pipeline.model.hermes import MARK
 from pipeline.model.responses import require_response_template, response_template
-from pipeline.model.row_kinds import carried, has_no_switch, require_kind
+from pipeline.model.row_kinds import carried, has_no_switch, require_kind, thinking_marks
 
 
 def rows_of_kinds(tokenizer: Any, kinds: dict[str, set[str]]) -> Iterator[tuple[str, str]]:
@@ -21,7 +22,9 @@ def rows_of_kinds(tokenizer: Any, kinds: dict[str, set[str]]) -> Iterator[tuple[
     in_ollama = carried_by_ollama(tokenizer)
     yield "in Ollama", ", ".join(f"{kind}: {'no' if why else 'yes'}" for kind, why in in_ollama.items())
     if has_no_switch(tokenizer):
-        yield "thinking", "without a switch: rows without thinking need base.thinking: off"
+        yield "thinking", "no switch in the template: rows without thinking need base.thinking: off"
+    elif thinking_marks(tokenizer) and MARK not in tokenizer.get_chat_template():
+        yield "thinking", "on (base.thinking): the exam counts it in evaluate.max_new_tokens"
     for path, of_path in kinds.items():
         for kind in KINDS:
             if kind in of_path:
