@@ -6,6 +6,7 @@ outputs/trained/, models/base.json, data/train_merged.jsonl, metrics/ -> outputs
 its README.md, as people share it
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def main() -> None:
         general=general,
         quantized=base.get("quantized"),
         on_hub=base["revision"] and "quantized" not in base,
+        tool=a_tool() if "tools" in data["kinds"] else None,
         questions=len(answers),
         question=answers[0]["question"],
         template_arguments=TEMPLATE_ARGUMENTS,
@@ -92,6 +94,13 @@ def main() -> None:
     with atomic_output(ADAPTER) as aside:
         shutil.copytree(TRAINED, aside, copy_function=shutil.copyfile)
         (aside / "README.md").write_text(text, encoding="utf-8", newline="\n")
+
+
+def a_tool() -> dict[str, Any]:
+    """The first tool of the training rows."""
+    with open(TRAIN_ROWS, encoding="utf-8") as rows:
+        tool: dict[str, Any] = next(row["tools"][0] for row in map(json.loads, rows) if row.get("tools"))
+    return tool
 
 
 def template() -> Template:
