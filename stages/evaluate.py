@@ -34,9 +34,10 @@ from pipeline.evaluation.comparison import comparison
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.evaluation.questions import Answer, Question, read_answers, read_questions
 from pipeline.evaluation.scores import errors_of_calls, graded
-from pipeline.model.base import located, require_same_base, training_template
+from pipeline.model.base import located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_tuned, pick_device, pick_dtype, reproducible
+from pipeline.model.training_template import training_template
 from stages import run
 
 Line = dict[str, Any]  # of an answers file

@@ -20,9 +20,10 @@ from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.evaluation.questions import read_questions
 from pipeline.evaluation.scores import graded
-from pipeline.model.base import located, training_template
+from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
+from pipeline.model.training_template import training_template
 from stages import run
 
 

@@ -13,10 +13,11 @@ from pipeline.common.paths import PROMPTS, REPLAY
 from pipeline.common.rows import Row, question_and_answer, row
 from pipeline.data.prompts import first_prompts
 from pipeline.evaluation.answers import greedy_in_batches, text_of
-from pipeline.model.base import located, training_template
+from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_tokenizer, token_ids
 from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
 from pipeline.model.supervision import thinking_of, thought_of
+from pipeline.model.training_template import training_template
 from stages import run
 
 BATCH = {"cpu": 64, "cuda": 16}  # prompts answered at a time; a GPU often has less memory

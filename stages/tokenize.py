@@ -36,11 +36,12 @@ from pipeline.common.paths import (
     VALID_ROWS,
 )
 from pipeline.common.rows import Message, file_of, is_replay, read_jsonl
-from pipeline.model.base import located, training_template
+from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.packing import packed, with_raw_text
 from pipeline.model.row_kinds import has_no_switch
 from pipeline.model.supervision import IGNORED, conversations, supervised, truncated
+from pipeline.model.training_template import training_template
 from pipeline.training.mask_page import Shown, mask_page
 from stages import run
 

@@ -30,7 +30,7 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
 from pipeline.export.dry_run import require_mergeable
 from pipeline.model.adapter import lora_config, with_adapter
-from pipeline.model.base import copy_tokenizer, located, public_name, training_template
+from pipeline.model.base import copy_tokenizer, located, public_name
 from pipeline.model.bitsandbytes_internals import keep_no_experts
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
@@ -46,6 +46,7 @@ from pipeline.model.loading import (
     without_dropout,
 )
 from pipeline.model.special_tokens import trainable_tokens
+from pipeline.model.training_template import training_template
 from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
 from pipeline.training.processes import (

@@ -245,7 +245,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(project: Project) -
         (
             "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | upper }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-            "turns the answer of turn 2 into 'ADA'",
+            "turn 2: .* turns this answer into 'ADA'",
         ),
     ],
 )

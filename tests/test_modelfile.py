@@ -248,7 +248,7 @@ def test_ollama_finds_the_thinking_and_the_calls_of_an_answer(model: Path) -> No
         text = tokenizer.apply_chat_template([*question, message], tokenize=False, **TEMPLATE_ARGUMENTS).removeprefix(
             prompt
         )
-        answers.append(text.replace("<|im_end|>\n", "").replace("<E>", ""))
+        answers.append(text.replace("<|im_end|>\n", "").replace("<E>", "").replace("<|eot_id|>", ""))
     for message, found in zip(said, ollama.run(written(model), answers=answers, tools=TOOLS)["answers"], strict=True):
         assert found["Content"].strip() == message["content"]
         assert found["Thinking"].strip() == message.get("reasoning_content", "")

@@ -212,6 +212,7 @@ def rows(project: Project) -> list[dict[str, Any]]:
 
 def write(rows: list[dict[str, Any]]) -> None:
     Path("data").mkdir(exist_ok=True)
+    Path("data/corpus_train.jsonl").write_text("\n", encoding="utf-8")
     for file, part in [("train_merged", rows[:3]), ("valid", rows[3:])]:
         Path(f"data/{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
 

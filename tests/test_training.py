@@ -276,6 +276,8 @@ CHANGED: dict[str, object] = {
 }
 
 
+# Parameters that other tests change: test_processes, test_corpus, test_row_kinds
+ELSEWHERE = {"train__strategy", "tokenize__corpus_share", "tokenize__tool_format", "tokenize__thinking"}
 SECTIONS: dict[str, type[Section]] = {"lora": Lora, "tokenize": Tokenize, "train": Train}
 
 
@@ -307,7 +309,7 @@ def test_every_key_of_lora_tokenize_and_train_changes_the_rows_or_the_trainer(pr
         Path(f"data/{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
 
     keys = {f"{name}__{key}" for name, of in SECTIONS.items() for key in of.model_fields}
-    assert {*CHANGED, "train__activation_offloading"} == keys - {"train__strategy"}  # of processes: test_processes.py
+    assert {*CHANGED, "train__activation_offloading"} == keys - ELSEWHERE
     project.set(tokenize__max_length=40, tokenize__on_overflow="truncate")
     parameters = Path("params.yaml").read_text(encoding="utf-8")
     first = built()

@@ -11,10 +11,11 @@ from pipeline.common.outputs import write_json
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import ADAPTER, BASE
 from pipeline.export.merging import read_config
-from pipeline.model.base import describe, is_gguf, located, require_same_base, training_template
+from pipeline.model.base import describe, is_gguf, located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import load_base, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.tensor_files import stored_tensors
+from pipeline.model.training_template import training_template
 
 
 def load_model(parameters: Parameters, tuned: bool) -> tuple[PreTrainedModel, Any]:

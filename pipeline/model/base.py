@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.common.errors import UserError
-from pipeline.common.outputs import existing
-from pipeline.common.paths import BASE, CHAT_TEMPLATE
+from pipeline.common.paths import BASE
 from pipeline.model.hub_cache import snapshot, unpacked
 
 # Copied unchanged wherever the tokenizer is needed: saving a loaded tokenizer changes files that llama.cpp reads.
@@ -229,11 +228,6 @@ def chat_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.exists() else None
     return template if template is None or isinstance(template, str) else json.dumps(template)
-
-
-def training_template() -> str:
-    """The chat template that prepare_base wrote. Raises UserError if it is missing."""
-    return existing(CHAT_TEMPLATE).read_text(encoding="utf-8")
 
 
 def copy_tokenizer(folder: Path, to: Path, template: str | None = None) -> None:
