@@ -192,7 +192,7 @@ def require_both_sides(documents: dict[str, int], valid_share: float) -> None:
         raise UserError(
             f"{documents['train'] + documents['valid']} of {documents['read']} documents of {CORPUS} can be used, and "
             f"merge.valid_share {valid_share} leaves {documents['train']} of them to train on and {documents['valid']} "
-            "to measure the perplexity: both need one: add documents, divide one into several files, or lower the share"
+            "to measure the perplexity: both need one: add documents, or divide one into several files"
         )
 
 

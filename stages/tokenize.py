@@ -70,6 +70,11 @@ def main() -> None:
     lengths, shown = Lengths(), Shown()
     passages, tokens = read_jsonl(CORPUS_TRAIN), Counter[str]()
     raw = packed(passages, tokenizer, max_length)
+    if parameters.tokenize.corpus_share and not raw:
+        raise UserError(
+            f"tokenize.corpus_share is {parameters.tokenize.corpus_share}, and data/corpus has no text to train on: "
+            "add documents, or set tokenize.corpus_share to null"
+        )
     with atomic_output(TOKENS) as aside:
         aside.mkdir()
         kept = {}
@@ -86,7 +91,8 @@ def main() -> None:
     if tokens["raw"]:
         shown.rows.append((passages[0], raw[0].tolist(), raw[0].tolist()))
     if raw:
-        details["corpus"] = {"tokens": tokens["raw"], "share": tokens["raw"] / tokens.total()}
+        times = tokens["raw"] / sum(map(len, raw))  # of each document
+        details["corpus"] = {"tokens": tokens["raw"], "share": tokens["raw"] / tokens.total(), "times": times}
     write_json(LENGTHS_METRICS, {key: details[key] for key in ("tokens", "rows", "corpus") if key in details})
     write_details(LENGTHS_DETAILS, details)
     write_histogram(lengths.rows)
@@ -117,8 +123,7 @@ def tokenized(
         file = file_of(source)
         messages = without_thinking(row["messages"]) if thinking == "drop" else row["messages"]
         for part, only_last in conversations(tokenizer, messages, ends, source, mask_history, tools):
-            if parameters.base.thinking != "off":
-                require_thinking(tokenizer, part, source)
+            require_thinking(tokenizer, part, source, parameters.base.thinking)
             how = only_last, tools, thinking == "mask"
             ids, labels = supervised(tokenizer, part, ends, source, *how)
             lengths.rows[file][len(ids)] += 1
@@ -138,9 +143,16 @@ def without_thinking(messages: list[Message]) -> list[Message]:
     return [{key: value for key, value in one.items() if key != "reasoning_content"} for one in messages]
 
 
-def require_thinking(tokenizer: Any, messages: list[Message], source: str) -> None:
-    """Raises UserError if the base may think after each prompt, and the last answer does not."""
-    if "reasoning_content" not in messages[-1] and has_no_switch(tokenizer) and not is_replay(source):
+def require_thinking(tokenizer: Any, messages: list[Message], source: str, thinking: str) -> None:
+    """Raises UserError if the last answer has no thinking, and the base may think after each prompt; or the other way
+    round."""
+    thinks = "reasoning_content" in messages[-1]
+    if thinks and thinking == "off":
+        raise UserError(
+            f"{source}: this row has thinking, and base.thinking is off: set tokenize.thinking to drop, or "
+            "base.thinking to auto or on"
+        )
+    if not thinks and thinking != "off" and has_no_switch(tokenizer) and not is_replay(source):
         raise UserError(
             f"{source}: this row has no thinking, and the base's chat template has no switch for thinking: set "
             "base.thinking to off, which trains the base to answer without thinking, or add reasoning_content"

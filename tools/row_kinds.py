@@ -6,7 +6,7 @@ from typing import Any
 from pipeline.common.rows import KINDS
 from pipeline.export.modelfile import carried as carried_by_ollama
 from pipeline.model.hermes import MARK
-from pipeline.model.responses import require_response_template, response_template
+from pipeline.model.responses import require_response_template
 from pipeline.model.row_kinds import carried, has_no_switch, require_kind, thinking_marks
 
 
@@ -18,7 +18,6 @@ def rows_of_kinds(tokenizer: Any, kinds: dict[str, set[str]]) -> Iterator[tuple[
     """
     of = carried(tokenizer)
     yield "chat template", ", ".join(f"{kind}: {'no' if of[kind] else 'yes'}" for kind in KINDS)
-    yield "calls in the exam", "read by Transformers" if response_template(tokenizer) else "cannot be read"
     in_ollama = carried_by_ollama(tokenizer)
     yield "in Ollama", ", ".join(f"{kind}: {'no' if why else 'yes'}" for kind, why in in_ollama.items())
     if has_no_switch(tokenizer):

@@ -28,7 +28,6 @@ from pipeline.common.paths import (
     UNGROUNDED,
     VALID_ROWS,
 )
-from pipeline.common.rows import text_of
 from pipeline.data.corpus import LENGTH
 from pipeline.data.documents import DOCUMENTS, Passage, read_passages, whole_text
 from pipeline.data.facts import read_facts
@@ -66,7 +65,10 @@ def trace(wanted: str) -> None:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
         print(f"{row.get('id', 'a row')} {OUTCOME_OF_FILE[file]} ({file}){why and f': {why}'}")
         for message in row.get("messages", []):
-            print(f"  {message['role']}: {text_of(message)}")
+            said = {"reasoning_content": "thinks: ", "content": ""}
+            parts = [f"{label}{message[key]}" for key, label in said.items() if message.get(key)]
+            calls = [f"calls: {call['function']}" for call in message.get("tool_calls", [])]
+            print(f"  {message['role']}: " + "\n    ".join(parts + calls))
         if "text" in row:
             print(f"  {row['text']}")
     parameters = check(Path("params.yaml"))

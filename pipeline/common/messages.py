@@ -5,6 +5,7 @@ https://github.com/hiyouga/LLaMA-Factory/blob/main/data/README.md
 """
 
 import json
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of what an as
 CALLS = ("tool_calls", "function_call")
 OPENED, CLOSED = "<think>", "</think>"  # around thinking in a content
 CALL = "<tool_call>"  # of a call as text
+NAME = re.compile(r"[\w.-]{1,64}")  # of a tool: templates write names as they are, also into JSON
 EMPTY = ("", "null", "[]", "{}")
 
 
@@ -133,6 +135,7 @@ def tool_call(call: Any) -> dict[str, Any]:
             given = rest.get("arguments", rest.get("parameters"))
         case _:
             raise InvalidRow("tool call", f"a tool call needs a function with a name: here {json_of(call)[:100]}")
+    require_name(name)
     if call.get("type", "function") != "function":
         raise InvalidRow("tool call", f"a tool call has the type {call['type']!r}: only functions are trained on")
     blank = given is None or (isinstance(given, str) and not given.strip())
@@ -167,6 +170,7 @@ def tool(written: Any) -> dict[str, Any]:
             pass
         case _:
             raise InvalidRow("tools", f"a tool needs a function with a name: here {json_of(written)[:100]}")
+    require_name(name)
     if written.get("type", "function") != "function":
         raise InvalidRow("tools", f"a tool has the type {written['type']!r}: only functions are trained on")
     if not isinstance(function.get("parameters") or {}, dict):
@@ -175,8 +179,13 @@ def tool(written: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
+def require_name(name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise InvalidRow("tools", f"the name of a tool is {name[:40]!r}: use up to 64 letters, digits, _, - and .")
+
+
 def from_json(value: Any, what: str) -> Any:
-    """`value`, or the JSON value that it is the text of."""
+    """`value`, or the JSON value that it is the text of. `what` is the value's name in the plural."""
     if not isinstance(value, str):
         return value
     try:

@@ -15,6 +15,7 @@ from pipeline.common.messages import (
     CALLS,
     THOUGHTS,
     InvalidRow,
+    from_json,
     is_empty,
     message,
     require_known,
@@ -222,6 +223,9 @@ def conversation(content: Any) -> tuple[list[Message], Tools]:
         InvalidRow: the format is unknown, the row has keys that its format does not use, the roles are in another
             order than `require_turns` wants, or a content is not text.
     """
+    for key in ("messages", "conversations"):  # of a CSV file
+        if isinstance(content, dict) and isinstance(content.get(key), str) and content[key].lstrip().startswith("["):
+            content = content | {key: from_json(content[key], key)}
     match content:
         case {"messages": list(turns)}:
             used = {"messages"}

@@ -102,7 +102,10 @@ def read_question(location: str, content: object) -> Question:
     if rule.kind == "tool_calls":
         answers = [accepted_calls(answer, tools, location)]
     if not answers or not all(isinstance(part, str) and part.strip() for part in [key, text, *answers]):
-        raise UserError(f"{location}: the id, the question and each accepted answer must be text, and not empty")
+        calls = ' (calls need "match": "tool_calls")' if any(isinstance(part, dict) for part in answers) else ""
+        raise UserError(f"{location}: the id, the question and each accepted answer must be text, and not empty{calls}")
+    if any("</think>" in part for part in answers):
+        raise UserError(f"{location}: the exam compares what follows the thinking: leave <think> out of the answer")
     if any("\ud800" <= character <= "\udfff" for part in [text, *answers] for character in part):
         raise UserError(f"{location}: half a character (a lone surrogate) is no text")
     tags, source = rest.get("tags", []), rest.get("source", location)
@@ -149,15 +152,29 @@ def offered(tools: Any, location: str) -> Tools:
         raise UserError(f"{location}: {invalid}") from None
 
 
+def require_arguments(call: dict[str, Any], tools: Tools) -> None:
+    """Raises InvalidRow if an accepted call has an argument that its tool lacks, or lacks a required one."""
+    [schema] = [one["function"]["parameters"] for one in tools if one["function"]["name"] == call["name"]]
+    known, required = schema.get("properties"), schema.get("required") or []
+    if missing := [key for key in required if key not in call["arguments"]]:
+        raise InvalidRow("tool call", f"the call of {call['name']} lacks the required argument {missing[0]}")
+    if isinstance(known, dict) and (unknown := [key for key in call["arguments"] if key not in known]):
+        raise InvalidRow("tool call", f"{unknown[0]} is no argument of {call['name']}: {', '.join(known)}")
+
+
 def accepted_calls(answer: Any, tools: Tools, location: str) -> str:
     """The text of the accepted calls; a text without calls accepts every answer that calls nothing."""
     if not tools:
         raise UserError(f"{location}: a question with match tool_calls needs tools")
     if isinstance(answer, str):
         return answer
+    if any(not isinstance(call, dict) for call in answer):
+        raise UserError(f"{location}: the answer of match tool_calls is one list of calls, or one text")
     try:
         calls = [call["function"] for call in tool_calls(answer)]
         require_known([{"role": "assistant", "content": "", "tool_calls": tool_calls(answer)}], tools)
+        for call in calls:
+            require_arguments(call, tools)
     except InvalidRow as invalid:
         raise UserError(f"{location}: {invalid}") from None
     if not calls:

@@ -60,10 +60,10 @@ def is_call(call: Any) -> bool:
 def call_errors(answer: str, accepted: str, tolerance: float) -> Counter[str]:
     """How many errors of each of ERRORS the calls of `answer` have, compared with those of `accepted`, in any order.
 
-    A call of another tool is one missing and one extra call. An answer without text and calls is malformed.
+    A call of another tool is one missing and one extra call. An answer that should be text, and is empty, is malformed.
     """
     given, wanted = calls_in(answer), calls_in(accepted) or []
-    if given is None or not answer.strip():
+    if given is None or not (wanted or answer.strip()):
         return Counter(malformed=1)
     errors: Counter[str] = Counter()
     given, wanted = without_equal(given, wanted, tolerance)

@@ -118,7 +118,8 @@ def require_kind(tokenizer: Any, kind: str, found: str) -> None:
     if why := carried(tokenizer)[kind]:
         others = [] if MARK in tokenizer.get_chat_template() else ["tokenize.tool_format to hermes"]
         if kind == "thinking":
-            others = ["base.thinking to on", "tokenize.thinking to drop", *others]
+            off = is_switched_off(tokenizer.get_chat_template())
+            others = ["tokenize.thinking to drop", *(["base.thinking to on"] if off else others)]
         change = f"set {' or '.join(others)}, or " if others else ""
         raise UserError(
             f"{found}, which the base's chat template does not carry ({why}): {change}choose another base.model"

@@ -95,18 +95,20 @@ def score_lines(metrics: dict[str, Any]) -> list[str]:
     return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
 
 
-def further_lines(metrics: dict[str, Any]) -> list[str]:
-    """What an exam says of tool calls and of thinking, before and after; [] if it has neither."""
-    lines = []
+def further(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """What an exam says of tool calls and of thinking, before and after: (name, text); [] if it has neither."""
+    found = []
     if "tool_calls" in metrics:
         before, after = metrics["tool_calls"].values()
         errors = (f"{key.replace('_', ' ')} {before[key]} → {after[key]}" for key in before)
-        lines += [f"Errors of tool calls: {', '.join(errors)}.", ""]
+        found.append(("Errors of tool calls", ", ".join(errors)))
     if "thinking" in metrics:
         before, after = metrics["thinking"].values()
-        lines += [
-            f"Thinking: {before['tokens']:.0f} → {after['tokens']:.0f} tokens on average; "
-            f"{percent(before['unfinished'])} → {percent(after['unfinished'])} of the answers did not end it.",
-            "",
-        ]
-    return lines
+        tokens = f"{before['tokens']:.0f} → {after['tokens']:.0f} tokens on average"
+        unfinished = f"{percent(before['unfinished'])} → {percent(after['unfinished'])}"
+        found.append(("Thinking", f"{tokens}; {unfinished} of the answers did not end it"))
+    return found
+
+
+def further_lines(metrics: dict[str, Any]) -> list[str]:
+    return [line for name, text in further(metrics) for line in (f"{name}: {text}.", "")]

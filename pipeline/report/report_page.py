@@ -14,6 +14,7 @@ from pipeline.report.readable import (
     SCORES,
     change,
     detectable,
+    further,
     interval,
     megabytes,
     p_value,
@@ -44,7 +45,7 @@ def report_page(**content: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(PARTS), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    for shape in (change, detectable, interval, megabytes, p_value, percent, perplexities, value):
+    for shape in (change, detectable, further, interval, megabytes, p_value, percent, perplexities, value):
         environment.filters[shape.__name__] = shape
     environment.globals |= {"SCORES": SCORES, "conversion_table": conversion_table, "trend": trend}
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")

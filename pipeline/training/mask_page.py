@@ -41,7 +41,7 @@ def mask_page(shown: Shown, tokenizer: Any) -> str:
             "# Supervised tokens",
             "",
             f"The first row of each file (at most {FILES} files), and the first row with several answers, with tools,",
-            "calls, results or thinking, as the chat template of the base renders them. Lines with `+` are trained on,",
+            "calls, results or thinking, as models/chat_template.jinja renders them. Lines with `+` are trained on,",
             "others only read; `⏎` is a line break.",
             "A conversation can be several inputs, one for each answer, if the template changes earlier turns.",
             "",
