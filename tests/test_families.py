@@ -41,7 +41,8 @@ DATE = (
 )
 
 
-@pytest.fixture(params=FAMILIES)
+# Qwen 2.5 differs from Qwen 2 in its template alone; test_tools_and_thinking.py sends Qwen 3 through all stages.
+@pytest.fixture(params=[name for name in FAMILIES if name not in ("qwen2_5", "qwen3")])
 def family(request: pytest.FixtureRequest, project: Project) -> str:
     """A family's name; its base is the clone's, and the exam asks the facts that it is trained on."""
     FAMILIES[request.param](BASE)
