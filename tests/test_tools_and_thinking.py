@@ -71,11 +71,11 @@ def project_with_tools(project: Project) -> Project:
         tokenize__max_length=1024,
         lora__trainable_tokens=[],
         train__learning_rate=4e-3,
-        train__epochs=100,
+        train__epochs=150,
         train__batch_size=4,
         train__eval_steps=50,
         evaluate__max_new_tokens=160,
-        gguf__quantize=["q8_0"],
+        gguf__quantize=[],
     )
     rows = [{"tools": [TOOL], "messages": [*asked(*orders), answered(orders)]} for orders in ORDERS]
     rows.append({"tools": [TOOL], "messages": [HELLO, HI]})
