@@ -23,6 +23,7 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.paths import LENGTHS_METRICS
+from pipeline.common.rows import Tools
 from tools.advice import advice
 from tools.dvc_command import dvc
 from tools.material import Material, material
@@ -43,7 +44,7 @@ def main(*arguments: str) -> None:
     kinds = {str(each.path): set(each.kinds) for each in found}
     if parameters.tokenize.thinking == "drop":
         kinds = {path: of_path - {"thinking"} for path, of_path in kinds.items()}
-    examine(parameters, kinds, deep)
+    examine(parameters, kinds, [json.loads(tool) for each in found for tool in each.tools], deep)
     if lacking:
         raise UserError(f"{', '.join(lacking)}: see TO DO above, then make check again")
     print("nothing is missing: make repro")
@@ -62,8 +63,8 @@ def print_material(found: list[Material]) -> list[str]:
     return lacking
 
 
-def examine(parameters: Parameters, kinds: dict[str, set[str]], deep: bool) -> None:
-    """Print the table. `kinds` are the kinds of the rows of each path.
+def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, deep: bool) -> None:
+    """Print the table. `kinds` are the kinds of the rows of each path, `tools` those of all rows.
 
     Raises:
         UserError: at once for what is impossible, at the end for what does not fit.
@@ -106,7 +107,7 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], deep: bool) -> N
     template = trained_template(load_tokenizer(folder), base.thinking, parameters.tokenize.tool_format)
     tokenizer = load_tokenizer(folder, template)
     require_usable_template(folder, tokenizer)
-    for name, found in rows_of_kinds(tokenizer, kinds):
+    for name, found in rows_of_kinds(tokenizer, kinds, tools):
         say(name, found)
     tokens = special_tokens(folder, tokenizer, parameters)
     for name, found in dry_run(folder, base, lora, tokens):

@@ -1,5 +1,6 @@
 """Checks the user's files before a run: what was found, what is missing, and an example line."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -39,6 +40,7 @@ class Material:
     missing: str = ""  # what is missing; "" if the file or folder is sufficient
     examples: tuple[str, ...] = ()  # example lines, each with a file name
     kinds: frozenset[str] = frozenset()  # of the rows, by rows.KINDS
+    tools: tuple[str, ...] = ()  # of the rows, as JSON
     rows: frozenset[str] = frozenset()  # ids of valid rows; training and validation need one each
     more: bool = False  # documents will give more rows
 
@@ -106,7 +108,7 @@ def phrasing(fact: Fact) -> str:
 
 
 def of_curated(merge: Merge, exams: ExamIndex) -> Material:
-    ids, kinds, more = set[str](), set[str](), ""
+    ids, kinds, offered, more = set[str](), set[str](), set[str](), ""
     try:
         for file in user_files(CURATED):
             if kind(file) not in SUFFIXES:
@@ -119,12 +121,13 @@ def of_curated(merge: Merge, exams: ExamIndex) -> Material:
                     require_no_leak(location, "\n".join(map(text_of, messages)), exams)
                     ids.add(row(messages, location, tools)["id"])
                     kinds.update(kinds_of(messages, tools))
+                    offered.update(map(json.dumps, tools))
             more = " or more" if len(found) == LOOKED_AT else more
     except UserError as refusal:
         return Material(CURATED, "", str(refusal))
     with_kinds = f", with {', '.join(kind for kind in KINDS if kind in kinds)}" if kinds else ""
     text = f"{len(ids)}{more} valid rows{with_kinds}" if ids else ""
-    return Material(CURATED, text, rows=frozenset(ids), kinds=frozenset(kinds))
+    return Material(CURATED, text, rows=frozenset(ids), kinds=frozenset(kinds), tools=tuple(offered))
 
 
 def of_corpus(merge: Merge, exams: ExamIndex) -> Material:
