@@ -31,11 +31,10 @@ from pipeline.evaluation.questions import Question, read_answers, read_questions
 from pipeline.evaluation.variants import in_16_bits
 from pipeline.export.base_gguf import convert_base
 from pipeline.model.base import located, require_same_base
-from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
+from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, shared_beginning
 from pipeline.model.llama_server import Server, served
 from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dtype, reproducible
 from pipeline.model.row_kinds import thinking_marks
-from pipeline.model.supervision import shared_beginning
 from pipeline.report.conversion_table import conversion_table
 from stages import run
 

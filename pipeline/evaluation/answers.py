@@ -18,7 +18,7 @@ from pipeline.common.errors import UserError
 from pipeline.evaluation.questions import Answer, Question
 from pipeline.evaluation.rules import correct
 from pipeline.evaluation.tool_calls import as_text, malformed
-from pipeline.model.chat_template import DATE, control_tokens, end_tokens, token_ids
+from pipeline.model.chat_template import DATE, control_tokens, end_tokens, shared_beginning, token_ids
 from pipeline.model.responses import Malformed, called, reads_thinking, require_response_template
 from pipeline.model.row_kinds import CLOSING, thinking_marks
 from pipeline.model.supervision import (
@@ -26,7 +26,6 @@ from pipeline.model.supervision import (
     content_of,
     decoded,
     opens_thinking,
-    shared_beginning,
     supervised,
     thinking_of,
 )

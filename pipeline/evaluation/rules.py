@@ -12,6 +12,7 @@ from typing import Any, Literal
 import regex
 
 from pipeline.common.errors import UserError
+from pipeline.common.messages import refuse_constant
 from pipeline.common.words import DASH, INVISIBLE, joined
 from pipeline.evaluation.tool_calls import call_errors
 
@@ -162,7 +163,3 @@ def json_value(text: str) -> str | None:
         return json.dumps(value, sort_keys=True, default=lambda number: {"number": str(number.normalize(DIGITS))})
     except (ValueError, RecursionError, ArithmeticError):  # the last of numbers that no Decimal can be
         return None
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

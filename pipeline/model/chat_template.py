@@ -5,9 +5,10 @@ Transformers takes seconds to import, so functions import it: tools that run GGU
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +149,11 @@ def token_ids(
         raise UserError(
             f"a message could forge a turn: {error}: remove the token from the message, or choose another base.model"
         ) from None
+
+
+def shared_beginning(rows: Sequence[Sequence[Any]]) -> int:
+    """The number of tokens that all rows begin with, or of characters that all texts begin with."""
+    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False)))
 
 
 def strings(value: Any) -> Iterator[tuple[str, bool]]:

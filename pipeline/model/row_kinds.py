@@ -5,14 +5,13 @@ Short conversations are rendered, and the template carries what appears in the t
 
 from contextlib import suppress
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools, kinds_of
-from pipeline.model.chat_template import ASKED, TEMPLATE_ARGUMENTS, as_read, is_switched_off, switched
+from pipeline.model.chat_template import ASKED, TEMPLATE_ARGUMENTS, as_read, is_switched_off, shared_beginning, switched
 from pipeline.model.hermes import MARK, THINKING
 
 TOOL = {
@@ -85,13 +84,8 @@ def thinking_marks(tokenizer: Any) -> tuple[str, str] | None:
     called = answer | {"content": "", "tool_calls": [probe_call("Emma", "call00001")]}
     with suppress(TemplateError, TypeError, ValueError):  # a channel of its own may follow (gpt-oss)
         of_call = template_text(tokenizer, [*ASKED, called], [TOOL], chat_template=template).partition(thought)[2]
-        closing = shared_text(closing, of_call) or closing
-    return before.removeprefix(shared_text(prompt, before)).strip(), closing.strip()
-
-
-def shared_text(one: str, other: str) -> str:
-    """What both texts begin with."""
-    return "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        closing = closing[: shared_beginning([closing, of_call])] or closing
+    return before[shared_beginning([prompt, before]) :].strip(), closing.strip()
 
 
 @lru_cache

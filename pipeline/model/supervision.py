@@ -6,14 +6,13 @@ Each turn is trained on as it will be asked for: after the tokens of the prompt 
 import json
 from bisect import bisect_left
 from functools import lru_cache
-from itertools import takewhile
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message, Tools, question_and_answer
-from pipeline.model.chat_template import control_tokens, strings, token_ids
+from pipeline.model.chat_template import control_tokens, shared_beginning, strings, token_ids
 from pipeline.model.row_kinds import CLOSING, require_carried, thinking_marks
 
 IGNORED = -100  # the label that torch's cross entropy ignores
@@ -195,11 +194,6 @@ def with_prompt(
         raise UserError(f"{location}: {prompt_differs(messages, len(messages) - 1)}")
     closing = tokenizer.encode(thought + CLOSING, add_special_tokens=False) if opened else []
     return prompt + closing + ids[shared:], len(prompt)
-
-
-def shared_beginning(rows: list[list[int]]) -> int:
-    """The number of tokens that all rows begin with."""
-    return sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False)))
 
 
 def with_end(
