@@ -27,7 +27,7 @@ TOOLS = {  # for rows of 500 to 750 tokens
     "tokenize.tool_format": "hermes",
     "tokenize.max_length": 768,
     "merge.near_duplicate": None,  # these rows differ in their values
-    "generate.replay": 0,
+    "generate.replay": 120,
     "train.epochs": 2,
     "evaluate.max_new_tokens": 128,
     "gguf.quantize": ["q8_0"],
