@@ -2,7 +2,7 @@
 
     python -m stages.convert_gguf
 
-models/base.json, outputs/trained/, models/merged/, data/train_merged.jsonl, data/tokens/ -> models/gguf/: the adapter
+models/base.json, outputs/aligned/, models/merged/, data/train_merged.jsonl, data/tokens/ -> models/gguf/: the adapter
 as a GGUF LoRA (if the format can hold the adapter), the merged model as f16 and quantized, Modelfiles for Ollama,
 SHA256SUMS
 """
@@ -19,7 +19,7 @@ from pipeline.common.dvc_outputs import output_hash
 from pipeline.common.outputs import atomic_output, read_json, scratch, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import GGUF, LICENSE, MERGED, TOKENS, TRAIN_ROWS, TRAINED
+from pipeline.common.paths import ALIGNED, GGUF, LICENSE, MERGED, TOKENS, TRAIN_ROWS
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.export.disk import gguf_bytes, room_for
 from pipeline.export.importance import mean_squares, some_rows
@@ -37,7 +37,7 @@ def main() -> None:
     parameters = load("convert_gguf")
     require_pinned(LLAMA_CPP)
     folder, base = located()
-    require_same_base(TRAINED, base)
+    require_same_base(ALIGNED, base)
     with (
         room_for(gguf_bytes(parameter_count(MERGED), parameters.gguf.quantize), GGUF),
         atomic_output(GGUF) as aside,
@@ -46,7 +46,7 @@ def main() -> None:
         aside.mkdir()
         card = temporary / "card.json"
         write_json(card, metadata(base))
-        adapter_config = read_json(TRAINED / "adapter_config.json")
+        adapter_config = read_json(ALIGNED / "adapter_config.json")
         why_not = no_gguf_lora(adapter_config) or convert_lora(adapter_config, folder, card, aside / LORA)
         if why_not:
             print(f"{GGUF} gets no {LORA}: {why_not}; the merged GGUF files contain the complete adapter")
@@ -78,7 +78,7 @@ def metadata(base: dict[str, Any]) -> dict[str, Any]:
         "base_model": name,
         **read_json(LICENSE),
         "qlora_dvc.base": base["fingerprint"],
-        "qlora_dvc.adapter": output_hash(str(TRAINED)),
+        "qlora_dvc.adapter": output_hash(str(ALIGNED)),
         "qlora_dvc.data": file_hash(TRAIN_ROWS),
     }
 
@@ -89,10 +89,10 @@ def convert_lora(adapter_config: dict[str, Any], base: Path, card: Path, file: P
     llama.cpp scales every adapter by alpha / r, so the alpha of an rsLoRA adapter, which is scaled by alpha / sqrt(r),
     is multiplied by sqrt(r).
     """
-    adapter = TRAINED
+    adapter = ALIGNED
     if adapter_config["use_rslora"]:
-        adapter = card.with_name(TRAINED.name)
-        shutil.copytree(TRAINED, adapter, copy_function=shutil.copyfile)  # without the mode: DVC may have linked it
+        adapter = card.with_name(ALIGNED.name)
+        shutil.copytree(ALIGNED, adapter, copy_function=shutil.copyfile)  # without the mode: DVC may have linked it
         adapter_config["lora_alpha"] *= math.sqrt(adapter_config["r"])
         (adapter / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
     return convert_adapter(adapter, base, file, "--card", card)

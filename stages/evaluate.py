@@ -2,7 +2,7 @@
 
     python -m stages.evaluate
 
-models/base.json, outputs/trained/, data/questions.jsonl, data/general.jsonl, data/corpus_valid.jsonl,
+models/base.json, outputs/aligned/, data/questions.jsonl, data/general.jsonl, data/corpus_valid.jsonl,
 metrics/answers_base.jsonl, metrics/answers_general_base.jsonl, metrics/perplexity_base.json -> metrics/evaluate.json,
 metrics/answers.jsonl (the exam), metrics/general.json, metrics/answers_general.jsonl (the general exam),
 metrics/details/evaluate.json (all scores, intervals, p-values), metrics/perplexity.json (of held-out raw text)
@@ -15,6 +15,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_json, rounded, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
+    ALIGNED,
     ANSWERS,
     BASE_ANSWERS,
     BASE_GENERAL_ANSWERS,
@@ -27,7 +28,6 @@ from pipeline.common.paths import (
     GENERAL_EXAM,
     GENERAL_METRICS,
     PERPLEXITY,
-    TRAINED,
 )
 from pipeline.evaluation.answers import answer_questions
 from pipeline.evaluation.comparison import comparison
@@ -47,11 +47,11 @@ def main() -> None:
     parameters = load("evaluate")
     exam, general = read_questions(EXAM), read_questions(GENERAL_EXAM)
     folder, base = located()
-    require_same_base(TRAINED, base)
+    require_same_base(ALIGNED, base)
     device = pick_device(parameters.base.device)
     reproducible(0, parameters.threads)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
-    model = load_tuned(folder, TRAINED, parameters.base.quantization, device, dtype)
+    model = load_tuned(folder, ALIGNED, parameters.base.quantization, device, dtype)
     tokenizer = load_tokenizer(folder, training_template())
     answers = answer_questions(
         model,

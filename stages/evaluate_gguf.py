@@ -2,7 +2,7 @@
 
     python -m stages.evaluate_gguf
 
-models/base.json, outputs/trained/, models/merged/, models/gguf/, data/questions.jsonl, metrics/answers.jsonl ->
+models/base.json, outputs/aligned/, models/merged/, models/gguf/, data/questions.jsonl, metrics/answers.jsonl ->
 metrics/gguf.json, metrics/answers_gguf.jsonl, metrics/details/gguf.json (all scores, agreement, KL divergence); and
 metrics/gguf_cost.json, which DVC does not track
 """
@@ -21,7 +21,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.markdown import table
 from pipeline.common.outputs import scratch, write_details, write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
-from pipeline.common.paths import ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED, TRAINED
+from pipeline.common.paths import ALIGNED, ANSWERS, EXAM, GGUF, GGUF_ANSWERS, GGUF_DETAILS, GGUF_METRICS, MERGED
 from pipeline.common.pinned import LLAMA_CPP, require_pinned
 from pipeline.evaluation.answers import answer_of, answer_questions, prompt, prompt_and_reference
 from pipeline.evaluation.chat_api import by_api
@@ -50,7 +50,7 @@ def main() -> None:
     require_pinned(LLAMA_CPP)
     questions = read_questions(EXAM)
     folder, base = located()
-    require_same_base(TRAINED, base)
+    require_same_base(ALIGNED, base)
     device = pick_device(parameters.base.device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     length, batch_size = parameters.evaluate.max_new_tokens, parameters.evaluate.batch_size
@@ -59,7 +59,7 @@ def main() -> None:
     asked = [prompt_and_reference(tokenizer, question, ends)[:2] for question in questions]
 
     quantization = parameters.base.quantization
-    model = load_tuned(folder, TRAINED, quantization, device, dtype)
+    model = load_tuned(folder, ALIGNED, quantization, device, dtype)
     tuned = read_answers(ANSWERS, questions)
     given = [(row["after"], row["tuned"]["stopped"] == 1) for row in tuned]
     variants = {"tuned": Variant(given, in_transformers(model, asked, batch_size))}
@@ -105,7 +105,7 @@ def files_to_examine(
     base_gguf = temporary / "base-f16.gguf"
     loras = sorted(GGUF.glob("adapter-*.gguf"))
     if loras:
-        convert_base(base, TRAINED, quantization, dtype, base_gguf)
+        convert_base(base, ALIGNED, quantization, dtype, base_gguf)
     return [(lora.name, base_gguf, lora) for lora in loras] + [
         (file.name, file, None) for file in sorted(GGUF.glob("model-*.gguf"))
     ]

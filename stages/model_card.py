@@ -2,7 +2,7 @@
 
     python -m stages.model_card
 
-outputs/trained/, models/base.json, data/train_merged.jsonl, metrics/ -> outputs/adapter/: the adapter with
+outputs/aligned/, models/base.json, data/train_merged.jsonl, metrics/ -> outputs/adapter/: the adapter with
 its README.md, as people share it
 """
 
@@ -20,6 +20,7 @@ from pipeline.common.outputs import atomic_output, read_details, read_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
     ADAPTER,
+    ALIGNED,
     ANSWERS,
     BASE,
     CORPUS_DETAILS,
@@ -30,7 +31,6 @@ from pipeline.common.paths import (
     TRAIN_DETAILS,
     TRAIN_METRICS,
     TRAIN_ROWS,
-    TRAINED,
 )
 from pipeline.common.rows import read_jsonl
 from pipeline.model.base import file_hash, public_name
@@ -92,7 +92,7 @@ def main() -> None:
         template_arguments=TEMPLATE_ARGUMENTS,
     )
     with atomic_output(ADAPTER) as aside:
-        shutil.copytree(TRAINED, aside, copy_function=shutil.copyfile)
+        shutil.copytree(ALIGNED, aside, copy_function=shutil.copyfile)
         (aside / "README.md").write_text(text, encoding="utf-8", newline="\n")
 
 

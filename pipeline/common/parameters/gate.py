@@ -13,3 +13,5 @@ class Gate(Section):
     max_conversion_drop: Annotated[float, Field(ge=0, le=1)]
     max_kl: Annotated[float, Field(gt=0)]
     max_general_drop: Annotated[float, Field(ge=0, le=1)]
+    min_preferred: Annotated[float, Field(ge=0, le=1)]
+    max_align_drop: Annotated[float, Field(ge=0, le=1)]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pipeline.common.parameters.align import Align
 from pipeline.common.parameters.base import Base
 from pipeline.common.parameters.evaluate import Evaluate
 from pipeline.common.parameters.gate import Gate
@@ -29,6 +30,7 @@ class Parameters(Section):
     tokenize: Tokenize
     lora: Lora
     train: Train
+    align: Align
     evaluate: Evaluate
     merge_adapter: MergeAdapter
     gguf: Gguf
