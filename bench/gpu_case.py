@@ -36,7 +36,7 @@ from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.embedding import keep_in_ram
 from pipeline.model.loading import pick_device, pick_dtype, reproducible
-from pipeline.training.trainer import build_trainer
+from pipeline.training.trainer import Trainer, build_trainer, training_arguments
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "models/tiny-base"
@@ -141,7 +141,11 @@ def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path)
     tuned = with_adapter(model, lora_config(parameters.lora, []))
     if device.type == "cuda":
         keep_in_ram(tuned)
-    trainer = build_trainer(parameters, tuned, load_tokenizer(TOKENIZER), rows(asked), rows(asked), folder)
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    arguments = training_arguments(parameters.train, parameters.seed, device, dtype, folder)
+    trainer = build_trainer(
+        Trainer, arguments, parameters.train, tuned, load_tokenizer(TOKENIZER), rows(asked), rows(asked)
+    )
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     return trainer
 

@@ -12,7 +12,7 @@ import csv
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +35,19 @@ from pipeline.common.paths import (
     TRAIN_ROWS,
     VALID_ROWS,
 )
-from pipeline.common.rows import Message, file_of, is_replay, read_jsonl
+from pipeline.common.rows import file_of, is_replay, read_jsonl
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.packing import packed, with_raw_text
-from pipeline.model.row_kinds import has_no_switch
+from pipeline.model.row_kinds import require_thinking, without_thinking
 from pipeline.model.supervision import IGNORED, conversations, supervised, truncated
+from pipeline.model.token_rows import TOKEN_IDS, write_arrow
 from pipeline.model.training_template import training_template
 from pipeline.training.mask_page import Shown, mask_page
 from stages import run
 
 SIDES = {"train": TRAIN_ROWS, "valid": VALID_ROWS}
-COLUMNS = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
-BATCH = 256  # rows in memory at once
+COLUMNS = pa.schema({"input_ids": TOKEN_IDS, "labels": TOKEN_IDS})
 
 
 @dataclass
@@ -82,7 +82,7 @@ def main() -> None:
             rows = tokenized(read_rows(file), tokenizer, ends, parameters, lengths, shown)
             if side == "train":
                 rows = with_raw_text(rows, raw, parameters.tokenize.corpus_share, tokens)
-            kept[side] = write_arrow(aside / f"{side}.arrow", rows)
+            kept[side] = write_arrow(aside / f"{side}.arrow", rows, COLUMNS)
         if parameters.tokenize.on_overflow == "raise":
             require_none_too_long(lengths, max_length)
         require_rows(kept, max_length)
@@ -139,39 +139,9 @@ def tokenized(
             yield {"input_ids": ids, "labels": labels}
 
 
-def without_thinking(messages: list[Message]) -> list[Message]:
-    return [{key: value for key, value in one.items() if key != "reasoning_content"} for one in messages]
-
-
-def require_thinking(tokenizer: Any, messages: list[Message], source: str, thinking: str) -> None:
-    """Raises UserError if the last answer has no thinking, and the base may think after each prompt; or the other way
-    round."""
-    thinks = "reasoning_content" in messages[-1]
-    if thinks and thinking == "off":
-        raise UserError(
-            f"{source}: this row has thinking, and base.thinking is off: set tokenize.thinking to drop, or "
-            "base.thinking to auto or on"
-        )
-    if not thinks and thinking != "off" and has_no_switch(tokenizer) and not is_replay(source):
-        raise UserError(
-            f"{source}: this row has no thinking, and the base's chat template has no switch for thinking: set "
-            "base.thinking to off, which trains the base to answer without thinking, or add reasoning_content"
-        )
-
-
 def answer_lengths(labels: list[int]) -> list[int]:
     """Tokens of each turn of the assistant, with the token that ends the turn."""
     return [len(list(run)) for is_supervised, run in groupby(labels, lambda label: label != IGNORED) if is_supervised]
-
-
-def write_arrow(path: Path, rows: Iterator[dict[str, list[int]]]) -> int:
-    """Write an Arrow stream, which `datasets` maps into memory. Returns the number of rows."""
-    written = 0
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, COLUMNS) as stream:
-        while batch := list(islice(rows, BATCH)):
-            stream.write_batch(pa.RecordBatch.from_pylist(batch, COLUMNS))
-            written += len(batch)
-    return written
 
 
 def require_none_too_long(lengths: Lengths, max_length: int) -> None:

@@ -7,10 +7,7 @@ metrics/details/train.json; and metrics/train_cost.json, which DVC does not trac
 """
 
 import csv
-import re
-import resource
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,49 +15,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from transformers import TrainerState
 
-from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import LOSS_TABLE, TOKENS, TRAIN_DETAILS, TRAIN_METRICS, TRAINED
 from pipeline.export.dry_run import require_mergeable
 from pipeline.model.adapter import lora_config, with_adapter
-from pipeline.model.base import copy_tokenizer, located, public_name
-from pipeline.model.bitsandbytes_internals import keep_no_experts
+from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.embedding import keep_in_ram
-from pipeline.model.loading import (
-    load_base,
-    load_quantized,
-    load_weights,
-    pick_attention,
-    pick_checkpointing,
-    pick_device,
-    pick_dtype,
-    reproducible,
-    without_dropout,
-)
+from pipeline.model.loading import pick_device, pick_dtype, reproducible
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.model.training_template import training_template
 from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
-from pipeline.training.processes import (
-    is_launched,
-    is_sharded,
-    newest_common,
-    on_this_machine,
-    one_of,
-    shard,
-    share_of_step,
-)
-from pipeline.training.trainer import Trainer, build_trainer, lengths, without_input_casts
+from pipeline.training.processes import is_launched, newest_common, on_this_machine, one_of, share_of_step
+from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
+from pipeline.training.trainer import Trainer, build_trainer, lengths, training_arguments
 from stages import run
 
+STAGE = "train_qlora"
 LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
 
 
@@ -83,17 +59,20 @@ def train(parameters: Parameters, process: PartialState) -> None:
     tokens = trainable_tokens(parameters.lora.trainable_tokens, folder, tokenizer)
     require_mergeable(folder, parameters.lora, tokens)
     device = process.device
-    with checkpoint_folder(fingerprint(parameters, device.type), process.is_local_main_process) as checkpoints:
+    run_of = fingerprint(STAGE, parameters, device.type)
+    with checkpoint_folder(run_of, STAGE, process.is_local_main_process) as checkpoints:
         checkpoint = newest_common(checkpoints, process)
         reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
         model = load_trainable(parameters, folder, tokens, device)
         train_rows, valid_rows = (Dataset.from_file(str(TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
-        trainer = build_trainer(parameters, model, tokenizer, train_rows, valid_rows, checkpoints)
+        dtype = pick_dtype(parameters.base.compute_dtype, device)
+        arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints)
+        trainer = build_trainer(Trainer, arguments, parameters.train, model, tokenizer, train_rows, valid_rows)
         cost = timed(trainer, checkpoint)
         cost |= memory(device)
         if process.is_main_process:
             curve = loss_curve(trainer.state.log_history)
-            save_adapter(trainer.model, folder, base)
+            save_adapter(trainer.model, TRAINED, folder, base)
             write_curve(curve)
             write_json(TRAIN_METRICS, metrics(trainer, curve))
             write_details(TRAIN_DETAILS, details(trainer))
@@ -102,63 +81,10 @@ def train(parameters: Parameters, process: PartialState) -> None:
 
 def load_trainable(parameters: Parameters, folder: Path, tokens: list[int], device: torch.device) -> PeftModel:
     """The base with a new adapter on it. `tokens` are the ids of tokens whose embeddings are trained."""
-    dtype = pick_dtype(parameters.base.compute_dtype, device)
-    sharded = is_sharded(parameters.train.processes, parameters.train.strategy)
-    quantization = parameters.base.quantization
-    if sharded and quantization == "none":
-        base = load_weights(folder, torch.device("cpu"), dtype)
-    elif sharded:  # the complete base may not fit on one GPU, and FSDP shards no integers
-        base = load_quantized(folder, torch.device("cpu"), dtype, quant_storage=dtype)
-    else:
-        base = load_base(folder, quantization, device, dtype, parameters.train.processes)
-    pick_attention(base, device)
-    without_dropout(base)
-    if not pick_checkpointing(parameters.train.gradient_checkpointing, device):
-        keep_no_experts(base)
+    base = load_for_training(parameters, parameters.train, folder, device)
     tuned = with_adapter(base, lora_config(parameters.lora, tokens))
-    if sharded:
-        shard(tuned, device)
-    elif device.type == "cuda":
-        keep_in_ram(tuned)
+    place(tuned, parameters.train, device)
     return tuned
-
-
-def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
-    """Train, from the checkpoint on if there is one. Returns seconds and tokens per second."""
-    tokens = 0
-    trainer.args.eval_on_start = checkpoint is None
-    if checkpoint:
-        tokens = TrainerState.load_from_json(checkpoint / "trainer_state.json").num_input_tokens_seen
-        print(f"continuing from {checkpoint.name} of an interrupted run", flush=True)
-    started = time.monotonic()
-    try:
-        with without_input_casts(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    finally:
-        print(file=sys.stderr)  # the progress bar does not end its line
-    seconds = time.monotonic() - started
-    if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
-        raise UserError(
-            f"the checkpoint with the lowest validation loss is missing: rm -r "
-            f"{trainer.args.output_dir}, then dvc repro"
-        )
-    return {"seconds": seconds, "tokens_per_second": (trainer.state.num_input_tokens_seen - tokens) / seconds}
-
-
-def save_adapter(model: Any, folder: Path, base: dict[str, Any]) -> None:
-    """Write the adapter, the tokenizer files of the base with the chat template of training, and base.json, which
-    identifies the base."""
-    config = model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = public_name(base), base["revision"]
-    for name, value in vars(config).items():
-        if isinstance(value, set):  # its order differs from process to process
-            setattr(config, name, sorted(value))
-    with atomic_output(TRAINED) as aside:
-        # save_embedding_layers="auto" asks the hub for the base's vocabulary size.
-        model.save_pretrained(aside, save_embedding_layers=False)
-        (aside / "README.md").unlink()  # PEFT's model card, all of it "More Information Needed"
-        copy_tokenizer(folder, aside, training_template())
-        write_json(aside / "base.json", base | {"model": public_name(base)})
 
 
 def loss_curve(history: list[dict[str, float]]) -> list[tuple[int, float, float]]:
@@ -201,26 +127,6 @@ def details(trainer: Trainer) -> dict[str, Any]:
         },
         "libraries": {library: version(library) for library in LIBRARIES},
     }
-
-
-def memory(device: torch.device) -> dict[str, Any]:
-    """Peak memory in MB: allocated by torch on a GPU (without CUDA's own memory), resident memory of the process on a
-    CPU. With several processes, the largest value."""
-    on_gpu = device.type == "cuda"
-    peaks = gather_object([torch.cuda.max_memory_allocated() if on_gpu else peak_resident()])
-    return {
-        "peak_memory_mb": max(peaks) / 2**20,
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-    }
-
-
-def peak_resident() -> int:
-    """Bytes of resident memory, at most, since the process started."""
-    try:  # not getrusage's peak, which a process of Linux has from the one that started it
-        status = Path("/proc/self/status").read_text()
-    except FileNotFoundError:  # macOS
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 2**10  # type: ignore[index]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
+from pipeline.common.paths import TRAINED
 from pipeline.evaluation import conversions
 from pipeline.evaluation.answers import prompt_and_reference
 from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
@@ -30,7 +31,8 @@ from pipeline.model.base import copy_tokenizer, located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer, token_ids
 from pipeline.model.llama_server import served
 from pipeline.model.loading import load_quantized, load_tuned, reproducible
-from stages import convert_gguf, merge_adapter, prepare_base, train_qlora
+from pipeline.training.runs import save_adapter
+from stages import convert_gguf, merge_adapter, prepare_base
 
 CPU = torch.device("cpu")
 TIED = ROOT / "models/tiny-base"
@@ -250,7 +252,7 @@ def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:
             size = weight.square().mean().sqrt().item()
             deviation = 0.3 if "lora_B" in name else 0.5 * size if weight.dim() == 1 else 2 * size
             weight.data += deviation * torch.randn_like(weight)
-    train_qlora.save_adapter(tuned, *located())
+    save_adapter(tuned, TRAINED, *located())
 
 
 def on_base(base: Path) -> PreTrainedModel:

@@ -24,7 +24,8 @@ from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.llama_server import served
 from pipeline.report.conversion_table import conversion_table
-from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base, train_qlora
+from pipeline.training.runs import save_adapter
+from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base
 from stages.evaluate_gguf import require_ended, require_same_ends, require_same_model
 from tools import gate
 
@@ -204,4 +205,4 @@ def make_adapter() -> None:
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data += 0.05 * torch.randn_like(weight)
-    train_qlora.save_adapter(tuned, *located())
+    save_adapter(tuned, TRAINED, *located())

@@ -220,9 +220,9 @@ def test_a_repro_that_is_killed_or_interrupted_leaves_no_orphan_and_a_run_to_go_
 
 def test_two_runs_do_not_train_beside_each_other(train: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "PATIENCE", 0.2)
-    checkpoints.WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.WORKSPACE.mkdir(parents=True, exist_ok=True)
     with (
-        checkpoints.locked(checkpoints.WORKSPACE, 0),
+        checkpoints.locked(checkpoints.WORKSPACE / "train_qlora.lock", 0),
         pytest.raises(UserError, match=rf"process {os.getpid()} is training already, .*: kill {os.getpid()}$"),
     ):
         train()
@@ -286,7 +286,10 @@ def built_trainer() -> Trainer:
     tokens = trainable_tokens(parameters.lora.trainable_tokens, TINY, tokenizer)
     model = train_qlora.load_trainable(parameters, TINY, tokens, torch.device("cpu"))
     train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
-    return build_trainer(parameters, model, tokenizer, train_rows, valid_rows, Path("checkpoints"))
+    train, device = parameters.train, torch.device("cpu")
+    dtype = pick_dtype(parameters.base.compute_dtype, device)
+    arguments = training_arguments(train, parameters.seed, device, dtype, Path("checkpoints"))
+    return build_trainer(Trainer, arguments, train, model, tokenizer, train_rows, valid_rows)
 
 
 def test_every_key_of_lora_tokenize_and_train_changes_the_rows_or_the_trainer(project: Project) -> None:
@@ -322,7 +325,8 @@ def test_every_key_of_lora_tokenize_and_train_changes_the_rows_or_the_trainer(pr
 def test_activations_are_offloaded_where_a_gpu_checkpoints(project: Project) -> None:
     def offloads(device: str, **changed: object) -> bool:
         project.set(base__compute_dtype="float32", **changed)  # transformers refuses bfloat16 where there is no GPU
-        arguments = training_arguments(load("train_qlora"), torch.device(device), Path("checkpoints"))
+        train = load("train_qlora").train
+        arguments = training_arguments(train, 1, torch.device(device), torch.float32, Path("checkpoints"))
         return bool(arguments.gradient_checkpointing_kwargs["offload"])
 
     assert offloads("cuda") and not offloads("cpu")
@@ -395,7 +399,7 @@ def test_each_epoch_of_a_run_has_an_order_of_its_own(train: Callable[..., str]) 
 
 def test_a_killed_run_continues_only_with_the_same_versions_of_the_libraries_that_train(project: Project) -> None:
     path, parameters = Path("libraries.yaml"), load("train_qlora")
-    text, run = path.read_text(encoding="utf-8"), checkpoints.fingerprint(parameters, "cpu")
+    text, run = path.read_text(encoding="utf-8"), checkpoints.fingerprint("train_qlora", parameters, "cpu")
     for library, same in [("openai", True), ("trl", False)]:
         path.write_text(text.replace(f'{library}: "', f'{library}: "9'), encoding="utf-8")
-        assert (checkpoints.fingerprint(parameters, "cpu") == run) == same
+        assert (checkpoints.fingerprint("train_qlora", parameters, "cpu") == run) == same

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from pipeline.common.errors import UserError
-from pipeline.common.rows import Message, Tools, kinds_of
+from pipeline.common.rows import Message, Tools, is_replay, kinds_of
 from pipeline.model.chat_template import ASKED, TEMPLATE_ARGUMENTS, as_read, is_switched_off, shared_beginning, switched
 from pipeline.model.hermes import MARK, THINKING
 
@@ -117,4 +117,24 @@ def require_kind(tokenizer: Any, kind: str, found: str) -> None:
         change = f"set {' or '.join(others)}, or " if others else ""
         raise UserError(
             f"{found}, which the base's chat template does not carry ({why}): {change}choose another base.model"
+        )
+
+
+def without_thinking(messages: list[Message]) -> list[Message]:
+    return [{key: value for key, value in one.items() if key != "reasoning_content"} for one in messages]
+
+
+def require_thinking(tokenizer: Any, messages: list[Message], source: str, thinking: str) -> None:
+    """Raises UserError if the last answer has no thinking, and the base may think after each prompt; or the other way
+    round."""
+    thinks = "reasoning_content" in messages[-1]
+    if thinks and thinking == "off":
+        raise UserError(
+            f"{source}: this row has thinking, and base.thinking is off: set tokenize.thinking to drop, or "
+            "base.thinking to auto or on"
+        )
+    if not thinks and thinking != "off" and has_no_switch(tokenizer) and not is_replay(source):
+        raise UserError(
+            f"{source}: this row has no thinking, and the base's chat template has no switch for thinking: set "
+            "base.thinking to off, which trains the base to answer without thinking, or add reasoning_content"
         )

@@ -27,23 +27,22 @@ from pipeline.model.base import file_hash
 from pipeline.model.transformers_internals import ended
 
 FOLDER = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/checkpoints")
-STAGE = "train_qlora"
-WORKSPACE = Path(f".dvc/tmp/{STAGE}.lock")
+WORKSPACE = Path(".dvc/tmp")  # has a lock for each stage that trains
 PATIENCE = 10.0  # seconds to wait until a killed run has ended
 BUDGET = 10 * 2**30  # maximum bytes of the checkpoints of other unfinished runs; the oldest are removed first
 CHECKSUMS = "checksums.json"  # the file of a checkpoint that is written last
 
 
-def fingerprint(parameters: Parameters, device: str) -> str:
+def fingerprint(stage: str, parameters: Parameters, device: str) -> str:
     """Return a hash of everything that determines a run, as 16 hexadecimal digits.
 
-    It covers the device, the location of the checkpoints, and what the stage declares in dvc.yaml: its parameters, the
-    versions of its libraries, and the contents of its dependencies (data, base, code).
+    It covers the device, the location of the checkpoints, and what the `stage` declares in dvc.yaml: its parameters,
+    the versions of its libraries, and the contents of its dependencies (data, base, code).
     """
-    stage = read_yaml(Path("dvc.yaml"))["stages"][STAGE]
-    of_files = [entry for entry in stage["params"] if isinstance(entry, dict)]  # {"libraries.yaml": ["peft", ...]}
-    versions = [itemgetter(*keys)(read_yaml(Path(file))) for entry in of_files for file, keys in entry.items()]
-    deps = [Path(dep) for dep in stage["deps"]]
+    entry = read_yaml(Path("dvc.yaml"))["stages"][stage]
+    of_files = [one for one in entry["params"] if isinstance(one, dict)]  # {"libraries.yaml": ["peft", ...]}
+    versions = [itemgetter(*keys)(read_yaml(Path(file))) for one in of_files for file, keys in one.items()]
+    deps = [Path(dep) for dep in entry["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
     contents = {str(file): file_hash(file) for file in files}
     run = json.dumps([device, str(FOLDER.absolute()), contents, versions, parameters.model_dump()], sort_keys=True)
@@ -51,8 +50,8 @@ def fingerprint(parameters: Parameters, device: str) -> str:
 
 
 @contextmanager
-def checkpoint_folder(run: str, first: bool) -> Iterator[Path]:
-    """Yield the folder of the run with the fingerprint `run`. Remove the folder if the block ends without an error.
+def checkpoint_folder(run: str, stage: str, first: bool) -> Iterator[Path]:
+    """Yield the folder of the run of `stage` with the fingerprint `run`. Remove it if the block ends without an error.
 
     If several processes train, only the `first` one takes the locks and removes the folder.
 
@@ -64,8 +63,8 @@ def checkpoint_folder(run: str, first: bool) -> Iterator[Path]:
         yield folder
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
-    WORKSPACE.parent.mkdir(parents=True, exist_ok=True)
-    with locked(WORKSPACE, PATIENCE), locked(FOLDER / f"{run}.lock", PATIENCE):
+    WORKSPACE.mkdir(parents=True, exist_ok=True)
+    with locked(WORKSPACE / f"{stage}.lock", PATIENCE), locked(FOLDER / f"{run}.lock", PATIENCE):
         prune(BUDGET, keep=run)
         folder.mkdir(exist_ok=True)
         yield folder

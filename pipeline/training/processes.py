@@ -23,10 +23,10 @@ from pipeline.training.accelerate_internals import end_as_failed, place_on
 from pipeline.training.checkpoints import last_complete, step_of
 
 
-def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -> tuple[int, int]:
+def share_of_step(batch_size: int, gradient_accumulation: int, processes: int, of: str = "train") -> tuple[int, int]:
     """Return the rows per batch and the batches per step of each process.
 
-    In a step, all processes together train on as many rows as one process would.
+    In a step, all processes together train on as many rows as one process would. `of` is the section of the parameters.
 
     Raises:
         UserError: the rows of a step cannot be shared evenly.
@@ -36,7 +36,7 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int) -
         fitting = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
         raise UserError(
             f"train.processes: {processes} processes cannot share the {rows} rows of a step evenly: set it to one of "
-            f"{fitting}, or change train.batch_size or train.gradient_accumulation"
+            f"{fitting}, or change {of}.batch_size or {of}.gradient_accumulation"
         )
     share = rows // processes
     at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)

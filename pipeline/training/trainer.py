@@ -5,7 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,15 +27,15 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters.schema import Parameters
-from pipeline.model.loading import pick_checkpointing, pick_dtype, pick_offloading, pick_optimizer
+from pipeline.common.parameters.train import Train
+from pipeline.model.loading import pick_checkpointing, pick_offloading, pick_optimizer
 from pipeline.model.peft_internals import load_adapters_as_saved
 from pipeline.training.accelerate_internals import leave_unwrapped
 from pipeline.training.checkpoints import seal
 from pipeline.training.processes import average_gradients, share_of_step
 from pipeline.training.trl_internals import TokenCountingTrainer, adapter_kept_as, loss_and_tokens
 
-REMEDY = "lower train.learning_rate, or raise train.warmup_share"
+T = TypeVar("T", bound="Trainer")
 
 
 class Trainer(TokenCountingTrainer):
@@ -46,9 +46,11 @@ class Trainer(TokenCountingTrainer):
     https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
     """
 
+    remedy = "lower train.learning_rate, or raise train.warmup_share"
+
     def get_train_dataloader(self) -> DataLoader:
         batches = BatchesByLength(
-            lengths(self.train_dataset),
+            self.row_lengths(),
             self.args.train_batch_size,
             self.args.gradient_accumulation_steps,
             self.args.world_size,
@@ -63,6 +65,9 @@ class Trainer(TokenCountingTrainer):
                 pin_memory=self.args.dataloader_pin_memory,
             )
         )
+
+    def row_lengths(self) -> np.ndarray:
+        return lengths(self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         return super().get_eval_dataloader(self.shared(eval_dataset or self.eval_dataset))
@@ -86,30 +91,47 @@ class Trainer(TokenCountingTrainer):
         loss, tokens = self.accelerator.reduce(total)
         return EvalLoopOutput(None, None, {"eval_loss": (loss / tokens).item()}, len(self.eval_dataset))
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        measured = super().evaluate(*args, **kwargs)
+        before = next((entry for entry in self.state.log_history if "eval_loss" in entry), measured)
+        self.require_sound(before, measured)
+        return measured
+
+    def require_sound(self, before: dict[str, float], now: dict[str, float]) -> None:
+        """Raises UserError if the validation loss is more than 1 nat per token above that before training."""
+        if not now["eval_loss"] <= before["eval_loss"] + 1:
+            raise UserError(
+                f"the validation loss is {now['eval_loss']:.2f} after step {self.state.global_step}, and was "
+                f"{before['eval_loss']:.2f} before training: {self.remedy}, or end training earlier with "
+                "train.early_stopping_patience"
+            )
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not loss.isfinite():
-            raise UserError(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {REMEDY}")
+            raise UserError(f"the loss of step {self.state.global_step + 1} is {loss.item()}: {self.remedy}")
         if isinstance(self.model, FSDPModule) and self.accelerator.sync_gradients:
             average_gradients(self.model)
         return loss
 
 
-def lengths(rows: Dataset) -> np.ndarray:
+def lengths(rows: Dataset, column: str = "input_ids") -> np.ndarray:
     """Return the number of tokens of each row."""
-    return list_value_length(rows.with_format("arrow")["input_ids"]).to_numpy()
+    return list_value_length(rows.with_format("arrow")[column]).to_numpy()
 
 
 def filled(rows: Dataset, share: int) -> Dataset:
     """Return `rows` with blank rows added at the end, up to a multiple of `share`.
 
-    Blank rows have no supervised tokens.
+    Blank rows have one token, which is not supervised.
     """
     missing = -len(rows) % share
     if not missing:
         return rows
-    blank = {"input_ids": [[0]] * missing, "labels": [[-100]] * missing}
-    return concatenate_datasets([rows, Dataset.from_dict(blank, features=rows.features)])
+    tokens = {name: [0] for name in rows.column_names if name.endswith("ids")}
+    labels = {name: [-100] for name in rows.column_names if name.endswith("labels")}
+    blank = rows[0] | tokens | labels
+    return concatenate_datasets([rows, Dataset.from_list([blank] * missing, features=rows.features)])
 
 
 class BatchesByLength(Sampler[list[int]]):
@@ -181,26 +203,30 @@ def balanced(rows: list[int], length: Callable[[int], int], number: int) -> list
 
 
 def build_trainer(
-    parameters: Parameters,
+    kind: type[T],
+    arguments: SFTConfig,
+    train: Train,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     train_rows: Dataset,
     valid_rows: Dataset,
-    checkpoints: Path,
-) -> Trainer:
-    """Return a trainer of `model`'s adapter that writes to the folder `checkpoints`. Rows have input_ids and labels."""
+    **options: Any,
+) -> T:
+    """Return a trainer of `model`'s adapter. Rows have input_ids and labels; `options` are further ones of TRL's
+    SFTTrainer."""
     load_adapters_as_saved(model)
-    callbacks: list[TrainerCallback] = [Losses(), Seal()]
-    if parameters.train.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(parameters.train.early_stopping_patience))
-    with adapter_kept_as(getattr(torch, parameters.train.adapter_dtype), model):
-        trainer = Trainer(
+    callbacks: list[TrainerCallback] = [LossOfLastStep(), Seal()]
+    if train.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
+    with adapter_kept_as(getattr(torch, train.adapter_dtype), model):
+        trainer = kind(
             model=model,
-            args=training_arguments(parameters, model.device, checkpoints),
+            args=arguments,
             train_dataset=train_rows,
             eval_dataset=valid_rows,
             processing_class=tokenizer,
             callbacks=callbacks,
+            **options,
         )
     if isinstance(model, FSDPModule):
         leave_unwrapped(model, trainer.accelerator)
@@ -210,43 +236,43 @@ def build_trainer(
     return trainer
 
 
-def training_arguments(parameters: Parameters, device: torch.device, checkpoints: Path) -> SFTConfig:
-    batch_size, gradient_accumulation = share_of_step(
-        parameters.train.batch_size, parameters.train.gradient_accumulation, parameters.train.processes
-    )
-    checkpointing = pick_checkpointing(parameters.train.gradient_checkpointing, device)
+def training_arguments(
+    train: Train, seed: int, device: torch.device, dtype: torch.dtype, checkpoints: Path
+) -> SFTConfig:
+    """TRL's arguments for training on `device` with arithmetic in `dtype`, with checkpoints in the folder
+    `checkpoints`."""
+    batch_size, gradient_accumulation = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
+    checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
     return SFTConfig(
         output_dir=str(checkpoints),
-        seed=parameters.seed,
+        seed=seed,
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
-        bf16=pick_dtype(parameters.base.compute_dtype, device) == torch.bfloat16,
+        bf16=dtype == torch.bfloat16,
         router_aux_loss_coef=0.0,  # of routers of experts, which are not trained
         max_length=None,  # TRL would truncate longer rows silently; the tokenize stage has handled them
-        learning_rate=parameters.train.learning_rate,
-        num_train_epochs=parameters.train.epochs,
+        learning_rate=train.learning_rate,
+        num_train_epochs=train.epochs,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation,
-        warmup_steps=parameters.train.warmup_share,
-        lr_scheduler_type=parameters.train.schedule,
-        weight_decay=parameters.train.weight_decay,
-        max_grad_norm=parameters.train.max_grad_norm,
-        optim=pick_optimizer(parameters.train.optimizer, device),
+        warmup_steps=train.warmup_share,
+        lr_scheduler_type=train.schedule,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=pick_optimizer(train.optimizer, device),
         gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={
-            "offload": pick_offloading(parameters.train.activation_offloading, checkpointing, device)
-        },
-        logging_steps=parameters.train.eval_steps,
+        gradient_checkpointing_kwargs={"offload": pick_offloading(train.activation_offloading, checkpointing, device)},
+        logging_steps=train.eval_steps,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         eval_strategy="steps",
-        eval_steps=parameters.train.eval_steps,
-        save_steps=parameters.train.eval_steps,
+        eval_steps=train.eval_steps,
+        save_steps=train.eval_steps,
         accelerator_config={"even_batches": False},  # needed for batches of different numbers of rows
         save_on_each_node=True,  # machines share no disk, and each continues from its own checkpoint
         save_total_limit=3,  # the best, the last, and the one before the last, in case the last is incomplete
-        load_best_model_at_end=parameters.train.load_best_model_at_end,
+        load_best_model_at_end=train.load_best_model_at_end,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,  # early stopping keeps its count
@@ -262,23 +288,12 @@ def without_input_casts(trainer: Trainer) -> AbstractContextManager[None]:
     return disable_input_dtype_casting(trainer.model) if autocast_on_cpu else nullcontext()
 
 
-class Losses(TrainerCallback):
-    """Logs the training loss after the last step too, because Transformers measures the validation loss there.
-
-    Ends the run if the validation loss rises more than 1 nat per token above the validation loss before training.
-    """
+class LossOfLastStep(TrainerCallback):
+    """Logs the training loss after the last step too, because Transformers measures the validation loss there."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        if not losses[-1] <= losses[0] + 1:
-            raise UserError(
-                f"the validation loss is {losses[-1]:.2f} after step {state.global_step}, and was {losses[0]:.2f} "
-                f"before training: {REMEDY}, or end training earlier with train.early_stopping_patience"
-            )
 
 
 class LossesInBar(ProgressCallback):

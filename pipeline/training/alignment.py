@@ -1,0 +1,135 @@
+"""Preference training in one or several processes: the stage align, if it has something to train."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+
+from pipeline.common.outputs import atomic_output, write_details, write_json
+from pipeline.common.parameters.schema import Parameters
+from pipeline.common.parameters.train import Train
+from pipeline.common.paths import ALIGN_DETAILS, ALIGN_METRICS, ALIGN_TABLE, ALIGNED, PAIR_TOKENS, TRAINED
+from pipeline.model.base import located, require_same_base
+from pipeline.model.chat_template import load_tokenizer
+from pipeline.model.loading import pick_device, pick_dtype, reproducible, without_dropout
+from pipeline.model.peft_internals import give_head_a_bias
+from pipeline.model.training_template import training_template
+from pipeline.training.accelerate_internals import launch
+from pipeline.training.checkpoints import checkpoint_folder, fingerprint
+from pipeline.training.preferences import PreferenceTrainer
+from pipeline.training.processes import is_launched, newest_common, on_this_machine, one_of, share_of_step
+from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
+from pipeline.training.trainer import build_trainer, training_arguments
+
+STAGE = "align"
+MEASURED = ("loss", "accuracy", "margin", "chosen_nll")  # on the pairs for validation
+
+
+def align(parameters: Parameters) -> None:
+    device, train = pick_device(parameters.base.device), training_of(parameters)
+    share_of_step(train.batch_size, train.gradient_accumulation, train.processes, of=STAGE)
+    if train.processes > 1 and not is_launched():
+        launch("stages.align", train.processes, parameters.threads, sys.argv[1:])
+    else:
+        with one_of(train.processes, device) as process:
+            train_on_pairs(parameters, train, process)
+
+
+def training_of(parameters: Parameters) -> Train:
+    """The section `train` with the values of `align`. Parameters that `align` does not have are those of `train`."""
+    return Train(
+        learning_rate=parameters.align.learning_rate,
+        epochs=parameters.align.epochs,
+        batch_size=parameters.align.batch_size,
+        gradient_accumulation=parameters.align.gradient_accumulation,
+        warmup_share=parameters.align.warmup_share,
+        eval_steps=parameters.align.eval_steps,
+        processes=parameters.train.processes,
+        strategy=parameters.train.strategy,
+        schedule=parameters.train.schedule,
+        weight_decay=parameters.train.weight_decay,
+        max_grad_norm=parameters.train.max_grad_norm,
+        optimizer=parameters.train.optimizer,
+        gradient_checkpointing=parameters.train.gradient_checkpointing,
+        activation_offloading=parameters.train.activation_offloading,
+        adapter_dtype=parameters.train.adapter_dtype,
+        early_stopping_patience=None,
+        load_best_model_at_end=False,
+    )
+
+
+def train_on_pairs(parameters: Parameters, train: Train, process: PartialState) -> None:
+    """Train in one of the processes. The first process writes the outputs."""
+    folder, base = located()
+    require_same_base(TRAINED, base)
+    tokenizer, device = load_tokenizer(folder, training_template()), process.device
+    run_of = fingerprint(STAGE, parameters, device.type)
+    with checkpoint_folder(run_of, STAGE, process.is_local_main_process) as checkpoints:
+        checkpoint = newest_common(checkpoints, process)
+        reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
+        model = load_trainable(parameters, train, folder, device)
+        pairs = [Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid")]
+        dtype = pick_dtype(parameters.base.compute_dtype, device)
+        arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints)
+        trainer = build_trainer(PreferenceTrainer, arguments, train, model, tokenizer, *pairs, align=parameters.align)
+        cost = timed(trainer, checkpoint)
+        cost |= memory(device)
+        if process.is_main_process:
+            save_adapter(trainer.model, ALIGNED, folder, base)
+            points = curve(trainer.state.log_history)
+            write_curve(points)
+            write_json(ALIGN_METRICS, metrics(trainer, points))
+            write_details(ALIGN_DETAILS, {"history": points})
+            write_json("metrics/align_cost.json", cost)
+
+
+def load_trainable(parameters: Parameters, train: Train, folder: Path, device: torch.device) -> PeftModel:
+    """The base with the adapter of train_qlora, to be trained further, without dropout (as in TRL)."""
+    base = load_for_training(parameters, train, folder, device)
+    tuned = PeftModel.from_pretrained(base, TRAINED, is_trainable=True)
+    without_dropout(tuned)
+    give_head_a_bias(tuned)
+    place(tuned, train, device)
+    return tuned
+
+
+def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The points of the curves: `step`, `train` (mean loss since the previous point; null before training), and what
+    is measured on the pairs for validation."""
+    trained = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    return [
+        {"step": int(entry["step"]), "train": trained.get(entry["step"])}
+        | {name: entry[f"eval_{name}"] for name in ("pair_loss", *MEASURED)}
+        for entry in history
+        if "eval_loss" in entry
+    ]
+
+
+def write_curve(points: list[dict[str, Any]]) -> None:
+    with atomic_output(ALIGN_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "train", "valid", "accuracy", "margin", "chosen_nll"])
+        for point in points[1:]:
+            measured = [f"{point[name]:.4f}" for name in ("train", *MEASURED)]
+            writer.writerow([point["step"], *measured])
+
+
+def metrics(trainer: PreferenceTrainer, points: list[dict[str, Any]]) -> dict[str, Any]:
+    """`pair_loss` of dpo is ln 2 before training, and that of kto near 1/2. Of the pairs for validation:
+
+    accuracy: share in which the model does as the pair wants, compared with the reference (of orpo: by itself)
+    margin: mean of what the model prefers the chosen answer by, in nats times align.beta (of orpo: in log odds)
+    chosen_nll: loss of the chosen answers in nats per token
+    """
+    first, last = points[0], points[-1]
+    return {
+        "pairs": {"train": len(trainer.train_dataset), "valid": len(trainer.eval_dataset)},
+        "steps": last["step"],
+    } | {
+        name: {"before": first[name], "after": last[name]} for name in ("pair_loss", "accuracy", "margin", "chosen_nll")
+    }
