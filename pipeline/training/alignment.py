@@ -98,7 +98,7 @@ def load_trainable(parameters: Parameters, train: Train, folder: Path, device: t
     return tuned
 
 
-def curve(history: list[dict[str, float]]) -> list[dict[str, float]]:
+def curve(history: list[dict[str, float]]) -> list[dict[str, Any]]:
     """The points of the curves: `step`, `train` (mean loss since the previous point; null before training), and what
     is measured on the pairs for validation."""
     trained = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
