@@ -201,7 +201,8 @@ def both_sequences(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     for ids, labels in OWN_AND_OTHER:
         batch[ids] = padded([row[ids] for row in rows], PADDING)
         batch[labels] = padded([row[labels] for row in rows], IGNORED)
-    return batch
+    both = torch.cat([batch[ids] for ids, _ in OWN_AND_OTHER], 1)
+    return batch | {"attention_mask": both != PADDING}  # by which Transformers counts tokens
 
 
 def padded(sequences: list[list[int]], padding: int) -> torch.Tensor:
