@@ -92,6 +92,8 @@ def load_trainable(parameters: Parameters, train: Train, folder: Path, device: t
     """The base with the adapter of train_qlora, to be trained further, without dropout (as in TRL)."""
     base = load_for_training(parameters, train, folder, device)
     tuned = PeftModel.from_pretrained(base, TRAINED, is_trainable=True)
+    # Otherwise PEFT asks the hub for the base at each checkpoint.
+    tuned.peft_config["default"].base_model_name_or_path = base.name_or_path
     without_dropout(tuned)
     give_head_a_bias(tuned)
     place(tuned, train, device)
