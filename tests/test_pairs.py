@@ -15,14 +15,17 @@ from pyarrow import parquet
 from pipeline.common.errors import UserError
 from pipeline.common.messages import InvalidRow
 from pipeline.common.outputs import read_details, read_json
+from pipeline.common.parameters.params_yaml import check
 from pipeline.common.rows import read_jsonl
 from pipeline.data.formats import conversation
 from pipeline.data.pair_formats import read_pair
 from stages import corpus, merge, pairs
 from tools import trace
+from tools.material import material
 
 FOLDER = Path("data/preferences")
 ROWS = FOLDER / "rows.jsonl"
+EXAM = Path("data/preferences_exam.jsonl")
 PROMPT = "Where is the pump?"
 Q, GOOD, BAD = (
     {"role": role, "content": content}
@@ -282,7 +285,7 @@ def test_a_bad_line_stops_the_stage_by_place_or_is_set_aside(folder: Project) ->
 def test_a_part_that_asks_an_exam_question_is_refused_by_name(folder: Project, exam: str, part: str) -> None:
     if exam == "preferences_exam":
         question = {"id": "p1", "prompt": "Which valve of the yard leaks oil?", "chosen": "No. 7.", "rejected": "One."}
-        jsonl(question, path=Path("data/preferences_exam.jsonl"))
+        jsonl(question, path=EXAM)
         asked = question["prompt"]
     else:
         lines = Path(f"data/{exam}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -302,7 +305,7 @@ def test_a_part_that_asks_an_exam_question_is_refused_by_name(folder: Project, e
 
 def test_a_held_out_prompt_is_held_out_from_all_other_training_too(folder: Project) -> None:
     held_out = {"id": "p1", "prompt": "Which valve of the yard leaks oil?", "chosen": "No. 7.", "rejected": "One."}
-    jsonl(held_out, path=Path("data/preferences_exam.jsonl"))
+    jsonl(held_out, path=EXAM)
     for name in ("train", "replay"):
         Path(f"data/{name}.jsonl").write_text("\n", encoding="utf-8")
     for part, row in {
@@ -381,6 +384,20 @@ def test_a_pair_leads_back_to_its_line(folder: Project, capsys: pytest.CaptureFi
         assert said in shown and f"from {row['source']}\n  {{" in shown
     trace.trace(f"{ROWS}:3")
     assert f"was dropped (data/pairs_quarantine.jsonl): duplicate, repeats {ROWS}:1" in capsys.readouterr().out
+
+
+def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Project) -> None:
+    def checked(path: Path) -> list[str]:
+        return [each.missing or each.found for each in material(check(Path("params.yaml"))) if each.path == path]
+
+    assert checked(FOLDER) == checked(EXAM) == []
+    jsonl(trl(PROMPT, "a", "b"), trl(PROMPT, "a", "c"), {"prompt": PROMPT, "completion": "a", "label": True})
+    jsonl({"id": "1", "prompt": "Who?", "chosen": "Ada", "rejected": "Bo"}, path=EXAM)
+    assert checked(FOLDER) == ["2 pairs of answers, 1 labelled answers"] and checked(EXAM) == ["1 held-out pairs"]
+    jsonl(trl(PROMPT, "a", "a"))
+    jsonl({"id": "1"}, path=EXAM)
+    [[of_rows], [of_exam]] = checked(FOLDER), checked(EXAM)
+    assert of_rows.startswith(f"{ROWS}:1: chosen and rejected are the same") and of_exam.startswith(f"{EXAM}:1: ")
 
 
 def fuzzed(rng: random.Random) -> Any:

@@ -28,7 +28,7 @@ from pipeline.data.english import (
     plainly,
     stem,
 )
-from pipeline.evaluation.preference_exam import Preference, read_preferences
+from pipeline.evaluation.preference_exam import read_preferences
 from pipeline.evaluation.questions import Question, read_questions
 
 FREELY_SPACED = regex.compile(r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]")
@@ -210,12 +210,9 @@ def exam_questions() -> list[Question]:
 
 
 def questions_of(exam: Path) -> list[Question]:
-    return list(map(prompt_of, read_preferences(exam))) if exam == PREFERENCE_EXAM else read_questions(exam)
-
-
-def prompt_of(pair: Preference) -> Question:
-    asked = "\n".join(text_of(turn) for turn in pair.messages if turn["role"] != "system")
-    return Question(pair.id, asked, [text_of(pair.chosen)], pair.source)
+    if exam != PREFERENCE_EXAM:
+        return read_questions(exam)
+    return [Question(pair.id, pair.prompt, [text_of(pair.chosen)], pair.source) for pair in read_preferences(exam)]
 
 
 def may_mean(word: str, right: str) -> bool:
