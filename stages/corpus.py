@@ -3,9 +3,9 @@
     python -m stages.corpus
 
 data/corpus/ (.jsonl .json .csv .parquet with rows {"text": ...}; .txt .md .html .pdf .docx), data/questions.jsonl,
-data/general.jsonl -> data/corpus_train.jsonl, data/corpus_valid.jsonl (passages; those of a document are consecutive),
-data/corpus_quarantine.jsonl (dropped passages, with the reason), metrics/corpus.json, metrics/corpus.md,
-metrics/details/corpus.json
+data/general.jsonl, data/preferences_exam.jsonl -> data/corpus_train.jsonl, data/corpus_valid.jsonl (passages; those of
+a document are consecutive), data/corpus_quarantine.jsonl (dropped passages, with the reason), metrics/corpus.json,
+metrics/corpus.md, metrics/details/corpus.json
 """
 
 from collections import Counter
@@ -30,18 +30,15 @@ from pipeline.common.paths import (
     CORPUS_QUARANTINE,
     CORPUS_TRAIN,
     CORPUS_VALID,
-    EXAM,
-    GENERAL_EXAM,
 )
 from pipeline.common.rows import file_of
 from pipeline.common.words import layout, words
 from pipeline.data.corpus import Document, Passage, corpus_files, is_document, read_documents
 from pipeline.data.corpus_page import corpus_page
-from pipeline.data.leaks import ExamIndex, Leak
+from pipeline.data.leaks import ExamIndex, Leak, exam_questions
 from pipeline.data.near_duplicates import Keys, band_keys, first_of_each, near_duplicates
 from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, OUTCOMES, TRAIN, VALID, counted, held_out
 from pipeline.data.quarantine import Quarantine, require_valid
-from pipeline.evaluation.questions import read_questions
 from stages import run
 
 SHOWN_KEYS = 50  # unknown keys that metrics/details/corpus.json names
@@ -71,7 +68,7 @@ def main() -> None:
         if parameters.merge.on_invalid == "raise":
             require_valid(quarantine, CORPUS_QUARANTINE)
         unread = quarantine.counts.total()
-        exams = ExamIndex([*read_questions(EXAM), *read_questions(GENERAL_EXAM)], parameters.merge.near_leak)
+        exams = ExamIndex(exam_questions(), parameters.merge.near_leak)
         rows = checked(documents, exams, parameters.merge.near_duplicate)
         if parameters.merge.on_leak == "raise":
             require_no_leaks(rows)

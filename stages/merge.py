@@ -3,9 +3,9 @@
     python -m stages.merge
 
 data/curated/ (.jsonl .json .csv .parquet), data/train.jsonl, data/replay.jsonl, metrics/generate.json,
-data/questions.jsonl, data/general.jsonl -> data/train_merged.jsonl, data/valid.jsonl, data/quarantine.jsonl (dropped
-rows, with the reason), data/conflicts.jsonl (sources of rows with the same question and different answers),
-metrics/data.json, metrics/data.md, metrics/details/data.json
+data/questions.jsonl, data/general.jsonl, data/preferences_exam.jsonl -> data/train_merged.jsonl, data/valid.jsonl,
+data/quarantine.jsonl (dropped rows, with the reason), data/conflicts.jsonl (sources of rows with the same question and
+different answers), metrics/data.json, metrics/data.md, metrics/details/data.json
 """
 
 import tempfile
@@ -28,8 +28,6 @@ from pipeline.common.paths import (
     DATA_DETAILS,
     DATA_METRICS,
     DATA_PAGE,
-    EXAM,
-    GENERAL_EXAM,
     GENERATE_METRICS,
     GENERATED,
     QUARANTINE,
@@ -42,10 +40,10 @@ from pipeline.common.user_files import user_files
 from pipeline.data.checked_rows import CheckedRows, Chunk, by_count, checked
 from pipeline.data.data_page import data_page
 from pipeline.data.formats import SUFFIXES, kind
+from pipeline.data.leaks import exam_questions
 from pipeline.data.near_duplicates import first_of_each, near_duplicates
 from pipeline.data.outcomes import DUPLICATE, LEAKED, NEAR_DUPLICATE, OUTCOMES, TRAIN, VALID, counted, held_out
 from pipeline.data.quarantine import EXAMPLES, Quarantine, require_valid
-from pipeline.evaluation.questions import read_questions
 from stages import run
 
 SHOWN_KEYS = 50  # unknown keys that metrics/details/data.json names
@@ -63,8 +61,7 @@ def main() -> None:
         )
         quarantine = stack.enter_context(closing(Quarantine(aside)))
         files = [*curated_files(), GENERATED, REPLAY]
-        exams = [*read_questions(EXAM), *read_questions(GENERAL_EXAM)]
-        chunks = stack.enter_context(closing(checked(files, {GENERATED, REPLAY}, exams, parameters.merge)))
+        chunks = stack.enter_context(closing(checked(files, {GENERATED, REPLAY}, exam_questions(), parameters.merge)))
         rows = CheckedRows(only_valid(chunks, parameters.merge.on_invalid, quarantine), scratch)
         outcomes, repeated = decide(rows, parameters.merge)
         require_both_sides(outcomes, parameters.merge.valid_share)

@@ -45,7 +45,13 @@ def note(number: int) -> str:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project with nothing but an empty data/corpus, the exams and the parameters."""
-    for name in ("dvc.yaml", "params.yaml", "data/questions.jsonl", "data/general.jsonl"):
+    for name in (
+        "dvc.yaml",
+        "params.yaml",
+        "data/questions.jsonl",
+        "data/general.jsonl",
+        "data/preferences_exam.jsonl",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / FOLDER).mkdir()

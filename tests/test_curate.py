@@ -33,7 +33,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     source is held back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curate, "HELD_BACK", 2**64)
-    for name in ("dvc.yaml", "params.yaml", "data/general.jsonl", "data/curated/handbook.jsonl"):
+    for name in (
+        "dvc.yaml",
+        "params.yaml",
+        "data/general.jsonl",
+        "data/preferences_exam.jsonl",
+        "data/curated/handbook.jsonl",
+    ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, name)
     Path("data/raw").mkdir()

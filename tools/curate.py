@@ -34,7 +34,7 @@ from pipeline.data.documents import Passage, passages_of, pieces
 from pipeline.data.endpoint import Budget, ask
 from pipeline.data.facts import questions_of_facts, read_facts, read_phrasings
 from pipeline.data.grounding import grounded
-from pipeline.data.leaks import ExamIndex
+from pipeline.data.leaks import ExamIndex, exam_questions
 from pipeline.data.raw_files import raw_files
 from pipeline.evaluation.questions import Question, read_answers, read_questions
 from pipeline.evaluation.rules import Rule, correct
@@ -103,7 +103,7 @@ def main() -> None:
     known = knowledge(generate)
     unknown = assign([question for question in exam if question.id in failed], known)
     sources = [source for source in known.values() if source.failed]
-    candidates = Candidates(ExamIndex([*exam, *general], parameters.merge.near_leak), {row["id"] for row in trained()})
+    candidates = Candidates(ExamIndex(exam_questions(), parameters.merge.near_leak), {row["id"] for row in trained()})
     for source in sources:
         for row in source.rows:
             candidates.add(row, source.failed)

@@ -11,7 +11,7 @@ from pipeline.common.messages import InvalidRow
 from pipeline.common.parameters.generate import Generate
 from pipeline.common.parameters.merge import Merge
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import CORPUS, CURATED, EXAM, GENERAL_EXAM, PROMPTS, RAW
+from pipeline.common.paths import CORPUS, CURATED, EXAM, GENERAL_EXAM, PREFERENCE_EXAM, PREFERENCES, PROMPTS, RAW
 from pipeline.common.rows import KINDS, Message, Tools, kinds_of, row, text_of
 from pipeline.common.user_files import user_files
 from pipeline.common.words import words
@@ -19,9 +19,11 @@ from pipeline.data.corpus import Document, corpus_files, read_documents
 from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import SUFFIXES, conversation, kind, parsed, records
-from pipeline.data.leaks import ExamIndex
+from pipeline.data.leaks import ExamIndex, questions_of
+from pipeline.data.pair_formats import answers_of, pair_files, pair_of
 from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
+from pipeline.evaluation.preference_exam import read_preferences
 from pipeline.evaluation.questions import read_questions
 
 LOOKED_AT = 1000  # rows checked per file; the merge stage checks all
@@ -46,9 +48,10 @@ class Material:
 
 
 def material(parameters: Parameters) -> Iterator[Material]:
-    exam, general = of_exam(EXAM), of_exam(GENERAL_EXAM)
-    readable = [each.path for each in (exam, general) if not each.missing and parameters.merge.on_leak == "raise"]
-    exams = ExamIndex([question for path in readable for question in read_questions(path)], parameters.merge.near_leak)
+    exam, general, preference_exam = of_exam(EXAM), of_exam(GENERAL_EXAM), of_preference_exam()
+    held_out = (exam, general, preference_exam)
+    readable = [each.path for each in held_out if not each.missing and parameters.merge.on_leak == "raise"]
+    exams = ExamIndex([question for path in readable for question in questions_of(path)], parameters.merge.near_leak)
     raw, curated = of_raw(parameters.generate, exams), of_curated(parameters.merge, exams)
     if not (raw.missing or curated.missing or raw.more or len(raw.rows | curated.rows) > 1):
         what = f"fewer than two training rows: add facts and phrasings, documents, or rows in {CURATED}"
@@ -56,9 +59,9 @@ def material(parameters: Parameters) -> Iterator[Material]:
         yield Material(CURATED, "", "rows, or the missing files of data/raw", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
-    corpus = of_corpus(parameters.merge, exams)
-    if corpus.found or corpus.missing:
-        yield corpus
+    for each in (of_corpus(parameters.merge, exams), of_preferences(parameters.merge, exams), preference_exam):
+        if each.found or each.missing:  # nothing has to be there
+            yield each
     yield exam
     yield general
     if parameters.generate.replay:
@@ -153,6 +156,37 @@ def of_corpus(merge: Merge, exams: ExamIndex) -> Material:
     return Material(CORPUS, f"{len(documents)}{more} documents of raw text" if documents else "")
 
 
+def of_preferences(merge: Merge, exams: ExamIndex) -> Material:
+    pairs, singles, more = set[str](), set[str](), ""
+    try:
+        for file in pair_files():
+            found = list(islice(records(file, merge.columns), LOOKED_AT))
+            for number, record in found:
+                location = f"{file}:{number}"
+                try:
+                    pair, _ = pair_of(record, location)
+                except InvalidRow as invalid:
+                    if merge.on_invalid == "raise":
+                        raise refused(location, invalid) from None
+                    continue
+                for messages in (pair["messages"], *answers_of(pair).values()):
+                    require_no_leak(location, "\n".join(map(text_of, messages)), exams)
+                (singles if "label" in pair else pairs).add(pair["id"])
+            more = " or more" if len(found) == LOOKED_AT else more
+    except UserError as refusal:
+        return Material(PREFERENCES, "", str(refusal))
+    counts = {"pairs of answers": len(pairs), "labelled answers": len(singles)}
+    return Material(PREFERENCES, ", ".join(f"{n}{more} {what}" for what, n in counts.items() if n))
+
+
+def of_preference_exam() -> Material:
+    try:
+        pairs = read_preferences(PREFERENCE_EXAM)
+    except UserError as refusal:
+        return Material(PREFERENCE_EXAM, "", str(refusal).removeprefix(f"{PREFERENCE_EXAM}: "))
+    return Material(PREFERENCE_EXAM, f"{len(pairs)} held-out pairs" if pairs else "")
+
+
 def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> tuple[list[Message], Tools] | None:
     """The messages and tools of a row; None if it is invalid and skipped.
 
@@ -166,7 +200,11 @@ def usable(location: str, record: bytes | InvalidRow, on_invalid: str) -> tuple[
     except InvalidRow as invalid:
         if on_invalid == "skip":
             return None
-        raise UserError(f"{location}: {invalid}: correct or remove the row, or set merge.on_invalid to skip") from None
+        raise refused(location, invalid) from None
+
+
+def refused(location: str, invalid: InvalidRow) -> UserError:
+    return UserError(f"{location}: {invalid}: correct or remove the row, or set merge.on_invalid to skip")
 
 
 def require_no_leak(location: str, text: str, exams: ExamIndex) -> None:

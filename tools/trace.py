@@ -1,7 +1,7 @@
-"""Show the source of a training row or of raw text: line, fact or passage; or the outcome of a source.
+"""Show the source of a training row, of a pair or of raw text: line, fact or passage; or the outcome of a source.
 
-python -m tools.trace ID            # a row of data/{train_merged,valid,corpus_train,corpus_valid}.jsonl, by the
-                                    # beginning of its id
+python -m tools.trace ID            # a row of data/{train_merged,valid,pairs_train,pairs_valid,corpus_train,
+                                    # corpus_valid}.jsonl, by the beginning of its id
 python -m tools.trace FILE:NUMBER   # the rows of this line, fact or passage, and their outcomes
 """
 
@@ -20,6 +20,9 @@ from pipeline.common.paths import (
     CORPUS_QUARANTINE,
     CORPUS_TRAIN,
     CORPUS_VALID,
+    PAIRS_QUARANTINE,
+    PAIRS_TRAIN,
+    PAIRS_VALID,
     PROMPTS,
     QUARANTINE,
     RAW,
@@ -42,7 +45,11 @@ OUTCOME_OF_FILE = {
     CORPUS_TRAIN: "is raw text to train on",
     CORPUS_VALID: "is raw text that is held out",
     CORPUS_QUARANTINE: "was dropped",
+    PAIRS_TRAIN: "is a pair or an answer to train on",
+    PAIRS_VALID: "is a pair or an answer to validate with",
+    PAIRS_QUARANTINE: "was dropped",
 }
+ANSWERS = ("chosen", "rejected", "completion")  # of pairs and singles
 
 
 def main() -> None:
@@ -63,12 +70,14 @@ def trace(wanted: str) -> None:
         )
     for file, row in found:
         why = ", ".join(str(row[key]) for key in ("reason", "explanation", "tokens", "question") if key in row)
+        why += f"label {str(row['label']).lower()}" if "label" in row else ""
         print(f"{row.get('id', 'a row')} {OUTCOME_OF_FILE[file]} ({file}){why and f': {why}'}")
-        for message in row.get("messages", []):
+        messages = [(message["role"], message) for message in row.get("messages", [])]
+        for name, message in messages + [(key, row[key]) for key in ANSWERS if key in row]:
             said = {"reasoning_content": "thinks: ", "content": ""}
             parts = [f"{label}{message[key]}" for key, label in said.items() if message.get(key)]
             calls = [f"calls: {call['function']}" for call in message.get("tool_calls", [])]
-            print(f"  {message['role']}: " + "\n    ".join(parts + calls))
+            print(f"  {name}: " + "\n    ".join(parts + calls))
         if "text" in row:
             print(f"  {row['text']}")
     parameters = check(Path("params.yaml"))

@@ -189,7 +189,9 @@ def from_json(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value, parse_constant=refuse_constant)
+        found = json.loads(value, parse_constant=refuse_constant)
+        json_of(found).encode()  # fails on half of a surrogate pair, which is no character
+        return found
     except (ValueError, RecursionError) as error:
         raise InvalidRow("tool call", f"the {what} are not JSON: {error}") from None
 

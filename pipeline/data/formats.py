@@ -45,6 +45,7 @@ CALL_KEYS = ("name", "arguments", "parameters")
 TRAINED = ("weight", "train", "training", "loss")  # whether a message is trained on
 PARTS = {"role", "content", "from", "value", "tool_call_id", "name", "refusal", "prefix", "train_detail", *TRAINED}
 PARTS |= TOOLS | THINKING | MEDIA
+TURNS = ("messages", "conversations", "prompt", "completion", *sorted(PREFERENCES - VERDICTS))  # may have messages
 UNREAD = "(not read)"  # a cell of a table
 
 
@@ -226,6 +227,12 @@ def conversation(content: Any) -> tuple[list[Message], Tools]:
     for key in ("messages", "conversations"):  # of a CSV file
         if isinstance(content, dict) and isinstance(content.get(key), str) and content[key].lstrip().startswith("["):
             content = content | {key: from_json(content[key], key)}
+    if judged := verdicts(content):
+        raise InvalidRow(
+            "unknown format",
+            f"a row with {judged[0]} says which answers are better: move it to data/preferences, or leave out "
+            f"{judged[0]}",
+        )
     match content:
         case {"messages": list(turns)}:
             used = {"messages"}
@@ -251,13 +258,24 @@ def conversation(content: Any) -> tuple[list[Message], Tools]:
             raise unknown_format(content)
     tools = "functions" if is_empty(content.get("tools")) else "tools"
     require_used("a row", content, used | {"system", tools}, KEYS | OTHER_KEYS)
+    return complete(messages, content)
+
+
+def complete(messages: list[Message], content: dict[str, Any]) -> tuple[list[Message], Tools]:
+    """The messages after the system message of the row `content`, and its tools. Raises InvalidRow."""
     if system := content.get("system"):
         messages = [{"role": "system", "content": system}, *messages]
     require_text(messages)
     require_turns(messages)
-    offered = tools_of(content.get(tools))
+    offered = tools_of(content.get("tools")) or tools_of(content.get("functions"))
     require_known(messages, offered)
     return with_results(messages), offered
+
+
+def verdicts(content: Any) -> list[str]:
+    """The keys with a value by which a row compares or judges answers."""
+    keys = [key for key in content if key in PREFERENCES] if isinstance(content, dict) else []
+    return [key for key in keys if not is_empty(content[key]) or (content[key] is False and key in VERDICTS)]
 
 
 def asked(question: Any) -> list[Message]:
@@ -295,7 +313,7 @@ def trained_message(turn: Any) -> Message:
 def unknown_keys(content: dict[str, Any]) -> set[str]:
     """The keys of a valid row, of its messages and of their parts that no format knows."""
     found = content.keys() - KEYS - OTHER_KEYS
-    for key in ("messages", "conversations", "prompt", "completion"):
+    for key in TURNS:
         for turn in objects(content.get(key)):
             found |= {f"messages[].{name}" for name in turn.keys() - PARTS}
             for part in objects(turn.get("content")):
@@ -312,6 +330,9 @@ def unknown_keys(content: dict[str, Any]) -> set[str]:
 
 
 def objects(value: Any) -> list[dict[str, Any]]:
+    """`value`, if it is an object, or its items that are objects."""
+    if isinstance(value, dict):
+        return [value]
     return [part for part in value if isinstance(part, dict)] if isinstance(value, list) else []
 
 

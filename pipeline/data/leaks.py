@@ -4,11 +4,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import regex
 from rapidfuzz import process
 from rapidfuzz.distance import OSA, Levenshtein
 
+from pipeline.common.paths import EXAM, GENERAL_EXAM, PREFERENCE_EXAM
+from pipeline.common.rows import text_of
 from pipeline.common.words import acronyms, capitals, exact, is_sign, names, words
 from pipeline.data.english import (
     ASK,
@@ -25,12 +28,14 @@ from pipeline.data.english import (
     plainly,
     stem,
 )
-from pipeline.evaluation.questions import Question
+from pipeline.evaluation.preference_exam import read_preferences
+from pipeline.evaluation.questions import Question, read_questions
 
 FREELY_SPACED = regex.compile(r"[\p{Hangul}\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]")
 ALPHABET = regex.compile(r"[\p{Latin}\p{Cyrillic}\p{Greek}\p{Arabic}\p{Hebrew}\p{Devanagari}]+")
 # A function word in a language other than English: maximum letters, and minimum share of the questions that have it.
 SHORT, FREQUENT = 4, 0.1
+SHOWN = 200  # maximum characters of a question in a message; a prompt may be long
 MISSPELT = 5  # minimum letters of a word whose misspellings (one edit within the word) are recognised
 
 
@@ -41,7 +46,8 @@ class Leak:
     near: bool  # False: the text has the question word by word
 
     def __str__(self) -> str:
-        return f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({self.text!r})"
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[: SHOWN - 1]}…"
+        return f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({text!r})"
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,17 @@ class ExamIndex:
         if asked.english:
             return asks_alike(way, missing, extra, stretch, first)
         return max(missing.total() - lacking, extra.total() - adding) <= edits
+
+
+def exam_questions() -> list[Question]:
+    """What is held out: the questions of both exams, and the prompts of the preference exam."""
+    return [question for path in (EXAM, GENERAL_EXAM, PREFERENCE_EXAM) for question in questions_of(path)]
+
+
+def questions_of(exam: Path) -> list[Question]:
+    if exam != PREFERENCE_EXAM:
+        return read_questions(exam)
+    return [Question(pair.id, pair.prompt, [text_of(pair.chosen)], pair.source) for pair in read_preferences(exam)]
 
 
 def may_mean(word: str, right: str) -> bool:

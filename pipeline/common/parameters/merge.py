@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.common.parameters.section import Section
 
-# The columns by which the merge stage recognizes the format of a row.
+# The columns by which the stages merge, corpus and pairs recognize the format of a row.
 Column = Literal[
     "messages",
     "conversations",
@@ -21,6 +21,12 @@ Column = Literal[
     "input",
     "output",
     "text",
+    "chosen",
+    "rejected",
+    "label",
+    "kto_tag",
+    "preferred_output",
+    "non_preferred_output",
 ]
 
 
