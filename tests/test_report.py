@@ -84,6 +84,7 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
     )
     put("metrics/details/corpus.json", [{"documents": {"read": 9, "dropped": 1, "train": 6, "valid": 2}}])
     put("metrics/perplexity.json", {})
+    put("metrics/preferences.jsonl", "")
     put("models/base.json", {"model": "models/tiny-base", "revision": None, "fingerprint": "f" * 64})
     lock("a" * 32 + ".dir")
 
@@ -379,7 +380,7 @@ def test_the_same_run_makes_the_same_bytes(run: Path) -> None:
 
 def test_a_missing_input_is_named_in_one_line_and_leaves_no_report(run: Path) -> None:
     inputs = [path for path in run.rglob("*.*") if path.is_file()]
-    assert len(inputs) == 17
+    assert len(inputs) == 18
     for path in inputs:
         kept = path.rename(path.with_suffix(".away"))
         with pytest.raises(UserError) as refused:
