@@ -1,5 +1,6 @@
 """The preference exam: held-out pairs of a better answer (chosen) and a worse answer (rejected) to the same prompt."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def read_preference(location: str, content: object) -> Preference:
         raise UserError(f"{location}: the pair lacks {missing[0]!r}; a pair needs {', '.join(KEYS[:4])}")
     if unknown := [key for key in content if key not in KEYS]:
         raise UserError(f"{location}: {unknown[0]!r} is no key of a pair; accepted: {', '.join(KEYS)}")
+    if any("\ud800" <= character <= "\udfff" for character in json.dumps(content, ensure_ascii=False)):
+        raise UserError(f"{location}: half a character (a lone surrogate) is no text")
     key, tags = content["id"], content.get("tags", [])
     if not isinstance(key, str) or not key.strip():
         raise UserError(f"{location}: the id must be text, and not empty")

@@ -25,15 +25,15 @@ SCORES = {
     "stopped": Score("Stopped", "%", "answers that ended before the length limit"),
     "characters": Score("Length", "characters", "of an answer; neither more nor less is better"),
     "preferred": Score("Preferred", "%", "pairs of which the chosen answer is likelier: the score to look at first"),
-    "margin": Score("Margin", "nats per token", "how much likelier the chosen answer is"),
-    "chosen": Score("Chosen", "nats per token", "log-likelihood of the chosen answer"),
-    "rejected": Score("Rejected", "nats per token", "log-likelihood of the rejected answer"),
+    "margin": Score("Margin", "nats per token", "by which the chosen answer is likelier"),
+    "chosen": Score("Chosen", "nats per token", "of the chosen answer: its log-likelihood"),
+    "rejected": Score("Rejected", "nats per token", "of the rejected answer: its log-likelihood"),
 }
 NEUTRAL = ("characters", "rejected")  # neither more nor less is better
 
 
 def value(mean: float, score: str) -> str:
-    return percent(mean) if SCORES[score].unit == "%" else signed(f"{mean:.3f}" if mean < 1 else f"{mean:.2f}")
+    return percent(mean) if SCORES[score].unit == "%" else signed(f"{mean:.3f}" if abs(mean) < 1 else f"{mean:.2f}")
 
 
 def change(difference: float, score: str) -> str:

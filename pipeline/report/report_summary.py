@@ -67,7 +67,7 @@ def of_exam(name: str, exam: ExamResult) -> list[str]:
 def headline(name: str, exam: ExamResult) -> list[str]:
     shown, changes = names(exam.metrics), steps(exam.metrics)
     shares = arrows(percent(exam.metrics[who][exam.decisive]) for who in shown)
-    counted = "answers are correct" if exam.decisive == "correct" else "pairs have a likelier chosen answer"
+    counted = "answers are correct" if exam.decisive == "correct" else "chosen answers are likelier"
     begin = f"**{name}: {verdict(exam.metrics, exam.decisive)}.** {shares} of {exam.total.questions} {counted}"
     if len(changes) == 1:
         return [f"{begin}:", *changed(exam.metrics, exam.decisive), ""]
