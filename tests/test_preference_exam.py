@@ -12,7 +12,7 @@ from conftest import ROOT, Project, describe_base
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_details, read_json, write_json
 from pipeline.common.parameters.params_yaml import check
-from pipeline.common.paths import ALIGNED, BASE, EXAM_DETAILS, PREFERENCE_EXAM, TRAINED
+from pipeline.common.paths import ADAPTER, ALIGN_METRICS, ALIGNED, BASE, EXAM_DETAILS, PREFERENCE_EXAM, TRAINED
 from pipeline.common.rows import read_jsonl
 from pipeline.evaluation.preference_exam import read_preferences
 from pipeline.evaluation.preferences import score_preferences
@@ -20,7 +20,7 @@ from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.chat_template import end_tokens, load_tokenizer
 from pipeline.model.loading import load_quantized
 from pipeline.model.supervision import supervised
-from stages import evaluate, evaluate_base, evaluate_sft
+from stages import evaluate, evaluate_base, evaluate_sft, model_card
 from tools import gate
 
 TINY = ROOT / "models/tiny-base"
@@ -146,6 +146,19 @@ def test_three_models_take_the_exams_and_two_without_preference_training(project
     assert three["preferences"]["sft_to_tuned"]["flips"].keys() == {"fixed", "broken"}
     pair = read_jsonl(Path("metrics/preferences.jsonl"))[0]
     assert pair["tuned"]["margin"] == pytest.approx(pair["tuned"]["chosen"] - pair["tuned"]["rejected"], abs=1e-5)
+
+    Path("data/train_merged.jsonl").write_text("\n", encoding="utf-8")
+    measured = {name: {"before": 0.5, "after": 0.25} for name in ("loss", "accuracy", "margin", "chosen_nll")}
+    write_json(ALIGN_METRICS, {"pairs": {"train": 190, "valid": 10}, "steps": 48} | measured)
+    model_card.main()
+    card = (ADAPTER / "README.md").read_text(encoding="utf-8")
+    assert (
+        "- dpo\n" in card
+        and "trained further with [DPO](" in card
+        and "on 190 pairs" in card
+        and "  beta: 0.1\n" in card
+    )
+    assert "SFT → aligned" in card and "The preference exam has 2 pairs" in card and "| Margin, nats per token" in card
 
 
 def test_the_gate_names_what_preference_training_lost_and_a_share_of_pairs_that_is_too_low(
