@@ -1,50 +1,28 @@
-"""The answers of the untrained base to both exams, and its perplexity on the raw text that is held out.
+"""The answers of the untrained base to both exams, its scores of the held-out pairs, its perplexity on raw text.
 
     python -m stages.evaluate_base
 
-models/base.json, data/questions.jsonl, data/general.jsonl, data/corpus_valid.jsonl -> metrics/answers_base.jsonl,
-metrics/answers_general_base.jsonl, metrics/perplexity_base.json
+models/base.json, data/questions.jsonl, data/general.jsonl, data/preferences_exam.jsonl, data/corpus_valid.jsonl ->
+metrics/answers_base.jsonl, metrics/answers_general_base.jsonl, metrics/preferences_base.jsonl,
+metrics/perplexity_base.json (of held-out raw text)
 """
 
 from pipeline.common.outputs import write_json, write_jsonl
 from pipeline.common.parameters.params_yaml import load
-from pipeline.common.paths import (
-    BASE_ANSWERS,
-    BASE_GENERAL_ANSWERS,
-    BASE_PERPLEXITY,
-    CORPUS_VALID,
-    EXAM,
-    GENERAL_EXAM,
-)
-from pipeline.evaluation.answers import answer_questions
+from pipeline.common.paths import BASE_ANSWERS, BASE_GENERAL_ANSWERS, BASE_PERPLEXITY, BASE_PREFERENCES, CORPUS_VALID
+from pipeline.evaluation.examination import examine, load_examinee, read_exams
 from pipeline.evaluation.perplexity import perplexity
-from pipeline.evaluation.questions import read_questions
-from pipeline.evaluation.scores import graded
-from pipeline.model.base import located
-from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import load_base, pick_device, pick_dtype, reproducible
-from pipeline.model.training_template import training_template
 from stages import run
 
 
 def main() -> None:
     parameters = load("evaluate_base")
-    exam, general = read_questions(EXAM), read_questions(GENERAL_EXAM)
-    folder, _ = located()
-    device = pick_device(parameters.base.device)
-    reproducible(0, parameters.threads)
-    dtype = pick_dtype(parameters.base.compute_dtype, device)
-    model = load_base(folder, parameters.base.quantization, device, dtype)
-    tokenizer = load_tokenizer(folder, training_template())
-    answers = answer_questions(
-        model,
-        tokenizer,
-        [*exam, *general],
-        parameters.evaluate.batch_size,
-        parameters.evaluate.max_new_tokens,
-    )
-    write_jsonl(BASE_ANSWERS, map(graded, exam, answers[: len(exam)]))
-    write_jsonl(BASE_GENERAL_ANSWERS, map(graded, general, answers[len(exam) :]))
+    exams = read_exams()
+    model, tokenizer = load_examinee(parameters)
+    results = examine(model, tokenizer, exams, parameters)
+    write_jsonl(BASE_ANSWERS, results.exam)
+    write_jsonl(BASE_GENERAL_ANSWERS, results.general)
+    write_jsonl(BASE_PREFERENCES, results.preferences)
     write_json(BASE_PERPLEXITY, perplexity(model, tokenizer, CORPUS_VALID))
 
 

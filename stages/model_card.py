@@ -20,6 +20,7 @@ from pipeline.common.outputs import atomic_output, read_details, read_json
 from pipeline.common.parameters.params_yaml import load
 from pipeline.common.paths import (
     ADAPTER,
+    ALIGN_METRICS,
     ALIGNED,
     ANSWERS,
     BASE,
@@ -31,6 +32,7 @@ from pipeline.common.paths import (
     TRAIN_DETAILS,
     TRAIN_METRICS,
     TRAIN_ROWS,
+    TUNED_PREFERENCES,
 )
 from pipeline.common.rows import read_jsonl
 from pipeline.model.base import file_hash, public_name
@@ -47,12 +49,19 @@ from pipeline.report.readable import (
 )
 from stages import run
 
+METHODS = {  # of preference training
+    "dpo": "[DPO](https://arxiv.org/abs/2305.18290)",
+    "kto": "[KTO](https://arxiv.org/abs/2402.01306)",
+    "orpo": "[ORPO](https://arxiv.org/abs/2403.07691)",
+}
+
 
 def main() -> None:
     parameters = load("model_card")
     base, data = read_json(BASE), read_details(DATA_DETAILS)
     train, training = read_json(TRAIN_METRICS), read_details(TRAIN_DETAILS)
-    exam, general = read_details(EXAM_DETAILS).values()
+    details = read_details(EXAM_DETAILS)
+    exam, general = details["exam"], details["general"]
     answers, perplexity = read_jsonl(ANSWERS), read_json(PERPLEXITY).get("perplexity")
     name = f"{Path(public_name(base)).name}-qlora"
     trained_with = {
@@ -61,8 +70,9 @@ def main() -> None:
         "lora": dict(parameters.lora),
         "train": dict(parameters.train),
     }
+    method = parameters.align.method
     text = template().render(
-        metadata=metadata(name, base, parameters.base.quantization, exam["tuned"]),
+        metadata=metadata(name, base, parameters.base.quantization, method, exam["tuned"]),
         name=name,
         base=base,
         base_name=public_name(base),
@@ -82,8 +92,14 @@ def main() -> None:
         trained_with=trained_with,
         parameters=yaml.safe_dump(trained_with, sort_keys=False),
         libraries=training["libraries"],
+        method=METHODS.get(method),
+        align=read_json(ALIGN_METRICS),
+        of_pairs=of_pairs,
+        align_parameters=yaml.safe_dump({"align": dict(parameters.align)}, sort_keys=False),
         exam=exam,
         general=general,
+        preferences=details.get("preferences"),
+        pairs=len(read_jsonl(TUNED_PREFERENCES)),
         quantized=base.get("quantized"),
         on_hub=base["revision"] and "quantized" not in base,
         tool=a_tool() if "tools" in data["kinds"] else None,
@@ -103,6 +119,18 @@ def a_tool() -> dict[str, Any]:
     return tool
 
 
+def of_pairs(align: dict[str, Any]) -> list[str]:
+    """A Markdown table of what the validation pairs measured, from metrics/align.json."""
+    shown = {
+        "loss": "loss of the method",
+        "accuracy": "share with a higher reward of the chosen answer",
+        "margin": "margin of the rewards",
+        "chosen_nll": "loss of the chosen answers, nats per token",
+    }
+    lines = [[name, *(f"{align[key][when]:.3f}" for when in ("before", "after"))] for key, name in shown.items()]
+    return table(["measure", "before", "after"], lines)
+
+
 def template() -> Template:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     for shape in (detectable, further_lines, interval, p_value, percent, perplexities, repr, score_lines, verdict):
@@ -110,7 +138,7 @@ def template() -> Template:
     return environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
 
 
-def metadata(name: str, base: dict[str, Any], quantization: str, scores: dict[str, float]) -> str:
+def metadata(name: str, base: dict[str, Any], quantization: str, method: str, scores: dict[str, float]) -> str:
     """The YAML of the card. It names the base by its id on the hub; a base in a local folder has none."""
     found = {"correct": "accuracy", "exact_match": "exact_match", "f1": "f1", "chrf": "chrf"}
     results = [
@@ -130,7 +158,7 @@ def metadata(name: str, base: dict[str, Any], quantization: str, scores: dict[st
         library_name="peft",
         **read_json(LICENSE),
         pipeline_tag="text-generation",
-        tags=["lora", "qlora"] if quantization == "nf4" else ["lora"],
+        tags=["lora"] + ["qlora"] * (quantization == "nf4") + [method] * (method != "none"),
         model_name=name,
         eval_results=results,
     ).to_yaml()

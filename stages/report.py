@@ -35,17 +35,20 @@ from pipeline.common.paths import (
     TRAIN_DETAILS,
     TRAIN_METRICS,
     TRAIN_ROWS,
+    TUNED_PREFERENCES,
     VALID_ROWS,
     VARIANTS_TABLE,
 )
 from pipeline.common.rows import read_jsonl
 from pipeline.evaluation.questions import read_answers, read_questions
 from pipeline.model.base import public_name
+from pipeline.report.readable import names
 from pipeline.report.report_page import loss_chart, report_page
 from pipeline.report.report_summary import summary
-from pipeline.report.side_by_side import ExamResult, side_by_side
+from pipeline.report.side_by_side import ExamResult, held_out_pairs, side_by_side
 from stages import run
 
+VARIANT = {"base": "before", "sft": "sft", "tuned": "after"}  # names of the models in metrics/tags.csv
 # What identifies the run. A commit cannot: it contains dvc.lock, and so the hash of the page.
 IDENTITY = list(map(str, [EXAM, GENERAL_EXAM, TRAIN_ROWS, VALID_ROWS, ADAPTER, GGUF]))
 
@@ -55,13 +58,15 @@ def main() -> None:
     details = read_details(EXAM_DETAILS)
     exam = exam_result("exam", EXAM, ANSWERS, of_files, details["exam"])
     general = exam_result("general", GENERAL_EXAM, GENERAL_ANSWERS, [], details["general"])
-    variants = {"base": exam.metrics["base"], "tuned": exam.metrics["tuned"], **read_details(GGUF_DETAILS)}
+    pairs = held_out_pairs(read_jsonl(existing(TUNED_PREFERENCES)))
+    exams = [exam, general, *([ExamResult("preferences", details["preferences"], pairs)] if pairs else [])]
+    variants = {who: exam.metrics[who] for who in names(exam.metrics)} | read_details(GGUF_DETAILS)
     train = read_json(TRAIN_METRICS)
     with open(existing(LOSS_TABLE), encoding="utf-8") as file:
         curve = [{name: float(number) for name, number in point.items()} for point in csv.DictReader(file)]
     base, perplexity = read_json(BASE), read_json(PERPLEXITY).get("perplexity", {})
     html = report_page(
-        exams=[exam, general],
+        exams=exams,
         variants=variants,
         train=train,
         tokens=read_details(TRAIN_DETAILS)["tokens"],
@@ -76,8 +81,8 @@ def main() -> None:
         parameters=existing(Path("params.yaml")).read_text(encoding="utf-8").replace(base["model"], public_name(base)),
     )
     write(REPORT_PAGE, html)
-    write(REPORT_SUMMARY, summary(exam, general, variants, perplexity))
-    write_csv(TAGS_TABLE, ["exam", "tag", "questions", "variant", "correct"], tags([exam, general]))
+    write(REPORT_SUMMARY, summary(exams, variants, perplexity))
+    write_csv(TAGS_TABLE, ["exam", "tag", "questions", "variant", "correct"], tags(exams))
     write_csv(VARIANTS_TABLE, ["variant", "score", "value"], scores(variants))
 
 
@@ -89,8 +94,8 @@ def exam_result(name: str, path: Path, answers: Path, of_files: list[Any], metri
 def tags(exams: list[ExamResult]) -> Iterable[list[Any]]:
     for exam in exams:
         for tally in [exam.total, *exam.tags]:
-            yield [exam.name, tally.tag, tally.questions, "before", f"{tally.before / tally.questions:.4f}"]
-            yield [exam.name, tally.tag, tally.questions, "after", f"{tally.after / tally.questions:.4f}"]
+            for who, correct in tally.correct.items():
+                yield [exam.name, tally.tag, tally.questions, VARIANT[who], f"{correct / tally.questions:.4f}"]
 
 
 def scores(variants: dict[str, Any]) -> Iterable[list[Any]]:

@@ -26,6 +26,7 @@ from stages import (
     evaluate,
     evaluate_base,
     evaluate_gguf,
+    evaluate_sft,
     merge_adapter,
     prepare_base,
     tokenize,
@@ -85,6 +86,7 @@ def test_a_family_learns_and_every_variant_answers_alike(family: str) -> None:
     assert metrics("train")["loss"]["valid"] == pytest.approx(tuned_loss(), rel=1e-3)
 
     evaluate_base.main()
+    evaluate_sft.main()
     evaluate.main()
     exam = read_details(EXAM_DETAILS)["exam"]
     assert exam["base"]["exact_match"] == 0 and exam["tuned"]["exact_match"] >= 0.95

@@ -31,6 +31,7 @@ HOSTILE = (
 )
 
 Row = tuple[dict[str, Any], str, str]  # a line of an exam, the answer before, the answer after
+SFT = {"q1": "no", "q2": "yes", "q4": "yes", "g2": "yes"}  # by id, the other answers of SFT are those after
 
 
 def asked(number: int, before: str, after: str, **others: Any) -> Row:
@@ -59,7 +60,7 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
         compared = [side_by_side(*row) for row in rows]
         put(f"data/{name}.jsonl", *[question for question, _, _ in rows])
         put(f"metrics/{answers}.jsonl", *compared)
-        details[kind] = comparison.comparison(*([c[who] for c in compared] for who in ("base", "tuned")))
+        details[kind] = comparison.comparison([c["base"] for c in compared], [c["tuned"] for c in compared])
     put("metrics/details/evaluate.json", [details])
     given = ({name: after + " " * (name == "model-q8_0.gguf") for name in files} for _, _, after in exam)
     put("metrics/answers_gguf.jsonl", *[{"id": row[0]["id"]} | of for row, of in zip(exam, given, strict=True)])
@@ -84,6 +85,7 @@ def write_run(exam: list[Row], general: list[Row], files: tuple[str, ...] = FILE
     )
     put("metrics/details/corpus.json", [{"documents": {"read": 9, "dropped": 1, "train": 6, "valid": 2}}])
     put("metrics/perplexity.json", {})
+    put("metrics/preferences.jsonl", "")
     put("models/base.json", {"model": "models/tiny-base", "revision": None, "fingerprint": "f" * 64})
     lock("a" * 32 + ".dir")
 
@@ -94,6 +96,37 @@ def side_by_side(line: dict[str, Any], before: str, after: str) -> dict[str, Any
     old, new = graded(question, Answer(before, True, 2.0)), graded(question, Answer(after, True, 1.0))
     kept = {key: new[key] for key in ("id", "question", "reference", "match", "tags", "source")}
     return kept | {"before": before, "after": after, "base": old["scores"], "tuned": new["scores"]}
+
+
+def add_preference_training() -> None:
+    """What the stages before leave with preference training, after `write_run`: answers of SFT, and held-out pairs."""
+    [details] = json.loads(Path("metrics/details/evaluate.json").read_text(encoding="utf-8"))
+    for answers, kind, rows in [("answers", "exam", EXAM), ("answers_general", "general", GENERAL)]:
+        lines = []
+        for line, before, after in rows:
+            answer = SFT.get(line["id"], after)
+            sft = side_by_side(line, before, answer)["tuned"]
+            lines.append(side_by_side(line, before, after) | {"after_sft": answer, "sft": sft})
+        put(f"metrics/{answers}.jsonl", *lines)
+        base, tuned, sft = ([line[who] for line in lines] for who in ("base", "tuned", "sft"))
+        details[kind] = comparison.comparison(base, tuned, sft)
+    margins = {
+        "known": {"base": -1.0, "sft": 0.5, "tuned": 0.25},
+        "unknown": {"base": 0.5, "sft": -0.25, "tuned": -0.5},
+    }
+    pairs: list[Any] = [
+        {"id": tag, "prompt": f"Prompt {tag}?", "chosen": "yes", "rejected": "no " * 40, "tags": [tag]}
+        | {who: preferred(margin) for who, margin in of_models.items()}
+        for tag, of_models in margins.items()
+    ]
+    put("metrics/preferences.jsonl", *pairs)
+    base, tuned, sft = ([pair[who] for pair in pairs] for who in ("base", "tuned", "sft"))
+    details["preferences"] = comparison.comparison(base, tuned, sft, "preferred")
+    put("metrics/details/evaluate.json", [details])
+
+
+def preferred(margin: float) -> dict[str, float]:
+    return {"preferred": float(margin > 0), "margin": margin, "chosen": -1.0, "rejected": -1.0 - margin}
 
 
 def put(path: str, *content: Any) -> None:
@@ -354,7 +387,46 @@ def test_raw_text_has_its_perplexity_before_and_after_in_the_report(run: Path) -
 
 
 def test_every_score_that_an_exam_has_is_explained() -> None:
-    assert set(graded(Question("1", "?", ["yes"], "here:1"), Answer("yes", True, 0.1))["scores"]) == set(SCORES)
+    of_question = graded(Question("1", "?", ["yes"], "here:1"), Answer("yes", True, 0.1))["scores"]
+    assert of_question.keys() | preferred(1.0).keys() == SCORES.keys()
+
+
+def test_preference_training_shows_three_models_what_changed_between_each_two_and_the_held_out_pairs(
+    opened: Callable[..., Page],
+) -> None:
+    add_preference_training()
+    page = opened()
+    card = page.locator(".card", has_text="The exam")
+    expect(card.locator(".move")).to_have_text("40.0 % → 80.0 % → 60.0 %")
+    expect(card.locator(".facts div").nth(1)).to_contain_text("SFT → aligned")
+    expect(card.locator(".facts div").nth(1)).to_contain_text("1 fixed, 2 broken")
+    card.locator(".facts div").nth(1).locator("a", has_text="2").click()
+    assert shown(page) == ["q2", "q4"]
+    page.locator("label", has_text="fixed by SFT").click()
+    page.locator("[name=exam]").select_option("")
+    assert shown(page) == ["q4", "q5", "known"]
+    page.locator("[name=exam]").select_option("preferences")
+    answers = page.locator("article:not([hidden]) dd").all_text_contents()
+    assert answers == ["yes", "no " * 40, "−1.00", "+0.50", "+0.25"]
+    text = Path("metrics/report.md").read_text(encoding="utf-8")
+    assert text.startswith("# 2 → 4 → 3 of 5 answers correct\n")
+    assert "- SFT → aligned: no difference beyond chance, −20.0 points" in text
+    assert "**The preference exam, of held-out pairs: no difference" in text and "50.0 % → 50.0 % → 50.0 % of 2" in text
+    assert re.search(r"\| `unknown` +\| +1 \| +1 \| +0 \| +0 \|", text)
+    assert "## Broken by preference training: 2\n\n- `q2` `Question 2?`: `yes` → `no`, expected `yes`" in text
+    with open("metrics/tags.csv", encoding="utf-8") as lines:
+        of_known = [line["variant"] for line in csv.DictReader(lines) if line["tag"] == "known"]
+    assert of_known == ["before", "sft", "after"]
+
+
+@pytest.mark.parametrize("width", [400, 1000, 1200])
+def test_three_models_fit_on_the_page(opened: Callable[..., Page], width: int) -> None:
+    add_preference_training()
+    page = opened(width=width)
+    page.locator(".move").evaluate_all("all => all.forEach(move => move.textContent = '100.0 % → 100.0 % → 100.0 %')")
+    wider = "all => all.filter(one => one.scrollWidth > one.clientWidth).map(one => one.className)"
+    assert page.locator(".card, .move, .tags, form, dl").evaluate_all(wider) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_markdown_is_aligned_in_a_terminal_and_quotes_what_it_did_not_write() -> None:
@@ -379,7 +451,7 @@ def test_the_same_run_makes_the_same_bytes(run: Path) -> None:
 
 def test_a_missing_input_is_named_in_one_line_and_leaves_no_report(run: Path) -> None:
     inputs = [path for path in run.rglob("*.*") if path.is_file()]
-    assert len(inputs) == 17
+    assert len(inputs) == 18
     for path in inputs:
         kept = path.rename(path.with_suffix(".away"))
         with pytest.raises(UserError) as refused:

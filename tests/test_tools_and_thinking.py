@@ -17,6 +17,7 @@ from stages import (
     evaluate,
     evaluate_base,
     evaluate_gguf,
+    evaluate_sft,
     merge,
     merge_adapter,
     model_card,
@@ -110,7 +111,7 @@ def lines(name: str) -> list[Any]:
 def test_calls_and_thinking_survive_every_conversion(project_with_tools: Project) -> None:
     kinds = read_details(DATA_DETAILS)["kinds"]
     assert kinds == {"tools": 4, "calls": 3, "parallel calls": 1, "results": 3, "thinking": 4}
-    for stage in (prepare_base, tokenize, train_qlora, evaluate_base, evaluate):
+    for stage in (prepare_base, tokenize, train_qlora, evaluate_base, evaluate_sft, evaluate):
         stage.main()
     page = MASK_PAGE.read_text(encoding="utf-8")
     assert '+{"name": "get_order", "arguments": {"order": "Alder"}}⏎' in page and "+<think>⏎" in page

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_details
 from pipeline.common.parameters.params_yaml import check
-from pipeline.common.paths import EXAM, EXAM_DETAILS, GGUF_DETAILS
+from pipeline.common.paths import EXAM, EXAM_DETAILS, GGUF_DETAILS, PREFERENCE_EXAM
 from pipeline.evaluation.comparison import LOWER_IS_BETTER
 from pipeline.evaluation.variants import source
 from tools.dvc_command import DVC
@@ -45,6 +45,8 @@ def main(revision: str = "HEAD") -> None:
         *drops(parameters.gate.max_drop, revision),
         *conversions(parameters.gate.max_conversion_drop, parameters.gate.max_kl),
         general_drop(parameters.gate.max_general_drop),
+        *align_drops(parameters.gate.max_align_drop),
+        *preferred(parameters.gate.min_preferred),
     ]
     for demand in demands:
         print(f"{MARKS[demand.met]}  {demand.name}: {demand.found}")
@@ -115,6 +117,28 @@ def general_drop(allowed: float) -> Demand:
     drop = round(base - tuned, 6)
     found = f"{tuned:.3f} correct, the base {base:.3f}: {drop:.3f} less, allowed {allowed:.3f}"
     return Demand("drop of the general exam", drop <= allowed, found)
+
+
+def align_drops(allowed: float) -> Iterator[Demand]:
+    """Correct answers of each exam that preference training lost; none without preference training."""
+    details = read_details(EXAM_DETAILS)
+    for exam, name in (("exam", "the exam"), ("general", "the general exam")):
+        if "sft" in details[exam]:
+            sft, tuned = details[exam]["sft"]["correct"], details[exam]["tuned"]["correct"]
+            drop = round(sft - tuned, 6)
+            found = f"{tuned:.3f} correct, {sft:.3f} before: {drop:.3f} less, allowed {allowed:.3f}"
+            yield Demand(f"drop of {name} in preference training", drop <= allowed, found)
+
+
+def preferred(minimum: float) -> Iterator[Demand]:
+    """One demand if there is a preference exam, or if the gate asks for a share of its pairs."""
+    name, metrics = "minimum of preferred pairs", read_details(EXAM_DETAILS).get("preferences")
+    if metrics:
+        share = metrics["tuned"]["preferred"]
+        yield Demand(name, share >= minimum, f"{share:.3f}, at least {minimum:.3f}")
+    elif minimum:
+        found = f"no preference exam: write pairs into {PREFERENCE_EXAM}, or set gate.min_preferred to 0.0"
+        yield Demand(name, False, found)
 
 
 def lower_is_better(name: str) -> bool:

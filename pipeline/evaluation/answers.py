@@ -59,7 +59,7 @@ def answer_questions(
 def batches_by_length(lengths: list[list[int]], batch_size: int, name: str) -> Iterator[list[int]]:
     """Yield the indices of `lengths` in batches of like length, with a progress bar called `name`."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=len(order) == 1):
+    for start in tqdm(range(0, len(order), batch_size), desc=name, unit="batch", disable=len(order) < 2):
         yield order[start : start + batch_size]
 
 

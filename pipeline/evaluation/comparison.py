@@ -1,4 +1,4 @@
-"""What changed between the answers of two models to an exam, and how certain the change is."""
+"""What changed between the answers of two or three models to an exam, and how certain the change is."""
 
 import math
 from statistics import fmean
@@ -9,27 +9,39 @@ import numpy as np
 SIGNIFICANT = 0.05
 LOWER_IS_BETTER = ("loss",)
 
+Scores = list[dict[str, float]]  # of one model, a dict for each question
 
-def comparison(base: list[dict[str, float]], tuned: list[dict[str, float]]) -> dict[str, Any]:
-    """The mean scores of both models, and of each score the gain with its interval and p-value; the smallest change
-    that would have a p-value under .05; and how many answers became correct (fixed) or wrong (broken).
 
-    `base` and `tuned` are the scores of the same questions in the same order.
+def comparison(base: Scores, tuned: Scores, sft: Scores | None = None, decisive: str = "correct") -> dict[str, Any]:
+    """The mean scores of each model, and the change from base to tuned; with the model before preference training
+    (`sft`), also the changes from base to SFT and from SFT to tuned."""
+    if not sft:
+        return {"base": means(base), "tuned": means(tuned)} | change(base, tuned, decisive)
+    return (
+        {"base": means(base), "sft": means(sft), "tuned": means(tuned)}
+        | change(base, tuned, decisive)
+        | {"base_to_sft": change(base, sft, decisive), "sft_to_tuned": change(sft, tuned, decisive)}
+    )
+
+
+def change(before: Scores, after: Scores, decisive: str) -> dict[str, Any]:
+    """Of each score the gain with its interval and p-value. Of the score `decisive`, which is 0 or 1: the smallest
+    change that would have a p-value under .05; and how many became 1 (fixed) or 0 (broken).
+
+    `before` and `after` are the scores of the same questions in the same order.
     """
-    fixed, broken = flips(base, tuned, "correct")
-    right = sum(scores["correct"] for scores in base)
+    fixed, broken = flips(before, after, decisive)
+    right = sum(scores[decisive] for scores in before)
     rose = fixed >= broken
-    changes = detectable(broken, len(base) - right) if rose else detectable(fixed, right)
+    changes = detectable(broken, len(before) - right) if rose else detectable(fixed, right)
     return {
-        "base": means(base),
-        "tuned": means(tuned),
-        "gain": {name: gain(base, tuned, name) for name in base[0]},
-        "detectable": changes and changes / (len(base) if rose else -len(base)),
+        "gain": {name: gain(before, after, name) for name in before[0]},
+        "detectable": changes and changes / (len(before) if rose else -len(before)),
         "flips": {"fixed": fixed, "broken": broken},
     }
 
 
-def gain(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str) -> dict[str, float]:
+def gain(base: Scores, tuned: Scores, name: str) -> dict[str, float]:
     """The mean difference of a score, its 95 % interval and its p-value."""
     differences = np.array([new[name] - old[name] for old, new in zip(base, tuned, strict=True)])
     low, high = bootstrap(differences)
@@ -37,7 +49,7 @@ def gain(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str)
     return {"mean": float(differences.mean()), "low": low, "high": high, "p_value": p_value}
 
 
-def flips(base: list[dict[str, float]], tuned: list[dict[str, float]], name: str) -> tuple[int, int]:
+def flips(base: Scores, tuned: Scores, name: str) -> tuple[int, int]:
     """How many questions have a higher score, and how many a lower one."""
     pairs = [(old[name], new[name]) for old, new in zip(base, tuned, strict=True)]
     return sum(new > old for old, new in pairs), sum(new < old for old, new in pairs)
@@ -70,6 +82,6 @@ def detectable(against: int, possible: float) -> int | None:
     return None
 
 
-def means(scores: list[dict[str, float]]) -> dict[str, float]:
+def means(scores: Scores) -> dict[str, float]:
     """The mean of each score over answers that all have the same scores."""
     return {name: fmean(answer[name] for answer in scores) for name in scores[0]}

@@ -1,5 +1,6 @@
 """Scores and other numbers as people read them."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from pipeline.common.markdown import table
@@ -23,11 +24,16 @@ SCORES = {
     ),
     "stopped": Score("Stopped", "%", "answers that ended before the length limit"),
     "characters": Score("Length", "characters", "of an answer; neither more nor less is better"),
+    "preferred": Score("Preferred", "%", "pairs of which the chosen answer is likelier: the score to look at first"),
+    "margin": Score("Margin", "nats per token", "by which the chosen answer is likelier"),
+    "chosen": Score("Chosen", "nats per token", "of the chosen answer: its log-likelihood"),
+    "rejected": Score("Rejected", "nats per token", "of the rejected answer: its log-likelihood"),
 }
+NEUTRAL = ("characters", "rejected")  # neither more nor less is better
 
 
 def value(mean: float, score: str) -> str:
-    return percent(mean) if SCORES[score].unit == "%" else f"{mean:.3f}" if mean < 1 else f"{mean:.2f}"
+    return percent(mean) if SCORES[score].unit == "%" else signed(f"{mean:.3f}" if abs(mean) < 1 else f"{mean:.2f}")
 
 
 def change(difference: float, score: str) -> str:
@@ -64,15 +70,27 @@ def megabytes(size: int) -> str:
 def trend(score: str, gain: dict[str, float]) -> str:
     """better or worse if the p-value of the score is under .05 and its interval excludes 0; otherwise same."""
     sure = gain["p_value"] < SIGNIFICANT and (gain["low"] > 0 or gain["high"] < 0)
-    if not sure or score == "characters":
+    if not sure or score in NEUTRAL:
         return "same"
     return "better" if (gain["mean"] > 0) != (score in LOWER_IS_BETTER) else "worse"
 
 
-def verdict(metrics: dict[str, Any]) -> str:
-    """Of the correct answers of an exam."""
+def verdict(change: dict[str, Any], score: str = "correct") -> str:
+    """Of a change between two models by pipeline/evaluation/comparison.py."""
     words = {"better": "better", "worse": "worse", "same": "no difference beyond chance"}
-    return words[trend("correct", metrics["gain"]["correct"])]
+    return words[trend(score, change["gain"][score])]
+
+
+def names(metrics: dict[str, Any]) -> dict[str, str]:
+    """What people call the models that `metrics` compares."""
+    three = {"base": "base", "sft": "SFT", "tuned": "aligned"}
+    return three if "sft" in metrics else {"base": "before", "tuned": "after"}
+
+
+def steps(metrics: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(model before, model after, change) of each two models; the last is from the base to what ships."""
+    trainings = [("base", "sft", "base_to_sft"), ("sft", "tuned", "sft_to_tuned")] if "sft" in metrics else []
+    return [*((before, after, metrics[key]) for before, after, key in trainings), ("base", "tuned", metrics)]
 
 
 def detectable(smallest: float | None) -> str:
@@ -83,31 +101,42 @@ def detectable(smallest: float | None) -> str:
 
 
 def score_lines(metrics: dict[str, Any]) -> list[str]:
-    """A Markdown table of an exam's scores before and after, with what changed."""
+    """A Markdown table of an exam's scores of each model, with what changed between each two."""
+    shown, changes = names(metrics), steps(metrics)
+    head = ["score", *shown.values()]
+    if len(changes) > 1:
+        head += [f"{shown[before]} → {shown[after]}" for before, after, _ in changes]
+    else:
+        head += ["change", "95 % interval", "chance"]
     lines = []
-    for name, gain in metrics["gain"].items():
-        before, after = (value(metrics[who][name], name) for who in ("base", "tuned"))
-        chance = p_value(gain["p_value"])
+    for name in metrics["gain"]:
         unit = "" if SCORES[name].unit == "%" else f", {SCORES[name].unit}"
-        lines.append(
-            [f"{SCORES[name].name}{unit}", before, after, change(gain["mean"], name), interval(gain, name), chance]
-        )
-    return table(["score", "before", "after", "change", "95 % interval", "chance"], lines)
+        line = [f"{SCORES[name].name}{unit}", *(value(metrics[who][name], name) for who in shown)]
+        for *_, of in changes:
+            gain = of["gain"][name]
+            cells = [change(gain["mean"], name), interval(gain, name), p_value(gain["p_value"])]
+            line += cells if len(changes) == 1 else ["{} ({}), {}".format(*cells)]
+        lines.append(line)
+    return table(head, lines)
 
 
 def further(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """What an exam says of tool calls and of thinking, before and after: (name, text); [] if it has neither."""
+    """What an exam says of tool calls and of thinking, of each model: (name, text); [] if it has neither."""
     found = []
     if "tool_calls" in metrics:
-        before, after = metrics["tool_calls"].values()
-        errors = (f"{key.replace('_', ' ')} {before[key]} → {after[key]}" for key in before)
+        models = list(metrics["tool_calls"].values())
+        errors = (f"{key.replace('_', ' ')} {arrows(of[key] for of in models)}" for key in models[0])
         found.append(("Errors of tool calls", ", ".join(errors)))
     if "thinking" in metrics:
-        before, after = metrics["thinking"].values()
-        tokens = f"{before['tokens']:.0f} → {after['tokens']:.0f} tokens on average"
-        unfinished = f"{percent(before['unfinished'])} → {percent(after['unfinished'])}"
-        found.append(("Thinking", f"{tokens}; {unfinished} of the answers did not end it"))
+        models = list(metrics["thinking"].values())
+        tokens = arrows(f"{of['tokens']:.0f}" for of in models)
+        unfinished = arrows(percent(of["unfinished"]) for of in models)
+        found.append(("Thinking", f"{tokens} tokens on average; {unfinished} of the answers did not end it"))
     return found
+
+
+def arrows(of_models: Iterable[Any]) -> str:
+    return " → ".join(map(str, of_models))
 
 
 def further_lines(metrics: dict[str, Any]) -> list[str]:

@@ -17,9 +17,11 @@ from pipeline.report.readable import (
     further,
     interval,
     megabytes,
+    names,
     p_value,
     percent,
     perplexities,
+    steps,
     trend,
     value,
 )
@@ -47,7 +49,9 @@ def report_page(**content: Any) -> str:
     )
     for shape in (change, detectable, further, interval, megabytes, p_value, percent, perplexities, value):
         environment.filters[shape.__name__] = shape
-    environment.globals |= {"SCORES": SCORES, "conversion_table": conversion_table, "trend": trend}
+    for function in (conversion_table, names, steps, trend):
+        environment.globals[function.__name__] = function
+    environment.globals["SCORES"] = SCORES
     script = (PARTS / "report_page.js").read_text(encoding="utf-8")
     return environment.get_template("report_page.html").render(
         style=(PARTS / "report_page.css").read_text(encoding="utf-8"),
