@@ -11,7 +11,7 @@ from conftest import Project, clone, describe_base
 from test_curate import LEADER, PHRASINGS, TEAMS, examined, jsonl, question
 
 from pipeline.common.errors import UserError
-from pipeline.common.paths import CANDIDATE_QUESTIONS, TRAIN_ROWS
+from pipeline.common.paths import TRAIN_ROWS
 from pipeline.common.rows import read_jsonl
 from pipeline.data.leaks import ExamIndex
 from pipeline.evaluation.questions import Answer, Question, read_question
@@ -19,7 +19,7 @@ from pipeline.evaluation.rules import Rule
 from pipeline.evaluation.tool_calls import as_text, malformed
 from stages import tokenize, train_qlora
 from tools import failed_questions, pairs
-from tools.pairs import SAMPLED, Asked
+from tools.pairs import CANDIDATE_QUESTIONS, SAMPLED, Asked
 from tools.samples import KEPT
 
 SAYS_SO = {"regex": "(?i)do not know"}

@@ -22,7 +22,7 @@ from pipeline.common.messages import InvalidRow, message, require_known, require
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
-from pipeline.common.paths import ANSWERS, CANDIDATE_QUESTIONS, EXAM, GENERAL_EXAM, PREFERENCES, TRAIN_ROWS, TRAINED
+from pipeline.common.paths import ANSWERS, EXAM, GENERAL_EXAM, PREFERENCES, TRAIN_ROWS, TRAINED
 from pipeline.common.rows import Message, Row, Tools, file_of, read_jsonl, read_lines, text_of
 from pipeline.common.words import words
 from pipeline.data.leaks import ExamIndex
@@ -31,6 +31,7 @@ from pipeline.evaluation.rules import Rule, correct, said
 from pipeline.evaluation.tool_calls import CALL, as_text, calls_in
 from tools.failed_questions import assign, held_back_sources, knowledge, rows_of, wrong
 
+CANDIDATE_QUESTIONS = Path("data/candidate_questions.jsonl")  # the user's
 SAMPLED = PREFERENCES / "sampled.jsonl"
 HALF = "\ufffd"  # bytes that are no character, as the tokenizer decodes them
 HOTTEST = 10  # temperature
@@ -108,7 +109,11 @@ def training_questions(exam: list[Question], parameters: Parameters) -> list[Ask
         f"{EXAM}: {len(failed)} of {len(helped)} questions failed; {len(results) - len(helped)} more are held back; "
         f"{len(unknown)} failed ones have no fact, passage or row"
     )
-    return [as_asked(row) for row in rows_of(TRAIN_ROWS) if row["source"] in sources]
+    rows = [row for row in rows_of(TRAIN_ROWS) if row["source"] in sources]
+    asked = [as_asked(row) for row in rows if row["messages"][-2]["role"] != "assistant"]
+    if len(asked) < len(rows):
+        print(f"{len(rows) - len(asked)} of their training rows end with two answers: not asked")
+    return asked
 
 
 def as_asked(row: Row) -> Asked:
@@ -141,19 +146,20 @@ def pairs_of(one: Asked, answers: list[tuple[Answer, str]], exams: ExamIndex, co
     """
     question, count = one.question, counts[file_of(one.question.source)]
     thoughts: dict[str, str] = {}
-    right, wrong = Counter[str](), Counter[str]()
+    right, mistaken = Counter[str](), Counter[str]()
     for answer, thought in answers:
         thoughts.setdefault(answer.text, thought)
         if answer.stopped:
-            (right if correct(answer.text, question.answers, question.rule) else wrong)[answer.text] += 1
-    cut = len(answers) - right.total() - wrong.total()
-    count.update(questions=1, right=right.total(), wrong=wrong.total(), cut=cut, without_contrast=not wrong)
+            (right if correct(answer.text, question.answers, question.rule) else mistaken)[answer.text] += 1
+    cut = len(answers) - right.total() - mistaken.total()
+    count.update(questions=1, right=right.total(), wrong=mistaken.total(), cut=cut)
+    count["without_contrast"] += not mistaken
     own = (as_message(text, thoughts[text], question.tools) for text, _ in right.most_common())
     chosen = one.reference if one.is_row else next(filter(None, own), one.reference)
-    if not wrong or leaks(exams, one, chosen, counts):
+    if not mistaken or leaks(exams, one, chosen, counts):
         return []
     pairs: list[dict[str, Any]] = []
-    for text, times in wrong.most_common():
+    for text, times in mistaken.most_common():
         rejected = as_message(text, thoughts[text], question.tools)
         if rejected is None:
             count["unreadable"] += 1
@@ -191,7 +197,8 @@ def print_counts(counts: Counts) -> None:
         print(f"\n{file}: {n['questions']} questions asked, {n['pairs']} pairs")
         print(f"  answers: {n['right']} right, {n['wrong']} wrong, {n['cut']} cut off (--max-new-tokens)")
         print(f"  no wrong answer, so nothing to contrast, no pair: {n['without_contrast']} questions")
-        print(f"  dropped: {n['leaked']} that ask an exam question, {n['unreadable']} answers that a row cannot have")
+        print(f"  dropped: {n['leaked']} questions and answers that ask an exam question")
+        print(f"  dropped: {n['unreadable']} wrong answers that are empty or have half a character or unreadable calls")
 
 
 def propose(pairs: list[dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ EXAM = Path("data/questions.jsonl")  # tests what the model is trained for
 GENERAL_EXAM = Path("data/general.jsonl")  # tests what the model must not forget
 PREFERENCES = Path("data/preferences")  # the user's pairs of a better and a worse answer
 PREFERENCE_EXAM = Path("data/preferences_exam.jsonl")  # held-out pairs: does the model prefer the better answers?
-CANDIDATE_QUESTIONS = Path("data/candidate_questions.jsonl")  # the user's, for pairs of the model's own answers
 PROMPTS = Path("data/prompts.txt")  # everyday prompts, which the base answers for replay
 
 GENERATED = Path("data/train.jsonl")
