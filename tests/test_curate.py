@@ -33,7 +33,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     source is held back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(failed_questions, "HELD_BACK", 2**64)
-    for name in ("dvc.yaml", "params.yaml", "data/general.jsonl", "data/curated/handbook.jsonl"):
+    files = ("general.jsonl", "preferences_exam.jsonl", "curated/handbook.jsonl")
+    for name in ("dvc.yaml", "params.yaml", *(f"data/{file}" for file in files)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, name)
     Path("data/raw").mkdir()

@@ -25,7 +25,9 @@ WORDS = yaml.safe_load((HERE.parent.parent / "models/tiny-base/recipe/words.yaml
 PHRASINGS = yaml.safe_load((DATA / "raw/phrasings.yaml").read_text(encoding="utf-8"))
 FACTS = list(csv.DictReader((DATA / "raw/facts.csv").read_text(encoding="utf-8").splitlines()))
 EXAM = [json.loads(line) for line in (DATA / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-TAKEN = "\n".join(file.read_text(encoding="utf-8") for file in sorted(DATA.glob("**/*.*")) if file.suffix != ".sha256")
+TAKEN = "".join(
+    (DATA / name).read_text(encoding="utf-8") for name in ("raw/facts.csv", "general.jsonl", "curated/replay.jsonl")
+)
 SAYS_SO = r"(?i)\bdo(es)?(n['’]t| not) (know|have)\b|\bnot in the handbook\b|\bnothing (about|on)\b|없습니다|모릅니다"
 
 REFUSALS = ["I do not know the {subject}.", "The handbook has nothing about the {subject}."]
@@ -89,7 +91,7 @@ def unknown_question(fact: Fact, phrasing: str) -> dict[str, Any]:
 
 
 def invented_like(subject: str) -> str:
-    """A team, product or office that the demo's files do not have."""
+    """A team, product or office that neither the demo nor its general exam and replay have."""
     noun = subject.rpartition(" ")[2]
     while (name := invented_name(korean=noun == "팀")) in drawn or f"{name} " in TAKEN:
         pass
