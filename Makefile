@@ -2,6 +2,7 @@
 # make check DEEP=1: also send a small random model of the base's architecture through all stages.
 # make start: replace the demo by your own project.   make use RECIPE=...: the parameters of a real model.
 # make gate: compare the scores with limits.   make curate: propose rows for failed questions.   make noise: variance of scores.
+# make pairs: propose pairs of a right and a wrong answer from the model's own answers.
 # make demo-real: the demo with a real language model.
 # make sweep ARGS=...: run and compare a grid of experiments.   make chat, make serve: try the model.
 # make remote URL=..., make release VERSION=...: share the model.
@@ -9,7 +10,7 @@ VENV := .venv
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo-real repro test check deps start use gate noise curate sweep chat serve remote release setup requirements
+.PHONY: demo-real repro test check deps start use gate noise curate pairs sweep chat serve remote release setup requirements
 
 repro: setup
 	@dvc repro
@@ -48,7 +49,10 @@ noise: setup
 curate: setup
 	@python -m tools.curate
 
-ARGS :=  # of tools/sweep.py, tools/chat.py and tools/serve.py
+ARGS :=  # of tools/pairs.py, tools/sweep.py, tools/chat.py and tools/serve.py
+pairs: setup
+	@python -m tools.pairs $(ARGS)
+
 sweep: setup
 	@python -m tools.sweep $(ARGS)
 

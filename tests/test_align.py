@@ -86,9 +86,9 @@ def test_without_a_method_the_adapter_is_handed_on_byte_for_byte(pairs: Project)
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
 def test_each_method_makes_the_chosen_answers_likelier_than_the_rejected_ones(pairs: Project, method: str) -> None:
-    learning_rate = {"align__learning_rate": 4.0e-3, "align__epochs": 6}
-    once = aligned(pairs, align__method=method, **learning_rate)
-    assert measured()["accuracy"]["after"] > 0.6 and measured()["margin"]["after"] > measured()["margin"]["before"]
+    once = aligned(pairs, align__method=method, align__learning_rate=4.0e-3, align__epochs=6)
+    assert measured()["accuracy"]["after"] > 0.6 or method == "kto"  # whose pairs are not compared with each other
+    assert measured()["margin"]["after"] > measured()["margin"]["before"]
     assert measured()["chosen_nll"]["after"] < measured()["chosen_nll"]["before"]
     assert once != Path(TRAINED, "adapter_model.safetensors").read_bytes()
     assert (
@@ -119,7 +119,12 @@ def test_the_loss_before_the_first_step_is_ln_2_for_every_adapter(
     make_adapter(changed, tokens)
     histories: list[Any] = []
     written = alignment.curve
-    monkeypatch.setattr(alignment, "curve", lambda history: histories.append(history) or written(history))
+
+    def kept(history: Any) -> Any:
+        histories.append(history)
+        return written(history)
+
+    monkeypatch.setattr(alignment, "curve", kept)
     after = aligned(pairs, align__sft_weight=0.0, align__learning_rate=1.0e-2)
     [history] = histories
     before = next(entry["eval_pair_loss"] for entry in history if "eval_pair_loss" in entry)

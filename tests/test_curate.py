@@ -16,7 +16,7 @@ from pipeline.common.paths import EXAM, GENERAL_EXAM
 from pipeline.common.rows import read_jsonl
 from pipeline.evaluation.questions import read_questions
 from stages import generate, merge
-from tools import curate
+from tools import curate, failed_questions
 
 CANDIDATES = Path("data/candidates.jsonl")
 CURATED = Path("data/curated/round.jsonl")
@@ -32,14 +32,9 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """The working directory: the files that the tool needs, with two facts per team and two phrasings per fact. No
     source is held back."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curate, "HELD_BACK", 2**64)
-    for name in (
-        "dvc.yaml",
-        "params.yaml",
-        "data/general.jsonl",
-        "data/preferences_exam.jsonl",
-        "data/curated/handbook.jsonl",
-    ):
+    monkeypatch.setattr(failed_questions, "HELD_BACK", 2**64)
+    files = ("general.jsonl", "preferences_exam.jsonl", "curated/handbook.jsonl")
+    for name in ("dvc.yaml", "params.yaml", *(f"data/{file}" for file in files)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, name)
     Path("data/raw").mkdir()
@@ -186,7 +181,7 @@ def test_a_fact_added_above_leads_a_question_on_to_its_own_fact(workspace: Proje
 def test_a_held_back_question_is_neither_named_nor_helped(
     workspace: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(curate, "HELD_BACK", 1)  # every source
+    monkeypatch.setattr(failed_questions, "HELD_BACK", 1)  # every source
     examined(LEADER, right=0)
     curate.main()
     printed = capsys.readouterr().out
@@ -201,7 +196,7 @@ def test_a_fact_or_a_question_added_above_moves_no_other_question_into_the_hold_
         return [{"source": f"data/raw/facts.csv:{location}", "question": question} for location, question in asked]
 
     def held_back(exam: list[dict[str, Any]]) -> set[str]:
-        sources = curate.held_back_sources(exam)
+        sources = failed_questions.held_back_sources(exam)
         return {result["question"] for result in exam if result["source"] in sources}
 
     before = held_back(results(2))

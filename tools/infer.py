@@ -84,27 +84,15 @@ def question(location: str, row: Any) -> Question:
 
 
 def by_transformers(questions: list[Question], length: int, parameters: Parameters, tuned: bool) -> Answers:
-    from jinja2 import TemplateError
-
-    from pipeline.evaluation.answers import answer_of, greedy_in_batches, prompt
+    from pipeline.evaluation.answers import answer_of, greedy_in_batches, prompts
     from pipeline.model.chat_template import end_tokens
-    from pipeline.model.responses import require_response_template
-    from pipeline.model.row_kinds import require_carried
     from tools.tuned import load_model
 
     model, tokenizer = load_model(parameters, tuned)
     ends, batch_size = end_tokens(model.generation_config), parameters.evaluate.batch_size
-    prompts = []
-    for each in questions:
-        try:
-            require_carried(tokenizer, each.messages, each.tools, each.id)
-            if each.tools:
-                require_response_template(tokenizer)
-            prompts.append(prompt(tokenizer, each))
-        except TemplateError as error:
-            raise UserError(f"{each.id}: the base's chat template refuses this conversation: {error}") from None
-    answers = greedy_in_batches(model, prompts, ends, batch_size, length)
-    given = [answer_of(tokenizer, *each, ends) for each in zip(questions, prompts, answers, strict=True)]
+    asked = prompts(tokenizer, questions)
+    answers = greedy_in_batches(model, asked, ends, batch_size, length)
+    given = [answer_of(tokenizer, *each, ends) for each in zip(questions, asked, answers, strict=True)]
     return [(answer.text, answer.stopped) for answer in given]
 
 

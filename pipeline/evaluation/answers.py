@@ -1,13 +1,14 @@
 """The answers of a Hugging Face model to an exam."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from pipeline.evaluation.rules import correct
 from pipeline.evaluation.tool_calls import as_text, malformed
 from pipeline.model.chat_template import DATE, control_tokens, end_tokens, shared_beginning, token_ids
 from pipeline.model.responses import Malformed, called, reads_thinking, require_response_template
-from pipeline.model.row_kinds import CLOSING, thinking_marks
+from pipeline.model.row_kinds import CLOSING, require_carried, thinking_marks
 from pipeline.model.supervision import (
     IGNORED,
     content_of,
@@ -32,10 +33,26 @@ from pipeline.model.supervision import (
 
 WORTH_A_PASS = 8  # tokens
 
+Choice = Callable[[torch.Tensor, list[int]], torch.Tensor]  # (logits, numbers of the rows) -> a token of each row
+
 
 def prompt(tokenizer: Any, question: Question, date: datetime = DATE) -> list[int]:
     """The token ids of a question as the model's chat template renders it on `date`, ready to be answered."""
     return token_ids(tokenizer, question.asked, add_generation_prompt=True, date=date, tools=question.tools)
+
+
+def prompts(tokenizer: Any, questions: list[Question]) -> list[list[int]]:
+    """`prompt` of each question. Raises UserError, naming the source, if the chat template cannot carry a question."""
+    found = []
+    for question in questions:
+        try:
+            require_carried(tokenizer, question.messages, question.tools, question.source)
+            if question.tools:
+                require_response_template(tokenizer)
+            found.append(prompt(tokenizer, question))
+        except TemplateError as error:
+            raise UserError(f"{question.source}: the base's chat template refuses this conversation: {error}") from None
+    return found
 
 
 def answer_questions(
@@ -208,16 +225,28 @@ def keeps_all_tokens(cache: Cache) -> bool:
     return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
+def likeliest(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return logits.argmax(-1)
+
+
 def decode(
-    model: PreTrainedModel, logits: torch.Tensor, mask: torch.Tensor, cache: Cache, ends: set[int], max_new_tokens: int
+    model: PreTrainedModel,
+    logits: torch.Tensor,
+    mask: torch.Tensor,
+    cache: Cache,
+    ends: set[int],
+    max_new_tokens: int,
+    choose: Choice = likeliest,
 ) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) of the greedy answers; `logits` (shape: rows, 1, vocabulary) are those of the first tokens.
+    """Yield (row, token) of the answers; `logits` (shape: rows, 1, vocabulary) are those of the first tokens.
+
+    `choose` gives the tokens (shape: rows, 1) of the rows that are left. By default, the answers are greedy.
 
     A row leaves the batch when its answer ends. Transformers' own `generate` keeps every row until the last one ends.
     """
     rows = list(range(len(mask)))
     for left in reversed(range(max_new_tokens)):
-        tokens = logits.argmax(-1)
+        tokens = choose(logits, rows)
         made = tokens.flatten().tolist()
         yield from zip(rows, made, strict=True)
         going = [i for i, token in enumerate(made) if token not in ends]
