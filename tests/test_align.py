@@ -287,7 +287,7 @@ def test_two_processes_take_the_same_steps_as_one(launching: Project, strategy: 
     before = measured()
     torch.testing.assert_close(adapter(train__processes=2, train__strategy=strategy), alone, rtol=0, atol=3e-3)
     assert measured()["steps"] == before["steps"]
-    assert measured()["pair_loss"]["after"] == pytest.approx(before["pair_loss"]["after"], abs=3e-3)
+    assert measured()["loss"]["after"] == pytest.approx(before["loss"]["after"], abs=3e-3)
 
 
 def test_what_cannot_be_trained_on_is_refused_before_training(pairs: Project) -> None:

@@ -122,16 +122,14 @@ def write_curve(points: list[dict[str, Any]]) -> None:
 
 
 def metrics(trainer: PreferenceTrainer, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """`pair_loss` of dpo is ln 2 before training, and that of kto near 1/2. Of the pairs for validation:
+    """The numbers of pairs and steps, and of the pairs for validation before and after:
 
+    loss: of the preferences alone, without that of the chosen answers; before dpo it is ln 2, before kto near 1/2
     accuracy: share in which the model does as the pair wants, compared with the reference (of orpo: by itself)
-    margin: mean of what the model prefers the chosen answer by, in nats times align.beta (of orpo: in log odds)
+    margin: mean by which the model prefers the chosen answer, in nats times align.beta (of orpo: in log odds)
     chosen_nll: loss of the chosen answers in nats per token
     """
-    first, last = points[0], points[-1]
-    return {
-        "pairs": {"train": len(trainer.train_dataset), "valid": len(trainer.eval_dataset)},
-        "steps": last["step"],
-    } | {
-        name: {"before": first[name], "after": last[name]} for name in ("pair_loss", "accuracy", "margin", "chosen_nll")
-    }
+    pairs = {"train": len(trainer.train_dataset), "valid": len(trainer.eval_dataset)}
+    shown = {"loss": "pair_loss"} | {name: name for name in ("accuracy", "margin", "chosen_nll")}
+    changes = {name: {"before": points[0][key], "after": points[-1][key]} for name, key in shown.items()}
+    return {"pairs": pairs, "steps": points[-1]["step"]} | changes
