@@ -186,9 +186,9 @@ def for_trl(batch: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     for at in range(len(batch["row"])):
         one: dict[str, Any] = {"label": bool(batch["desirable"][at])}
         for name, ids, labels in (("own", "input_ids", "labels"), ("other", "other_ids", "other_labels")):
-            tokens = [token for token in batch[ids][at].tolist() if token >= 0]
+            start = int((batch[labels][at] >= 0).int().argmax())
             answer = [label for label in batch[labels][at].tolist() if label >= 0]
-            one |= {"prompt_ids": tokens[: -len(answer)], name: answer}
+            one |= {"prompt_ids": batch[ids][at][:start].tolist(), name: answer}
         found.append(one)
     return found
 
@@ -320,7 +320,7 @@ def test_pairs_that_are_too_long_are_left_out_and_listed_where_the_user_says_so(
 
 
 def test_a_run_ends_when_a_loss_is_no_number_or_the_chosen_answers_become_unlikely(pairs: Project) -> None:
-    with pytest.raises(UserError, match=r"the loss of step \d is nan: lower align\.learning_rate"):
+    with pytest.raises(UserError, match=r"the validation loss is nan after step 2: lower align\.learning_rate"):
         aligned(pairs, align__learning_rate=1.0e30)
     collapsing = {"align__learning_rate": 5.0e-2, "align__sft_weight": 0.0, "align__epochs": 8, "align__eval_steps": 1}
     with pytest.raises(UserError, match=r"the chosen answers have a loss of \d+\.\d\d nats per token after step \d+"):
@@ -333,5 +333,9 @@ def test_kto_compares_each_answer_with_an_answer_to_another_prompt(pairs: Projec
     tokenize_pairs.main()
     rows = Dataset.from_file(str(PAIR_TOKENS / "train.arrow"))
     assert len(rows) == 26 and sum(rows["desirable"]) == 13
-    answers = {tuple(one["input_ids"]) for one in rows}
-    assert not any(tuple(one["other_ids"]) in answers for one in rows)
+    for one in rows:
+        start = next(at for at, label in enumerate(one["labels"]) if label != -100)
+        assert one["other_ids"][:start] == one["input_ids"][:start] and one["other_labels"][:start] == [-100] * start
+        answer = one["other_ids"][start:]
+        others = [row["input_ids"] for row in rows if row["input_ids"][:start] != one["input_ids"][:start]]
+        assert any(other[-len(answer) :] == answer for other in others)
