@@ -2,8 +2,8 @@
 
     python -m stages.align
 
-models/base.json, outputs/trained/, data/pair_tokens/ -> outputs/aligned/, metrics/align.json, metrics/align.csv,
-metrics/details/align.json; and metrics/align_cost.json, which DVC does not track
+models/base.json, outputs/trained/, data/pair_tokens/, data/tokens/ -> outputs/aligned/, metrics/align.json,
+metrics/align.csv, metrics/details/align.json; and metrics/align_cost.json, which DVC does not track
 """
 
 import shutil

@@ -13,7 +13,7 @@ from peft import PeftModel
 from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.train import Train
-from pipeline.common.paths import ALIGN_DETAILS, ALIGN_METRICS, ALIGN_TABLE, ALIGNED, PAIR_TOKENS, TRAINED
+from pipeline.common.paths import ALIGN_DETAILS, ALIGN_METRICS, ALIGN_TABLE, ALIGNED, PAIR_TOKENS, TOKENS, TRAINED
 from pipeline.model.base import located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype, reproducible, without_dropout
@@ -21,7 +21,7 @@ from pipeline.model.peft_internals import give_head_a_bias
 from pipeline.model.training_template import training_template
 from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
-from pipeline.training.preferences import PreferenceTrainer
+from pipeline.training.preferences import PreferenceTrainer, beside_rows
 from pipeline.training.processes import is_launched, newest_common, on_this_machine, one_of, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
 from pipeline.training.trainer import build_trainer, training_arguments
@@ -73,10 +73,13 @@ def train_on_pairs(parameters: Parameters, train: Train, process: PartialState) 
         checkpoint = newest_common(checkpoints, process)
         reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
         model = load_trainable(parameters, train, folder, device)
-        pairs = [Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid")]
+        pairs, held_out = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
+        if parameters.align.repeat_weight:
+            pairs = beside_rows(pairs, Dataset.from_file(str(TOKENS / "train.arrow")), parameters.seed)
         dtype = pick_dtype(parameters.base.compute_dtype, device)
         arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints)
-        trainer = build_trainer(PreferenceTrainer, arguments, train, model, tokenizer, *pairs, align=parameters.align)
+        align = parameters.align
+        trainer = build_trainer(PreferenceTrainer, arguments, train, model, tokenizer, pairs, held_out, align=align)
         cost = timed(trainer, checkpoint)
         cost |= memory(device)
         if process.is_main_process:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
@@ -27,7 +27,8 @@ from pipeline.model.supervision import IGNORED
 from pipeline.training.trainer import Trainer, lengths
 
 REFERENCE = "reference.safetensors"  # beside the checkpoints
-OWN_AND_OTHER = (("input_ids", "labels"), ("other_ids", "other_labels"))
+# Columns with token ids and labels: of the own answer, of the other, and of a row of train_qlora beside them.
+OWN, OTHER, REPEATED = ("input_ids", "labels"), ("other_ids", "other_labels"), ("repeated_ids", "repeated_labels")
 PADDING = -1  # of token ids, before the model has them
 COLLAPSE = 1.0  # nats per token that the chosen answers may lose
 
@@ -39,10 +40,14 @@ class Losses(NamedTuple):
     margin: torch.Tensor  # above 0 if the model does as the row wants
     nll: torch.Tensor  # negative log-likelihood of the chosen or desirable answer, in nats; 0 of an undesirable one
     tokens: torch.Tensor  # of this answer
+    repeated: (
+        torch.Tensor
+    )  # negative log-likelihood of the repeated row, in nats; shape (rows, 1), or (rows, 0) without
 
 
 class PreferenceTrainer(Trainer):
-    """Minimises the mean loss of the preferences, plus `align.sft_weight` times the loss of the chosen answers.
+    """Minimises the mean loss of the preferences, plus `align.sft_weight` times the loss of the chosen answers, plus
+    `align.repeat_weight` times the loss of the repeated rows.
 
     The loss of a step is the same for any number of processes and batches, except that of KTO: as in TRL, KTO measures
     the divergence from the reference on the rows that are in memory at one time.
@@ -56,11 +61,12 @@ class PreferenceTrainer(Trainer):
             for rows, start in ((train_dataset, 0), (eval_dataset, len(train_dataset)))
         ]
         super().__init__(
-            *args, train_dataset=numbered[0], eval_dataset=numbered[1], data_collator=both_sequences, **kwargs
+            *args, train_dataset=numbered[0], eval_dataset=numbered[1], data_collator=with_padding, **kwargs
         )
         if align.method != "orpo":
             self.add_callback(MeasureReference(self))
         self.align = align
+        self.beside = [REPEATED] if REPEATED[0] in train_dataset.column_names else []
         self.reference = torch.zeros(len(train_dataset) + len(eval_dataset), 2, dtype=torch.float64)
         desirable = sum(train_dataset["desirable"])
         undesirable = len(train_dataset) - desirable
@@ -68,9 +74,9 @@ class PreferenceTrainer(Trainer):
         self.weights = [len(train_dataset) / (2 * max(1, of)) for of in (undesirable, desirable)]
 
     def row_lengths(self) -> np.ndarray:
-        """With pairs, of the longer sequence."""
-        own, other = (lengths(self.train_dataset, ids) for ids, _ in OWN_AND_OTHER)
-        return own if self.align.method == "kto" else np.maximum(own, other)
+        """Of the longest of the sequences that a step reads together."""
+        together = [OWN, *([] if self.align.method == "kto" else [OTHER]), *self.beside]
+        return np.maximum.reduce([lengths(self.train_dataset, ids) for ids, _ in together])
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         rows = self.shared(eval_dataset or self.eval_dataset)
@@ -97,26 +103,34 @@ class PreferenceTrainer(Trainer):
     def both(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The log-likelihoods of both answers of each row, computed as in a step; shape (rows, 2)."""
         if self.align.method == "kto":
-            parts = [log_likelihoods(self.model, batch, name)[0] for name in OWN_AND_OTHER]
-            return torch.stack(parts, 1)
-        return log_likelihoods_of_pairs(self.model, batch)[0]
+            own, other = (self.said(self.model, batch, [one])[0][:, :1] for one in (OWN, OTHER))
+            return torch.cat([own, other], 1)
+        return self.said(self.model, batch, [OWN, OTHER])[0][:, :2]
+
+    def said(
+        self, model: Any, batch: dict[str, torch.Tensor], sequences: list[tuple[str, str]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`log_likelihoods` of the sequences and of the repeated rows, which a batch for validation does not have."""
+        return log_likelihoods(model, batch, [*sequences, *(one for one in self.beside if one[0] in batch)])
 
     def read_reference(self) -> None:
         """Read what `measure_reference` kept, to continue an interrupted run."""
         self.reference = load_file(Path(self.args.output_dir, REFERENCE))["reference"]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
-        """The batches of a step, and the number of their rows and of the tokens of their chosen answers."""
+        """The batches of a step, and the numbers of their rows, of the tokens of the chosen answers, and of the tokens
+        of the repeated rows."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        counts = [torch.stack([is_row(batch).sum(), chosen_tokens(batch).sum()]) for batch in batches]
+        counts = [torch.stack([is_row(batch).sum(), *supervised_tokens(batch)]) for batch in batches]
         return batches, self.accelerator.reduce(torch.stack(counts).sum(0))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        rows, tokens = num_items_in_batch
+        rows, chosen_tokens, repeated_tokens = num_items_in_batch.clamp(min=1)
         found = self.losses(model, inputs)
-        loss = found.loss.sum() / rows + self.sft_weight * found.nll.sum() / tokens.clamp(min=1)
+        loss = found.loss.sum() / rows + self.sft_weight * found.nll.sum() / chosen_tokens
+        loss += self.align.repeat_weight * found.repeated.sum() / repeated_tokens
         return (loss * self.args.world_size).float()  # gradients are averaged over the processes
 
     @property
@@ -126,32 +140,34 @@ class PreferenceTrainer(Trainer):
     def losses(self, model: Any, batch: dict[str, torch.Tensor]) -> Losses:
         if self.align.method == "kto":
             return self.kto(model, batch)
-        said, tokens = log_likelihoods_of_pairs(model, batch)
+        said, tokens = self.said(model, batch, [OWN, OTHER])
         if self.align.method == "dpo":
-            gain = said - self.reference[batch["row"].cpu()].to(said.device)
+            gain = said[:, :2] - self.reference_of(batch)
             margin = self.align.beta * (gain[:, 0] - gain[:, 1])
             loss = -logsigmoid(margin)
         else:
-            odds = log_odds(said / tokens.clamp(min=1))
+            odds = log_odds(said[:, :2] / tokens[:, :2].clamp(min=1))
             margin = odds[:, 0] - odds[:, 1]
             loss = -self.align.beta * logsigmoid(margin)
         real = is_row(batch)
-        return Losses(loss * real, margin, -said[:, 0] * real, tokens[:, 0] * real)
+        return Losses(loss * real, margin, -said[:, 0] * real, tokens[:, 0] * real, -said[:, 2:])
 
     def kto(self, model: Any, batch: dict[str, torch.Tensor]) -> Losses:
-        real, desirable = is_row(batch), batch["desirable"]
-        reference = self.reference[batch["row"].cpu()].to(real.device)
+        real, desirable, reference = is_row(batch), batch["desirable"], self.reference_of(batch)
         with torch.no_grad():
-            moved = (log_likelihoods(model, batch, OWN_AND_OTHER[1])[0] - reference[:, 1]) * real
+            moved = (self.said(model, batch, [OTHER])[0][:, 0] - reference[:, 1]) * real
         moved_by, rows = self.accelerator.reduce(torch.stack([moved.sum(), real.sum()]))
         divergence = (moved_by / rows).clamp(min=0)
-        said, tokens = log_likelihoods(model, batch, OWN_AND_OTHER[0])
-        gain = said - reference[:, 0]
+        said, tokens = self.said(model, batch, [OWN])
+        gain = said[:, 0] - reference[:, 0]
         sign = torch.where(desirable, 1.0, -1.0)
         weight = torch.where(desirable, self.weights[1], self.weights[0])
         loss = weight * (1 - torch.sigmoid(sign * self.align.beta * (gain - divergence)))
-        chosen = real & desirable
-        return Losses(loss * real, sign * self.align.beta * gain, -said * chosen, tokens * chosen)
+        margin, chosen = sign * self.align.beta * gain, real & desirable
+        return Losses(loss * real, margin, -said[:, 0] * chosen, tokens[:, 0] * chosen, -said[:, 1:])
+
+    def reference_of(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.reference[batch["row"].cpu()].to(batch["row"].device)
 
     def evaluation_loop(self, dataloader: DataLoader, *_: Any, **__: Any) -> EvalLoopOutput:
         """Return the means over all rows, and the negative log-likelihood of a token of the chosen answers in nats."""
@@ -195,18 +211,26 @@ class MeasureReference(TrainerCallback):
             self.trainer.measure_reference()
 
 
-def both_sequences(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def beside_rows(pairs: Dataset, rows: Dataset, seed: int) -> Dataset:
+    """The pairs, each with one of the tokenized `rows` beside it. All rows are used before one is used again."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    beside = rows.select(np.resize(order, len(pairs))).rename_columns(dict(zip(OWN, REPEATED, strict=True)))
+    return concatenate_datasets([pairs, beside], axis=1)
+
+
+def with_padding(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of rows; their sequences are padded on the right, shape (rows, tokens)."""
     batch = {name: torch.tensor([row[name] for row in rows]) for name in ("row", "desirable")}
-    for ids, labels in OWN_AND_OTHER:
-        batch[ids] = padded([row[ids] for row in rows], PADDING)
-        batch[labels] = padded([row[labels] for row in rows], IGNORED)
-    both = torch.cat([batch[ids] for ids, _ in OWN_AND_OTHER], 1)
-    return batch | {"attention_mask": both != PADDING}  # by which Transformers counts tokens
+    present = [one for one in (OWN, OTHER, REPEATED) if one[0] in rows[0]]
+    for names in present:
+        for name, padding in zip(names, (PADDING, IGNORED), strict=True):
+            batch[name] = padded([torch.tensor(row[name]) for row in rows], padding)
+    together = torch.cat([batch[ids] for ids, _ in present], 1)
+    return batch | {"attention_mask": together != PADDING}  # by which Transformers counts tokens
 
 
-def padded(sequences: list[list[int]], padding: int) -> torch.Tensor:
-    return pad_sequence([torch.tensor(one) for one in sequences], batch_first=True, padding_value=padding)
+def padded(sequences: list[torch.Tensor], padding: int) -> torch.Tensor:
+    return pad_sequence(sequences, batch_first=True, padding_value=padding)
 
 
 def is_row(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -214,16 +238,24 @@ def is_row(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (batch["labels"] != IGNORED).any(1)
 
 
-def chosen_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The supervised tokens of each chosen or desirable answer; shape (rows,)."""
-    return (batch["labels"] != IGNORED).sum(1) * batch["desirable"]
+def supervised_tokens(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of tokens of the chosen or desirable answers, and of the repeated rows."""
+    chosen = ((batch["labels"] != IGNORED).sum(1) * batch["desirable"]).sum()
+    repeated = batch.get(REPEATED[1], batch["labels"][:0])
+    return chosen, (repeated[:, 1:] != IGNORED).sum()  # nothing predicts the first token, which raw text has
 
 
 def log_likelihoods(
-    model: Any, batch: dict[str, torch.Tensor], of: tuple[str, str]
+    model: Any, batch: dict[str, torch.Tensor], sequences: list[tuple[str, str]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-likelihood of each answer in nats, and its tokens; shape (rows,). `of` names token ids and labels."""
-    ids, labels = (batch[name] for name in of)
+    """The log-likelihoods in nats of the supervised tokens, and their number; shape (rows, sequences).
+
+    `sequences` names columns with token ids and with labels. One pass reads them all, as DDP requires.
+    """
+    ids, labels = (
+        padded([one for names in sequences for one in batch[names[part]]], padding)
+        for part, padding in enumerate((PADDING, IGNORED))
+    )
     outputs = model(
         input_ids=ids.clamp(min=0),
         attention_mask=(ids != PADDING).long(),
@@ -231,17 +263,8 @@ def log_likelihoods(
         use_cache=False,
         fused_lm_head=True,
     )
-    return outputs.log_probs.double().sum(1), outputs.label_mask.sum(1)
-
-
-def log_likelihoods_of_pairs(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log_likelihoods` of both answers in one pass, which DDP needs; shape (rows, 2)."""
-    ids, labels = (
-        pad_sequence([*batch[own], *batch[other]], batch_first=True, padding_value=padding)
-        for own, other, padding in zip(*OWN_AND_OTHER, (PADDING, IGNORED), strict=True)
-    )
-    said, tokens = log_likelihoods(model, {"ids": ids, "labels": labels}, ("ids", "labels"))
-    return torch.stack(said.chunk(2), 1), torch.stack(tokens.chunk(2), 1)
+    said, tokens = outputs.log_probs.double().sum(1), outputs.label_mask.sum(1)
+    return torch.stack(said.chunk(len(sequences)), 1), torch.stack(tokens.chunk(len(sequences)), 1)
 
 
 def log_odds(log_probability: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ class Align(Section):
     method: Literal["none", "dpo", "kto", "orpo"]
     beta: Annotated[float, Field(gt=0)]
     sft_weight: Annotated[float, Field(ge=0)]
+    repeat_weight: Annotated[float, Field(ge=0)]
     learning_rate: Annotated[float, Field(gt=0)]
     epochs: Annotated[float, Field(gt=0)]
     batch_size: Positive
