@@ -24,13 +24,13 @@ from trl.experimental.orpo import ORPOTrainer
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.align import Align
 from pipeline.common.parameters.params_yaml import load
-from pipeline.common.paths import ALIGNED, PAIR_TOKENS, TRAINED
+from pipeline.common.paths import ALIGNED, PAIR_TOKENS, TOKENS, TRAINED
 from pipeline.common.rows import read_jsonl, row
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.training import alignment
-from pipeline.training.preferences import PreferenceTrainer, log_odds
+from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds
 from pipeline.training.runs import save_adapter
 from pipeline.training.trainer import build_trainer, training_arguments
 from stages import align, tokenize_pairs, train_qlora
@@ -158,8 +158,9 @@ def built_trainer(method: str, **changed: Any) -> PreferenceTrainer:
     model = alignment.load_trainable(parameters, train, TINY, CPU)
     arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"))
     Path("checkpoints").mkdir(exist_ok=True)
-    rows = [Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid")]
-    trainer = build_trainer(PreferenceTrainer, arguments, train, model, load_tokenizer(TINY), *rows, align=chosen)
+    rows, valid = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
+    rows = beside_rows(rows, Dataset.from_file(str(TOKENS / "train.arrow")), 1)
+    trainer = build_trainer(PreferenceTrainer, arguments, train, model, load_tokenizer(TINY), rows, valid, align=chosen)
     trainer.accelerator.prepare_model(trainer.model)
     return trainer
 
@@ -216,7 +217,7 @@ def test_the_loss_of_dpo_is_that_of_trl(pairs: Project) -> None:
     pairs.set(base__quantization="none")
     trainer = built_trainer("dpo", beta=0.3, sft_weight=0.5)
     batch = moved(trainer)
-    counts = torch.tensor([len(batch["row"]), int((batch["labels"] != -100).sum())])
+    counts = torch.tensor([len(batch["row"]), int((batch["labels"] != -100).sum()), 0])
     ours = trainer.compute_loss(trainer.model, batch, num_items_in_batch=counts)
     mixture = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
     theirs = of_trl(
