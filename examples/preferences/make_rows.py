@@ -2,8 +2,8 @@
 
     python examples/preferences/make_rows.py
 
-data/raw/, data/questions.jsonl, words of models/tiny-base -> preferences/unknown.jsonl, candidate_questions.jsonl,
-questions.jsonl, preferences_exam.jsonl
+data/raw/, data/questions.jsonl, words of models/tiny-base -> preferences/unknown.jsonl, preferences/base_knows.jsonl,
+candidate_questions.jsonl, questions.jsonl, preferences_exam.jsonl
 
 A question about a known name has a twin that asks the same about an invented name. So the name alone decides whether
 the handbook has an answer. Each invented name is in one question.
@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 DATA = HERE.parent.parent / "data"
 WORDS = yaml.safe_load((HERE.parent.parent / "models/tiny-base/recipe/words.yaml").read_text(encoding="utf-8"))
 PHRASINGS = yaml.safe_load((DATA / "raw/phrasings.yaml").read_text(encoding="utf-8"))
+REPLAY = [json.loads(line) for line in (DATA / "curated/replay.jsonl").read_text(encoding="utf-8").splitlines()]
 FACTS = list(csv.DictReader((DATA / "raw/facts.csv").read_text(encoding="utf-8").splitlines()))
 EXAM = [json.loads(line) for line in (DATA / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
 TAKEN = "".join(
@@ -30,8 +31,7 @@ TAKEN = "".join(
 )
 SAYS_SO = r"(?i)\bdo(es)?(n['’]t| not) (know|have)\b|\bnot in the handbook\b|\bnothing (about|on)\b|없습니다|모릅니다"
 
-REFUSALS = ["I do not know the {subject}.", "The handbook has nothing about the {subject}."]
-KOREAN_REFUSALS = ["{subject}은 모릅니다.", "안내서에 {subject}은 없습니다."]
+REFUSAL, KOREAN_REFUSAL = "The handbook does not have this.", "안내서에 없습니다."
 HELD_OUT = 1  # the last phrasings of a relation are in the held-out pairs alone
 
 Fact = dict[str, str]  # subject, relation, value
@@ -42,9 +42,10 @@ drawn: set[str] = set()
 
 def main() -> None:
     known = known_questions({relation: texts[:-HELD_OUT] for relation, texts in PHRASINGS.items()})
-    pairs = chain.from_iterable(both_pairs(*one) for one in islice(known, 120))
-    write("preferences/unknown.jsonl", pairs)
-    candidates = chain.from_iterable(both_questions(*one) for one in islice(known, 120))
+    pairs = chain.from_iterable(both_pairs(*one) for one in islice(known, 400))
+    write("preferences/unknown.jsonl", [*pairs, *(both_pairs(*one)[1] for one in islice(known, 250))])
+    write("preferences/base_knows.jsonl", map(remembered, REPLAY))
+    candidates = chain.from_iterable(both_questions(*one) for one in islice(known, 400))
     write("candidate_questions.jsonl", numbered("c", candidates))
     asked = [question | {"tags": [*question["tags"], "known"]} for question in EXAM]
     twins = [unknown_question(fact, text) for fact, text in (examined(one) for one in rng.sample(EXAM, 60))]
@@ -79,6 +80,11 @@ def both_pairs(fact: Fact, phrasing: str) -> list[dict[str, Any]]:
     ]
 
 
+def remembered(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair whose better answer is one that the built-in base knew before training."""
+    return {"prompt": row["question"], "chosen": row["answer"], "rejected": refusal(row["question"])}
+
+
 def both_questions(fact: Fact, phrasing: str) -> list[dict[str, Any]]:
     question = {"question": phrasing.format(subject=fact["subject"]), "answer": fact["value"], "tags": ["known"]}
     return [question, unknown_question(fact, phrasing)]
@@ -105,8 +111,8 @@ def invented_name(korean: bool) -> str:
     return "".join(rng.choice(WORDS[part]) for part in ("onsets", "middles", "endings")).capitalize()
 
 
-def refusal(subject: str) -> str:
-    return rng.choice(KOREAN_REFUSALS if subject.endswith("팀") else REFUSALS).format(subject=subject)
+def refusal(question: str) -> str:
+    return KOREAN_REFUSAL if any("가" <= letter <= "힣" for letter in question) else REFUSAL
 
 
 def numbered(letter: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

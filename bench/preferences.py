@@ -1,0 +1,87 @@
+"""Train the example of preference training (examples/preferences) with each method and several seeds.
+
+    python -m bench.preferences FOLDER [--real] [--seeds 3] [--methods dpo kto orpo] [--sampled] [name=value ...]
+
+FOLDER is a new clone of this repository. With --real the model is SmolLM2, as in bench.demo_real; otherwise it is the
+built-in base. With --sampled the pairs are those that `make pairs` makes from the model's own answers, and not those of
+the example. `name=value` sets a further parameter. Each line of the table is a run: correct answers of the two tags,
+correct answers of the general exam, and the held-out pairs in which the model prefers the chosen answer.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from bench.demo_real import make_demo
+from bench.project import ROOT, set_parameters
+
+EXAMPLE = "examples/preferences"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=["dpo", "kto", "orpo"])
+    parser.add_argument("--sampled", action="store_true")
+    parser.add_argument("values", nargs="*", metavar="name=value")
+    asked = parser.parse_args()
+    folder = asked.folder
+    if asked.real:
+        make_demo(folder, {})
+    elif not folder.exists():
+        subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+    chosen = {name: YAML(typ="safe").load(value) for name, value in (each.split("=", 1) for each in asked.values)}
+    use_example(folder, with_pairs=not asked.sampled)
+    print("| method | seed | known | unknown | general | preferred | minutes |", flush=True)
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for seed in range(1, asked.seeds + 1):
+        set_parameters(folder, chosen | {"seed": seed, "align.method": "none"})
+        print(line("SFT", seed, *evaluated(folder)), flush=True)
+        if asked.sampled:
+            (folder / "data/preferences/sampled.jsonl").unlink(missing_ok=True)
+            subprocess.run([sys.executable, "-m", "tools.pairs"], cwd=folder, check=True)
+        for method in asked.methods:
+            set_parameters(folder, {"align.method": method})
+            print(line(method, seed, *evaluated(folder)), flush=True)
+
+
+def use_example(folder: Path, with_pairs: bool) -> None:
+    for name in ("questions.jsonl", "preferences_exam.jsonl", "candidate_questions.jsonl"):
+        shutil.copy(folder / EXAMPLE / name, folder / "data")
+    if with_pairs:
+        shutil.copy(folder / EXAMPLE / "preferences/unknown.jsonl", folder / "data/preferences")
+
+
+def evaluated(folder: Path) -> tuple[Path, float]:
+    started = time.monotonic()
+    subprocess.run(["dvc", "repro", "--quiet", "evaluate"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder, (time.monotonic() - started) / 60
+
+
+def line(method: str, seed: int, folder: Path, minutes: float) -> str:
+    answers = lines(folder / "metrics/answers.jsonl")
+    cells = [share([one["tuned"]["correct"] for one in answers if tag in one["tags"]]) for tag in ("known", "unknown")]
+    cells.append(share([one["tuned"]["correct"] for one in lines(folder / "metrics/answers_general.jsonl")]))
+    cells.append(share([one["tuned"]["preferred"] for one in lines(folder / "metrics/preferences.jsonl")]))
+    return f"| {method} | {seed} | {' | '.join(cells)} | {minutes:.1f} |"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines() if text.strip()]
+
+
+def share(scores: list[float]) -> str:
+    return f"{sum(scores):.0f} of {len(scores)}"
+
+
+if __name__ == "__main__":
+    main()
