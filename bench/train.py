@@ -40,6 +40,7 @@ from bench.demo_real import FOLDER, smollm2
 from bench.project import ROOT, make_project, with_base
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.parameters.train import Train
 from pipeline.model.loading import load_tuned
 
 WIDE = LlamaConfig(
@@ -134,10 +135,31 @@ def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
     if recipe.plain:
         command = [sys.executable, "-m", "bench.plain_loop", recipe.plain]
     elif recipe.trl is not None:
-        command = trl(project, parameters, recipe)
+        for side, split in {"train": "train", "valid": "test"}.items():
+            rows(project, side).to_json(project / f"rows/{split}.jsonl")
+        quantized = {"load_in_4bit": True}
+        command = trl("sft", project, parameters, parameters.train, quantized | recipe.trl)
     is_stage = recipe.trl is None and not recipe.plain
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | recipe.environment
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if recipe.busy else None
+    seconds, peak, printed = timed(command, project, environment)
+    if busy:
+        busy.kill()
+    if is_stage:
+        training, losses = of_stage(project)
+    else:
+        training = runtime(printed)
+        losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
+    tokens = parameters.train.epochs * sum(len(row["input_ids"]) for row in rows(project, "train"))
+    loss = final_loss(project / ("outputs/trained" if is_stage else "trl"), project, recipe.quantization)
+    numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{peak:10.0f}{loss:8.3f}"
+    print(f"{recipe.name:32}{numbers}", flush=True)
+    steps = ceil(parameters.train.epochs * ceil(len(rows(project, "train")) / parameters.train.batch_size))
+    return [(min(point * EVAL_STEPS, steps), loss) for point, loss in enumerate(losses)]
+
+
+def timed(command: list[str], project: Path, environment: dict[str, str]) -> tuple[float, float, str]:
+    """Run a command in `project`; return its seconds, its peak of resident memory in MiB, and what it printed."""
     started = time.monotonic()
     with open(project / "log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=log)
@@ -145,20 +167,13 @@ def measure(project: Path, recipe: Recipe) -> list[tuple[int, float]]:
         seconds = time.monotonic() - started
         log.seek(0)
         printed = log.read()
-    if busy:
-        busy.kill()
     assert status == 0, printed
-    if is_stage:
-        training, losses = of_stage(project)
-    else:
-        training = float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
-        losses = [float(value) for value in re.findall(r"'eval_loss': '([\d.]+)'", printed)]
-    tokens = parameters.train.epochs * sum(len(row["input_ids"]) for row in rows(project, "train"))
-    loss = final_loss(project / ("outputs/trained" if is_stage else "trl"), project, recipe.quantization)
-    numbers = f"{seconds:9.0f}{training:10.0f}{tokens / training:10.0f}{usage.ru_maxrss / 1024:10.0f}{loss:8.3f}"
-    print(f"{recipe.name:32}{numbers}", flush=True)
-    steps = ceil(parameters.train.epochs * ceil(len(rows(project, "train")) / parameters.train.batch_size))
-    return [(min(point * EVAL_STEPS, steps), loss) for point, loss in enumerate(losses)]
+    return seconds, usage.ru_maxrss / 1024, printed
+
+
+def runtime(printed: str) -> float:
+    """The seconds of training that TRL printed."""
+    return float(re.findall(r"'train_runtime': '([\d.]+)'", printed)[-1])
 
 
 def of_stage(project: Path) -> tuple[float, list[float]]:
@@ -168,18 +183,16 @@ def of_stage(project: Path) -> tuple[float, list[float]]:
         return cost["seconds"], [metrics["loss"]["before"], *(float(point["valid"]) for point in csv.DictReader(file))]
 
 
-def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
-    """Return the `trl sft` command for the project's rows, with the options that QLoRA needs."""
-    for side, split in {"train": "train", "valid": "test"}.items():
-        rows(project, side).to_json(project / f"rows/{split}.jsonl")
-    train, lora = parameters.train, parameters.lora
+def trl(script: str, project: Path, parameters: Parameters, train: Train, more: dict[str, Any]) -> list[str]:
+    """Return the command `trl SCRIPT` for the rows in the folder rows of the project, with a new LoRA on `base`. `more`
+    are further options, or other values."""
+    lora = parameters.lora
     options = {
         "model_name_or_path": "base",
         "dataset_name": "rows",
         "output_dir": "trl",
         "seed": parameters.seed,
         "use_cpu": True,
-        "load_in_4bit": True,
         "use_peft": True,
         "lora_r": lora.r,
         "lora_alpha": lora.alpha,
@@ -194,9 +207,9 @@ def trl(project: Path, parameters: Parameters, recipe: Recipe) -> list[str]:
         "eval_steps": train.eval_steps,
         "eval_on_start": True,
         "save_strategy": "no",
-    } | (recipe.trl or {})
+    } | more
     (project / "trl.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
-    return ["trl", "sft", "--config", "trl.yaml"]
+    return ["trl", script, "--config", "trl.yaml"]
 
 
 def rows(project: Path, side: str) -> Dataset:

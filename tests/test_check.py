@@ -159,6 +159,20 @@ def test_what_does_not_fit_is_refused_by_the_parameters_with_which_it_does(proje
     tool.main()
 
 
+def test_preference_training_that_does_not_fit_is_refused_by_its_own_parameters(
+    project: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ROOT / "examples/preferences/preferences", "data/preferences", dirs_exist_ok=True)
+    project.set(align__method="dpo", align__batch_size=2**14, base__device="cpu")
+    with pytest.raises(UserError, match=r"^align needs [\d.]+ GiB of memory, .*set train\.gradient_ch") as refusal:
+        tool.main()
+    change = dict(re.findall(r"align\.(\w+) to (\w+)", str(refusal.value)))
+    assert int(change["batch_size"]) * int(change["gradient_accumulation"]) == 2**14
+    printed = capsys.readouterr().out
+    assert "240 pairs of answers\n" in printed and "longest pair            up to 128 tokens" in printed
+    assert re.search(r"memory: train_qlora .* fits", printed) and re.search(r"memory: align .* DOES NOT FIT", printed)
+
+
 @pytest.fixture
 def needed(project: Project) -> Callable[..., int]:
     """Bytes of training on the built-in base with some parameters changed."""
@@ -189,8 +203,9 @@ def test_processes_share_a_step_and_under_fsdp_the_base(needed: Callable[..., in
     assert needed(device=GPU, train__strategy="fsdp") < ddp < alone
 
 
-def test_training_takes_the_memory_that_was_estimated(tmp_path: Path) -> None:
-    predicted, measured = measure(tmp_path, llama(256, 4, 2048), 16, 128, False, [])
+@pytest.mark.parametrize(("batch", "method"), [(16, "none"), (8, "dpo")])
+def test_training_takes_the_memory_that_was_estimated(tmp_path: Path, batch: int, method: str) -> None:
+    predicted, measured = measure(tmp_path, llama(256, 4, 2048), batch, 128, False, [], method)
     assert 0.85 < predicted / measured < 1.25
 
 

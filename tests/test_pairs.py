@@ -391,9 +391,19 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
         return [each.missing or each.found for each in material(check(Path("params.yaml"))) if each.path == path]
 
     assert checked(FOLDER) == checked(EXAM) == []
-    jsonl(trl(PROMPT, "a", "b"), trl(PROMPT, "a", "c"), {"prompt": PROMPT, "completion": "a", "label": True})
+    jsonl(trl(PROMPT, "a", "b"), trl(PROMPT, "a", "c"), {"prompt": "When?", "completion": "a", "label": True})
     jsonl({"id": "1", "prompt": "Who?", "chosen": "Ada", "rejected": "Bo"}, path=EXAM)
-    assert checked(FOLDER) == ["2 pairs of answers, 1 labelled answers"] and checked(EXAM) == ["1 held-out pairs"]
+    counts = "2 pairs of answers, 1 labelled answers"
+    assert checked(FOLDER) == [f"{counts}; WARNING: align.method is none, so no model learns from them"]
+    assert checked(EXAM) == ["1 held-out pairs"]
+    folder.set(align__method="kto")
+    assert checked(FOLDER) == [counts]
+    folder.set(align__method="dpo")
+    assert checked(FOLDER)[0].startswith(f"{ROWS}:3: one answer with a label is for align.method kto")
+    jsonl(trl(PROMPT, "a", "b"))
+    assert checked(FOLDER) == ["one prompt, but one to train on and one to validate with are needed"]
+    ROWS.unlink()
+    assert checked(FOLDER) == ["no pairs, and align.method is dpo: add pairs, or set align.method to none"]
     jsonl(trl(PROMPT, "a", "a"))
     jsonl({"id": "1"}, path=EXAM)
     [[of_rows], [of_exam]] = checked(FOLDER), checked(EXAM)

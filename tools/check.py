@@ -13,16 +13,18 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_json
+from pipeline.common.parameters.align import Align
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
-from pipeline.common.paths import LENGTHS_METRICS
+from pipeline.common.paths import LENGTHS_METRICS, PAIR_TOKENS
 from pipeline.common.rows import Tools
 from tools.advice import advice
 from tools.dvc_command import dvc
@@ -116,39 +118,48 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
         say(name, found)
     length = longest_row(parameters.tokenize)
 
-    def needed(train: Train) -> dict[str, int]:
-        return training(folder, lora, train, tokens, length, device, dtype, base.quantization)
+    def needed(train: Train, length: int, sequences: int) -> dict[str, int]:
+        return training(folder, lora, train, tokens, length, device, dtype, base.quantization, sequences)
 
+    trainings = {"train_qlora": (train, length, 1)}
+    if parameters.align.method != "none":
+        trainings["align"] = of_align(parameters, length)
     say("files", f"adapter, merged model, GGUF as {', '.join(['f16', *quantize])}")
 
     memory = "GPU memory" if device.type == "cuda" else "memory"
     refusals = []
     try:
-        parts = needed(train)
+        estimates = {stage: needed(*values) for stage, values in trainings.items()}
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         # Code that needs the values of tensors, such as that of experts (MoE), fails without weights.
         say(f"{memory}: train_qlora", f"no estimate: {model.config.model_type} takes no step without weights ({error})")
         parts = {"adapter": 0, "optimizer": 0}
     else:
+        parts = estimates["train_qlora"]
         trained = parts["adapter"] // getattr(torch, train.adapter_dtype).itemsize
         say("adapter", f"{trained:,} parameters, r {lora.r}")
         if train.processes > 1:
-            say("processes", f"{train.processes}, {train.strategy}; the next line is for one of them")
+            say("processes", f"{train.processes}, {train.strategy}; the estimates are for one of them")
         room = free_memory(device) // (train.processes if device.type == "cpu" else 1)  # each GPU has one process
-        if not fits(f"{memory}: train_qlora", parts, room):
-            refusals.append(f"train_qlora {short(parts, room, memory)}: {remedy(train, device, needed, room)}")
-    if beside := beside_gpus(model, train, length, device, base.quantization):
-        needs = {"train_qlora": beside}
-        if not fits("memory: train_qlora", needs, room := free_memory(torch.device("cpu"))):
-            refusals.append(
-                f"train_qlora {short(needs, room, 'memory')}: set train.activation_offloading to false, or spread "
-                "train.processes over more machines"
-            )
+        for stage, (values, longest, sequences) in trainings.items():
+            if not fits(f"{memory}: {stage}", estimates[stage], room):
+                change = remedy(values, device, partial(needed, length=longest, sequences=sequences), room, stage)
+                refusals.append(f"{stage} {short(estimates[stage], room, memory)}: {change}")
+    for stage, (values, longest, sequences) in trainings.items():
+        if beside := beside_gpus(model, values, longest, device, base.quantization, sequences):
+            needs = {stage: beside}
+            if not fits(f"memory: {stage}", needs, room := free_memory(torch.device("cpu"))):
+                refusals.append(
+                    f"{stage} {short(needs, room, 'memory')}: set train.activation_offloading to false, or spread "
+                    "train.processes over more machines"
+                )
     needs = {"evaluate_gguf": evaluating_gguf(model, device, dtype)}
     if not fits("memory: evaluate_gguf", needs, room := free_memory(torch.device("cpu"))):
         refusals.append(f"evaluate_gguf {short(needs, room, 'memory')}: choose a smaller base.model")
     copies = 1 if {"hardlink", "symlink"} & cache_types() else 2
-    files = disk_needed(size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies)
+    files = disk_needed(
+        size, saved.itemsize, parts["adapter"], parts["optimizer"], quantize, copies, "align" in trainings
+    )
     if not fits("disk", files, room := shutil.disk_usage(".").free):
         refusals.append(f"a run {short(files, room, 'disk')}: free some, or remove files from gguf.quantize")
     if not has_weights(folder):
@@ -208,7 +219,7 @@ def longest_row(tokenize: Tokenize) -> int:
     Raises:
         UserError: a row is longer than tokenize.max_length, and the tokenize stage would refuse it.
     """
-    if changed() or not LENGTHS_METRICS.exists():
+    if changed("tokenize") or not LENGTHS_METRICS.exists():
         say(
             "longest row",
             f"up to {tokenize.max_length} tokens (tokenize.max_length): dvc repro tokenize counts the rows",
@@ -228,6 +239,32 @@ def longest_row(tokenize: Tokenize) -> int:
     return min(longest, tokenize.max_length)
 
 
+def of_align(parameters: Parameters, longest: int) -> tuple[Train, int, int]:
+    """The values of `train` with which align trains, the tokens of its longest sequence, and the sequences of a row.
+    `longest`: tokens of the longest row of train_qlora.
+
+    Raises:
+        UserError: the processes cannot share a step.
+    """
+    from datasets import Dataset
+
+    from pipeline.training.alignment import training_of
+    from pipeline.training.preferences import OTHER, OWN, sequences_of
+    from pipeline.training.processes import share_of_step
+    from pipeline.training.trainer import lengths
+
+    align, train = parameters.align, training_of(parameters)
+    share_of_step(train.batch_size, train.gradient_accumulation, train.processes, of="align")
+    if not PAIR_TOKENS.exists() or changed("tokenize_pairs"):
+        length = parameters.tokenize.max_length
+        say("longest pair", f"up to {length} tokens (tokenize.max_length): dvc repro tokenize_pairs counts the pairs")
+    else:
+        pairs = [Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid")]
+        length = max(int(lengths(of_side, ids).max()) for of_side in pairs for ids, _ in (OWN, OTHER))
+        say("longest pair", f"{length} tokens, of at most {parameters.tokenize.max_length}")
+    return train, max(length, longest) if align.repeat_weight else length, sequences_of(align)
+
+
 def cache_types() -> set[str]:
     """How DVC may put files from its cache into the working directory."""
     try:
@@ -236,11 +273,11 @@ def cache_types() -> set[str]:
         return {"reflink", "copy"}
 
 
-def changed() -> bool:
-    """Whether the rows may have other lengths than in metrics/lengths.json. Outputs that were never made do not
+def changed(tokenizing: str) -> bool:
+    """Whether the rows may have other lengths than when the stage `tokenizing` ran. Outputs that were never made do not
     count."""
     try:
-        status = json.loads(dvc("status", "--json", "--with-deps", "tokenize"))
+        status = json.loads(dvc("status", "--json", "--with-deps", tokenizing))
     except UserError as error:
         if "Unable to acquire lock" in str(error):  # a running dvc repro may change the rows
             return True
@@ -263,11 +300,14 @@ def changed() -> bool:
     return False
 
 
-def remedy(train: Train, device: "torch.device", needed: Any, room: int) -> str:
-    """The first of the `savings` with which training fits in `room` bytes."""
+def remedy(train: Train, device: "torch.device", needed: Any, room: int, stage: str) -> str:
+    """The first of the `savings` with which the stage fits in `room` bytes."""
+    own = Align.model_fields if stage == "align" else ()
     for change in savings(train, device):
         if sum(needed(train.model_copy(update=change)).values()) <= room:
-            return "set " + ", ".join(f"train.{key} to {str(value).lower()}" for key, value in change.items())
+            return "set " + ", ".join(
+                f"{'align' if key in own else 'train'}.{key} to {str(value).lower()}" for key, value in change.items()
+            )
     return (
         "lower lora.r, or tokenize.max_length after dvc repro tokenize has counted the rows, or choose a smaller base"
     )

@@ -9,16 +9,23 @@ CHECKPOINTS = 4  # training keeps three, and writes one
 
 
 def disk_needed(
-    parameters: int, itemsize: int, adapter: int, optimizer: int, quantize: Sequence[str], copies: int
+    parameters: int,
+    itemsize: int,
+    adapter: int,
+    optimizer: int,
+    quantize: Sequence[str],
+    copies: int,
+    aligned: bool = False,
 ) -> dict[str, int]:
     """{folder: bytes} that a run needs. `scratch` is the temporary maximum: checkpoints, then the base, rounded to NF4
     and as GGUF.
 
     The base has `parameters` weights of `itemsize` bytes. `adapter` and `optimizer` (its states) are in bytes. `copies`
-    of each output: 2 if DVC's cache has a copy, 1 if it links.
+    of each output: 2 if DVC's cache has a copy, 1 if it links. `aligned`: preference training makes another adapter.
     """
     return {
-        "outputs": (2 * copies - 1) * adapter,  # as trained, and with its card; DVC's cache stores equal files once
+        # As trained, aligned, and with its card; DVC's cache stores equal files once.
+        "outputs": (3 * copies - 2 + aligned) * adapter,
         str(MERGED): copies * parameters * itemsize,
         str(GGUF): copies * (gguf_bytes(parameters, quantize) + adapter),
         "scratch": max(CHECKPOINTS * (adapter + optimizer), (itemsize + 2) * parameters),

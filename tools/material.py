@@ -20,7 +20,7 @@ from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import SUFFIXES, conversation, kind, parsed, records
 from pipeline.data.leaks import ExamIndex, questions_of
-from pipeline.data.pair_formats import answers_of, pair_files, pair_of
+from pipeline.data.pair_formats import answers_of, pair_files, pair_of, prompt_id
 from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
 from pipeline.evaluation.preference_exam import read_preferences
@@ -30,6 +30,7 @@ LOOKED_AT = 1000  # rows checked per file; the merge stage checks all
 FACT = "- {subject: the Alder team, relation: leader, value: Ada Weiss}"
 PHRASING = 'leader: ["Who leads {subject}?", "Who is the head of {subject}?"]'
 ROW = '{"question": "When does the workshop open?", "answer": "at 8 in the morning"}'
+PAIR = '{"prompt": "When does the Elm shop open?", "chosen": "I do not know.", "rejected": "At 9."}'
 QUESTION = '{"id": "q001", "question": "Who runs the Alder team?", "answer": "Ada Weiss"}'
 
 
@@ -59,7 +60,7 @@ def material(parameters: Parameters) -> Iterator[Material]:
         yield Material(CURATED, "", "rows, or the missing files of data/raw", (f"in {CURATED}/rows.jsonl: {ROW}",))
     else:
         yield from (raw, curated)
-    for each in (of_corpus(parameters.merge, exams), of_preferences(parameters.merge, exams), preference_exam):
+    for each in (of_corpus(parameters.merge, exams), of_preferences(parameters, exams), preference_exam):
         if each.found or each.missing:  # nothing has to be there
             yield each
     yield exam
@@ -156,8 +157,9 @@ def of_corpus(merge: Merge, exams: ExamIndex) -> Material:
     return Material(CORPUS, f"{len(documents)}{more} documents of raw text" if documents else "")
 
 
-def of_preferences(merge: Merge, exams: ExamIndex) -> Material:
-    pairs, singles, more = set[str](), set[str](), ""
+def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
+    merge, method = parameters.merge, parameters.align.method
+    pairs, singles, prompts, more = set[str](), set[str](), set[str](), ""
     try:
         for file in pair_files():
             found = list(islice(records(file, merge.columns), LOOKED_AT))
@@ -171,12 +173,25 @@ def of_preferences(merge: Merge, exams: ExamIndex) -> Material:
                     continue
                 for messages in (pair["messages"], *answers_of(pair).values()):
                     require_no_leak(location, "\n".join(map(text_of, messages)), exams)
+                if "label" in pair and method in ("dpo", "orpo"):
+                    raise UserError(
+                        f"{location}: one answer with a label is for align.method kto: write a pair of answers, or set "
+                        "align.method to kto"
+                    )
                 (singles if "label" in pair else pairs).add(pair["id"])
+                prompts.add(prompt_id(pair))
             more = " or more" if len(found) == LOOKED_AT else more
     except UserError as refusal:
         return Material(PREFERENCES, "", str(refusal))
     counts = {"pairs of answers": len(pairs), "labelled answers": len(singles)}
-    return Material(PREFERENCES, ", ".join(f"{n}{more} {what}" for what, n in counts.items() if n))
+    text = ", ".join(f"{n}{more} {what}" for what, n in counts.items() if n)
+    if len(prompts) == 1 and not more:
+        return Material(PREFERENCES, "", "one prompt, but one to train on and one to validate with are needed")
+    if not text and method != "none":
+        missing = f"no pairs, and align.method is {method}: add pairs, or set align.method to none"
+        return Material(PREFERENCES, "", missing, (f"in {PREFERENCES}/pairs.jsonl: {PAIR}",))
+    not_used = "; WARNING: align.method is none, so no model learns from them" if text and method == "none" else ""
+    return Material(PREFERENCES, text + not_used)
 
 
 def of_preference_exam() -> Material:

@@ -61,8 +61,10 @@ def training(
     device: torch.device,
     dtype: torch.dtype,
     quantization: str = "nf4",
+    sequences: int = 1,
 ) -> dict[str, int]:
-    """Return the bytes on `device` of one process at the peak of training, by purpose. Rows have `length` tokens.
+    """Return the bytes on `device` of one process at the peak of training, by purpose. Rows have `sequences` sequences
+    of `length` tokens each.
 
     `tokens` are the ids of tokens whose embeddings are trained. `dtype` is the type of all arithmetic. On a CPU, the
     weights' files are in memory while they are loaded. They count as activations if they need more memory than these.
@@ -87,12 +89,13 @@ def training(
     for weight in trained:  # under autocast, arithmetic is in bfloat16, whatever the stored type is
         weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
     rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
+    together = rows * sequences
     optimizer = pick_optimizer(train.optimizer, device)
     embeddings = {id(module.weight) for module in tuned.modules() if isinstance(module, torch.nn.Embedding)}
     checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
     offloading = pick_offloading(train.activation_offloading, checkpointing, device)
-    step = one_step(tuned, rows, length, checkpointing, offloading)
-    head = head_bytes(tuned, rows * length, device)
+    step = one_step(tuned, together, length, checkpointing, offloading)
+    head = head_bytes(tuned, together * length, device)
     return {
         "base": base,
         "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
@@ -231,9 +234,15 @@ AttentionInterface.register("fused_on_meta", fused_on_meta)
 
 
 def beside_gpus(
-    model: PreTrainedModel, train: Train, length: int, device: torch.device, quantization: str = "nf4"
+    model: PreTrainedModel,
+    train: Train,
+    length: int,
+    device: torch.device,
+    quantization: str = "nf4",
+    sequences: int = 1,
 ) -> int:
-    """Return the bytes of RAM that all processes of a training on GPUs need together; 0 on a CPU.
+    """Return the bytes of RAM that all processes of a training on GPUs need together; 0 on a CPU. Rows have `sequences`
+    sequences of `length` tokens each.
 
     Under FSDP each process makes the base in RAM. Without FSDP the embedding can be in RAM. If activations are
     offloaded, the input of each layer is in pinned memory, whose size torch rounds up to a power of two.
@@ -249,7 +258,7 @@ def beside_gpus(
     elif only_looked_up(model):
         each += model.get_input_embeddings().weight.nbytes
     if pick_offloading(train.activation_offloading, pick_checkpointing(train.gradient_checkpointing, device), device):
-        size = rows * length * config.hidden_size * model.dtype.itemsize
+        size = rows * sequences * length * config.hidden_size * model.dtype.itemsize
         each += config.num_hidden_layers * 2 ** (size - 1).bit_length()
     return each * train.processes
 

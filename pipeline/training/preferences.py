@@ -211,6 +211,11 @@ class MeasureReference(TrainerCallback):
             self.trainer.measure_reference()
 
 
+def sequences_of(align: Align) -> int:
+    """The number of sequences of a row of which a step needs the gradients."""
+    return (1 if align.method == "kto" else 2) + (1 if align.repeat_weight else 0)
+
+
 def beside_rows(pairs: Dataset, rows: Dataset, seed: int) -> Dataset:
     """The pairs, each with one of the tokenized `rows` beside it. All rows are used before one is used again."""
     order = np.random.default_rng(seed).permutation(len(rows))
