@@ -4,7 +4,7 @@
     python -m bench.evaluate wide     # a random model of 100 M parameters, answers of 64 tokens: some minutes
     python -m bench.evaluate smollm2  # a real language model with its adapter, after `make demo-real`: some minutes
 
-bench/README.md has the output. `tiny` needs the adapter that `dvc repro train_qlora` makes. All need EleutherAI's
+bench/README.md has the output. `tiny` needs the adapter that `dvc repro model_card` makes. All need EleutherAI's
 lm-evaluation-harness, which no requirements.txt contains.
 
 Each alternative answers every question greedily and measures the negative log-likelihood of every reference, with one
@@ -72,7 +72,7 @@ def main() -> None:
         os.chdir(FOLDER)
         folder, parameters = located()[0], check(Path("params.yaml"))
         dtype = pick_dtype(parameters.base.compute_dtype, CPU)
-        model = load_tuned(folder, Path("outputs/trained"), parameters.base.quantization, CPU, dtype)
+        model = load_tuned(folder, Path("outputs/aligned"), parameters.base.quantization, CPU, dtype)
         exam = Setup(model.eval(), load_tokenizer(folder), questions, parameters.evaluate.max_new_tokens)
     elif base == "wide":
         exam = Setup(random_nf4(WIDE, CPU, torch.float32), tokenizer, [longer(questions, i) for i in range(16)], 64)

@@ -31,7 +31,7 @@ from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_tokenizer
 from pipeline.model.loading import load_merged, load_tuned, pick_device, pick_dtype
 
-ADAPTER = Path("outputs/trained")
+ADAPTER = Path("outputs/aligned")
 STRENGTHS = [0.25, 0.5, 0.75, 1.0]
 
 

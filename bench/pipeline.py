@@ -12,6 +12,7 @@ the output.
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,10 +34,15 @@ CHANGES = {  # tests/test_reruns.py holds that there is one for each row
     "generate.phrasings_per_fact": 3,
     "generate.model": "another",
     "merge.valid_share": 0.1,
+    "merge.near_duplicate": 0.8,
     "merge.split_by": "source",
     "tokenize.max_length": 256,
+    "tokenize.mask_history": True,
     "tokenize.tool_format": "hermes",
     "lora.r": 8,
+    "train.schedule": "linear",
+    "align.method": "dpo",
+    "align.beta": 0.2,
     "evaluate.max_new_tokens": 48,
     "evaluate.max_kl": 0.02,
     "merge_adapter.base": "bf16",
@@ -49,6 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         clone, bare = Path(scratch, "clone"), Path(scratch, "bare")
         subprocess.run(["git", "clone", "--quiet", ".", clone], check=True)
+        shutil.copy(clone / "examples/preferences/preferences/unknown.jsonl", clone / "data/preferences")  # for dpo
         stages = stages_run(clone, "--force")
         print_stages(clone, stages)
         nine_of_true(bare)

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
-from pipeline.common.paths import TRAINED
+from pipeline.common.paths import ALIGNED
 from pipeline.evaluation import conversions
 from pipeline.evaluation.answers import prompt_and_reference
 from pipeline.evaluation.next_tokens import in_llama_cpp, in_transformers
@@ -119,7 +119,7 @@ def test_each_file_that_an_adapter_becomes_speaks_as_the_tuned_model(
     assert as_merged < SAME
     assert Path("models/gguf/Modelfile").read_text(encoding="utf-8").startswith(f"FROM ./{merged.name}\nTEMPLATE ")
 
-    config = json.loads(Path("outputs/trained/adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads(Path("outputs/aligned/adapter_config.json").read_text(encoding="utf-8"))
     assert lora_file.exists() == (no_gguf_lora(config) is None)
     assert Path("models/gguf/Modelfile.adapter").exists() == lora_file.exists()
     if lora_file.exists():
@@ -149,7 +149,7 @@ def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
         project.set(base__model=str(base), merge_adapter__base=onto)
         prepare_base.main()
         make_adapter(base, lora(**changed), tokens)
-        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/trained"), "nf4", CPU, torch.float32)
+        live = on_base(base) if onto == "bf16" else load_tuned(base, Path("outputs/aligned"), "nf4", CPU, torch.float32)
         merge_adapter.main()
         merged = AutoModelForCausalLM.from_pretrained("models/merged", dtype=torch.float32)
         assert sorted(path.name for path in Path("models/merged").iterdir()) == sorted(p.name for p in base.iterdir())
@@ -242,7 +242,7 @@ def test_an_adapter_on_experts_is_refused_and_one_beside_them_is_merged(tmp_path
 
 
 def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:
-    """outputs/trained with all its parts far from where training begins: each alone moves the model by > OTHER."""
+    """outputs/aligned with all its parts far from where training begins: each alone moves the model by > OTHER."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     require_possible(lora, model)
     torch.manual_seed(1)
@@ -252,11 +252,11 @@ def make_adapter(base: Path, lora: Lora, tokens: list[int]) -> None:
             size = weight.square().mean().sqrt().item()
             deviation = 0.3 if "lora_B" in name else 0.5 * size if weight.dim() == 1 else 2 * size
             weight.data += deviation * torch.randn_like(weight)
-    save_adapter(tuned, TRAINED, *located())
+    save_adapter(tuned, ALIGNED, *located())
 
 
 def on_base(base: Path) -> PreTrainedModel:
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), "outputs/trained")
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), "outputs/aligned")
 
 
 def divergence(tuned: PreTrainedModel, gguf: Path, lora: Path | None = None) -> float:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.params_yaml import check
-from pipeline.common.paths import GGUF, TRAINED
+from pipeline.common.paths import ALIGNED, GGUF
 from pipeline.evaluation.answers import prompt, prompt_and_reference
 from pipeline.evaluation.conversions import NextToken, Variant, divergence, measured
 from pipeline.evaluation.next_tokens import N_PROBS, in_llama_cpp, in_transformers
@@ -178,10 +178,10 @@ def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
     assert lost() == []
 
     lora, model, quantized = (GGUF / f"{name}.gguf" for name in ("adapter-f16", "model-f16", "model-q8_0"))
-    config = TRAINED / "adapter_config.json"
+    config = ALIGNED / "adapter_config.json"
     right = config.read_text(encoding="utf-8")
     config.write_text(right.replace('"lora_alpha": 32', '"lora_alpha": 128'), encoding="utf-8")
-    run_script("convert.py", "lora", TRAINED, "--base", TINY, "--outtype", "f16", "--outfile", lora)
+    run_script("convert.py", "lora", ALIGNED, "--base", TINY, "--outtype", "f16", "--outfile", lora)
     config.write_text(right, encoding="utf-8")
     complete = model.read_bytes()
     model.write_bytes(complete[: len(complete) // 2] + bytes(len(complete) - len(complete) // 2))  # zeros for weights
@@ -205,4 +205,4 @@ def make_adapter() -> None:
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:
             weight.data += 0.05 * torch.randn_like(weight)
-    save_adapter(tuned, TRAINED, *located())
+    save_adapter(tuned, ALIGNED, *located())

@@ -26,7 +26,7 @@ from pipeline.common.rows import question_and_answer, read_jsonl, row
 from pipeline.evaluation.perplexity import perplexity
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.packing import packed, with_raw_text
-from stages import corpus, evaluate, evaluate_base, evaluate_sft, model_card, tokenize, train_qlora
+from stages import align, corpus, evaluate, evaluate_base, evaluate_sft, model_card, tokenize, train_qlora
 from tools import trace
 from tools.material import material
 
@@ -339,6 +339,7 @@ def test_training_on_raw_text_lowers_the_perplexity_of_documents_that_were_held_
     assert "+Note on the " in Path("metrics/mask.md").read_text(encoding="utf-8")
     evaluate_base.main()
     train_qlora.main()
+    align.main()
     evaluate_sft.main()
     evaluate.main()
     found = read_json(Path("metrics/perplexity.json"))["perplexity"]

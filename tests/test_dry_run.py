@@ -84,12 +84,12 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 # Their GGUF LoRA was wrong: layers under other names, and a layer that llama.cpp runs without its adapter.
-@pytest.mark.parametrize(("name", "processes"), [("granitemoehybrid", 1), ("gemma4", 2)])
+@pytest.mark.parametrize(("name", "processes", "method"), [("granitemoehybrid", 1, "dpo"), ("gemma4", 2, "none")])
 def test_a_twin_of_the_base_goes_through_all_stages(
-    project: Project, tmp_path: Path, name: str, processes: int
+    project: Project, tmp_path: Path, name: str, processes: int, method: str
 ) -> None:
     architectures.make(name, tmp_path)
-    project.set(train__processes=processes, train__strategy="fsdp")  # of a base with vision, too
+    project.set(train__processes=processes, train__strategy="fsdp", align__method=method)  # of a base with vision, too
     found = dict(twin.through_all_stages(tmp_path, check(Path("params.yaml"))))
     assert list(found) == [
         f"twin: {file}" for file in ("merged", "adapter-f16.gguf", "model-f16.gguf", "model-q8_0.gguf")

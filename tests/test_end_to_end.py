@@ -107,8 +107,8 @@ def test_the_adapter_carries_its_base_and_the_bases_tokenizer_unchanged(finished
 
 
 def test_the_model_card_is_what_was_measured(finished: Project) -> None:
-    adapter, trained = finished.folder / "outputs/adapter", finished.folder / "outputs/trained"
-    assert {file.name for file in adapter.iterdir()} == {file.name for file in trained.iterdir()} | {"README.md"}
+    adapter, aligned = finished.folder / "outputs/adapter", finished.folder / "outputs/aligned"
+    assert {file.name for file in adapter.iterdir()} == {file.name for file in aligned.iterdir()} | {"README.md"}
     card, exam = ModelCard.load(adapter / "README.md"), details(finished, "evaluate")["exam"]
     found = card.data.to_dict()
     assert found["library_name"] == "peft" and "base_model" not in found  # which is a local folder, not on the hub
@@ -149,9 +149,9 @@ def test_k_quants_are_real(finished: Project) -> None:
 
 
 def test_every_gguf_file_names_its_adapter_its_data_and_its_base(finished: Project) -> None:
-    lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["train_qlora"]
+    lock = yaml.safe_load((finished.folder / "dvc.lock").read_text(encoding="utf-8"))["stages"]["align"]
     found = {
-        "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/trained"),
+        "qlora_dvc.adapter": next(out["md5"] for out in lock["outs"] if out["path"] == "outputs/aligned"),
         "qlora_dvc.data": digest(finished.folder / "data/train_merged.jsonl"),
         "qlora_dvc.base": json.loads((finished.folder / "models/base.json").read_bytes())["fingerprint"],
     }
@@ -193,7 +193,10 @@ def test_metrics_plots_and_the_graph_show_what_a_dvc_user_expects(finished: Proj
     finished.run("dvc", "plots", "diff", "HEAD", "-o", "plots")
     finished.run("rm", "-r", "plots")
     graph = finished.run("dvc", "dag", "--mermaid").stdout
-    assert all(name in graph for name in ("generate", "merge", "tokenize", "train_qlora", "evaluate_gguf", "report"))
+    assert all(
+        name in graph
+        for name in ("generate", "merge", "tokenize", "pairs", "train_qlora", "align", "evaluate_gguf", "report")
+    )
     assert "world" not in graph
 
 
@@ -218,6 +221,8 @@ def test_a_queued_experiment_continues_a_killed_one_and_with_less_training_score
     assert "continuing from checkpoint-" in log
     assert ran(log) == {
         "train_qlora",
+        "align",
+        "evaluate_sft",
         "evaluate",
         "model_card",
         "merge_adapter",
@@ -299,7 +304,12 @@ def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_
     refused = finished.run("python", "-m", "tools.noise", check=False)
     assert refused.returncode != 0 and "uncommitted changes" in refused.stderr
     finished.run("git", "commit", "-qam", "less training")
-    assert ran(finished.run("python", "-m", "tools.noise").stdout) == {"train_qlora", "evaluate"}
+    assert ran(finished.run("python", "-m", "tools.noise").stdout) == {
+        "train_qlora",
+        "align",
+        "evaluate_sft",
+        "evaluate",
+    }
     noise = metrics(finished, "noise")
     assert noise["seeds"] == [1, 2, 3] and 0 < noise["tuned"]["loss"]["sd"] < noise["tuned"]["loss"]["noise"]
     assert ran(finished.run("python", "-m", "tools.noise").stdout) == set()

@@ -22,6 +22,7 @@ from pipeline.model.llama_server import served
 from pipeline.model.loading import load_tuned
 from pipeline.model.supervision import IGNORED
 from stages import (
+    align,
     convert_gguf,
     evaluate,
     evaluate_base,
@@ -85,6 +86,7 @@ def test_a_family_learns_and_every_variant_answers_alike(family: str) -> None:
     assert last < 0.2 < 1 < first
     assert metrics("train")["loss"]["valid"] == pytest.approx(tuned_loss(), rel=1e-3)
 
+    align.main()
     evaluate_base.main()
     evaluate_sft.main()
     evaluate.main()

@@ -245,7 +245,7 @@ def test_llama_2s_space_before_a_text_is_where_transformers_puts_it(tmp_path: Pa
 def test_a_file_names_where_it_came_from_and_nothing_of_the_machine(
     project: Project, model: str, revision: str | None, base_model: list[str | None]
 ) -> None:
-    Path("outputs/trained").mkdir(parents=True)
+    Path("outputs/aligned").mkdir(parents=True)
     Path("data/train_merged.jsonl").touch()
     license = {"license": "other", "license_name": "tiny", "license_link": "https://example.org/LICENSE"}
     base = {"model": model, "revision": revision, "fingerprint": "f0"}

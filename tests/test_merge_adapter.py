@@ -29,8 +29,8 @@ from stages import merge_adapter, prepare_base
 CPU = torch.device("cpu")
 TINY = ROOT / "models/tiny-base"
 MERGED = Path("models/merged")
-LORA = Path("outputs/trained/adapter_model.safetensors")
-CONFIG = Path("outputs/trained/adapter_config.json")
+LORA = Path("outputs/aligned/adapter_model.safetensors")
+CONFIG = Path("outputs/aligned/adapter_config.json")
 LINEAR = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -57,7 +57,7 @@ def require_same_logits(merged: Path, live: PreTrainedModel) -> None:
 
 @pytest.fixture
 def sharded(project: Project) -> Path:
-    """The built-in base in several files, as the project's base, with an adapter in outputs/trained."""
+    """The built-in base in several files, as the project's base, with an adapter in outputs/aligned."""
     base = Path("models/sharded")
     AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="2MB")
     copy_tokenizer(TINY, base)
@@ -256,15 +256,15 @@ def test_a_base_with_damaged_weights_is_refused_before_training(
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (swap_the_adapter, r"outputs/trained: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f train_qlora"),
-        (lose_half_of_a_pair, r"outputs/trained has only lora_A\.weight of model\.layers\.1\.mlp\.up_proj\.weight: "),
-        (add_a_layer, r"outputs/trained: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
-        (lose_a_layer, r"outputs/trained has no part for model\.layers\.1\..*: run"),
-        (lose_all, r"outputs/trained has no part for model\.layers\.0\..*: run"),
-        (lambda _: LORA.unlink(), r"outputs/trained/adapter_model\.safetensors is damaged \(No such file .*: fetch or"),
+        (swap_the_adapter, r"outputs/aligned: .*mlp.*lora_.* fits no weight of the base: run dvc repro -f align"),
+        (lose_half_of_a_pair, r"outputs/aligned has only lora_A\.weight of model\.layers\.1\.mlp\.up_proj\.weight: "),
+        (add_a_layer, r"outputs/aligned: base_model\.model\.model\.layers\.9.* fits no weight of the base: run"),
+        (lose_a_layer, r"outputs/aligned has no part for model\.layers\.1\..*: run"),
+        (lose_all, r"outputs/aligned has no part for model\.layers\.0\..*: run"),
+        (lambda _: LORA.unlink(), r"outputs/aligned/adapter_model\.safetensors is damaged \(No such file .*: fetch or"),
         (
             halve_the_rank_of_half_a_pair,
-            r"outputs/trained: lora_A and lora_B of .*1\.mlp\.up_proj\.weight differ in rank",
+            r"outputs/aligned: lora_A and lora_B of .*1\.mlp\.up_proj\.weight differ in rank",
         ),
         (
             train_tokens([1, 2], 1),
@@ -273,11 +273,11 @@ def test_a_base_with_damaged_weights_is_refused_before_training(
         (train_tokens([1], 2), r"2 trained rows of model\.embed_tokens\.weight are not those of its tokens \[1\]: "),
         (train_tokens(None, 1), r"1 trained rows of model\.embed_tokens\.weight are not those of its tokens \[\]: "),
         (train_tokens([99999], 1), r"1 trained rows of .* are not those of its tokens \[99999\]: "),
-        (train_tokens([1], 0), r"outputs/trained has no part for model\.embed_tokens\.weight: run"),
+        (train_tokens([1], 0), r"outputs/aligned has no part for model\.embed_tokens\.weight: run"),
         (lambda _: CONFIG.unlink(), r"adapter_config\.json is missing or damaged \(FileNotFoundError\): run"),
         (lambda _: CONFIG.write_text("{"), r"adapter_config\.json is missing or damaged \(JSONDecodeError\): run"),
         (lambda _: CONFIG.write_text("{}"), r"adapter_config\.json is missing or damaged \(KeyError\): run"),
-        (overflow, r"outputs/trained: the merged model\.layers\..* is not finite in torch\.bfloat16"),
+        (overflow, r"outputs/aligned: the merged model\.layers\..* is not finite in torch\.bfloat16"),
     ],
 )
 def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
@@ -295,7 +295,7 @@ def test_what_cannot_be_merged_is_refused_in_a_line_and_leaves_nothing(
 def test_an_adapter_of_another_base_is_refused(project: Project, sharded: Path) -> None:
     project.set(base__model=str(TINY))
     prepare_base.main()
-    with pytest.raises(UserError, match=r"outputs/trained was trained on models/sharded \(\w+\), but base.model is "):
+    with pytest.raises(UserError, match=r"outputs/aligned was trained on models/sharded \(\w+\), but base.model is "):
         merge_adapter.main()
 
 

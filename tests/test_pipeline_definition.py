@@ -60,10 +60,10 @@ def test_a_library_is_declared_by_the_stages_that_import_it_alone() -> None:
     assert users("openai") == {"generate", "evaluate_gguf"} and users("pydantic") == {"generate"}
     assert users("markdownify") == {"generate", "corpus"}
     answers = {"replay", "evaluate_base", "evaluate_sft", "evaluate", "evaluate_gguf"}  # TRL reads the calls in answers
-    assert users("trl") == {"train_qlora", *answers}
+    assert users("trl") == {"train_qlora", "align", *answers}
     assert users("cyllama") == {"convert_gguf"} and users("xllamacpp") == {"evaluate_gguf", "prepare_base"}
-    assert users("torch") >= {"train_qlora", "evaluate_base", "evaluate", "merge_adapter"}
-    assert not users("torch") & {"generate", "merge", "corpus", "report"}
+    assert users("torch") >= {"train_qlora", "align", "evaluate_base", "evaluate", "merge_adapter"}
+    assert not users("torch") & {"generate", "merge", "corpus", "pairs", "report"}
     assert not users("dvc") and not users("tqdm")  # these make nothing
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check, load
+from pipeline.common.paths import ALIGNED
 from pipeline.export.merging import merge, merges_onto_nf4
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.bitsandbytes_internals import keep_no_experts
@@ -19,7 +20,7 @@ from pipeline.model.experts import names_of_experts
 from pipeline.model.loading import load_base, load_merged, load_quantized, load_tuned, load_weights, reproducible
 from pipeline.model.skeleton import skeleton
 from pipeline.training.torch_internals import Alive
-from stages import merge_adapter, train_qlora
+from stages import align, merge_adapter, train_qlora
 
 TINY = ROOT / "models/tiny-base"
 CPU = torch.device("cpu")
@@ -119,8 +120,9 @@ def test_checkpointing_keeps_no_more_of_experts_in_nf4_than_of_others(tokenized:
 def test_the_merged_model_is_the_tuned_one_with_and_without_quantization(tokenized: Project, quantization: str) -> None:
     tokenized.set(base__quantization=quantization, train__epochs=1)
     train_qlora.main()
+    align.main()
     merge_adapter.main()
-    tuned = load_tuned(TINY, Path("outputs/trained"), quantization, CPU, torch.float32)
+    tuned = load_tuned(TINY, ALIGNED, quantization, CPU, torch.float32)
     merged = load_merged(Path("models/merged"), CPU, torch.float32)
     own = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     ids = torch.arange(1, 100)[None]

@@ -96,10 +96,13 @@ def test_a_recipe_for_a_larger_gpu_is_refused_with_what_to_turn(machine: Callabl
         check.main()
 
 
-def test_a_step_of_every_recipe_has_16_rows_and_of_the_smallest_real_model_8() -> None:
-    steps = {recipe: read_yaml(path)["train"] for recipe, path in RECIPES.items()}
-    rows = {recipe: step["batch_size"] * step["gradient_accumulation"] for recipe, step in steps.items()}
-    assert rows == dict.fromkeys(RECIPES, 16) | {"smollm2-135m": 8}
+def test_a_step_of_every_recipe_has_16_rows_or_8_pairs_and_of_the_smallest_real_model_8_rows() -> None:
+    def in_a_step(of: str) -> dict[str, int]:
+        steps = {recipe: read_yaml(path)[of] for recipe, path in RECIPES.items()}
+        return {recipe: step["batch_size"] * step["gradient_accumulation"] for recipe, step in steps.items()}
+
+    assert in_a_step("train") == dict.fromkeys(RECIPES, 16) | {"smollm2-135m": 8}
+    assert in_a_step("align") == dict.fromkeys(RECIPES, 8)
 
 
 def test_each_recipe_has_a_known_shape() -> None:

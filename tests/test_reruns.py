@@ -134,11 +134,12 @@ def test_the_benchmark_changes_a_parameter_of_each_row(reruns: Reruns) -> None:
         ("lora", {"prepare_base", "generate", "merge", "corpus", "tokenize", "evaluate_base"}),
         ("tokenize", {"prepare_base", "generate", "merge", "corpus", "evaluate_base"}),
         ("train", {"prepare_base", "generate", "merge", "corpus", "tokenize", "evaluate_base"}),
-        ("base", {"generate", "corpus"}),
-        ("generate", {"prepare_base", "corpus", "evaluate_base"}),
+        ("align", {"prepare_base", "generate", "merge", "corpus", "pairs", "tokenize", "evaluate_base", "train_qlora"}),
+        ("base", {"generate", "corpus", "pairs"}),
+        ("generate", {"prepare_base", "corpus", "pairs", "evaluate_base"}),
         ("merge", {"prepare_base", "generate"}),
-        ("evaluate", {"train_qlora", "merge_adapter", "convert_gguf"}),
-        ("gguf", {"train_qlora", "evaluate", "model_card", "merge_adapter"}),
+        ("evaluate", {"train_qlora", "align", "merge_adapter", "convert_gguf"}),
+        ("gguf", {"train_qlora", "align", "evaluate", "model_card", "merge_adapter"}),
     ],
 )
 def test_no_parameter_of_a_section_ever_reruns(reruns: Reruns, section: str, never: set[str]) -> None:
@@ -150,6 +151,7 @@ def test_no_parameter_of_a_section_ever_reruns(reruns: Reruns, section: str, nev
 def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
     for name in (
         "stages/evaluate.py",
+        "pipeline/training/preferences.py",
         "pipeline/evaluation/scores.py",
         "llama.cpp/quantize.py",
         "stages/model_card.md",
@@ -169,13 +171,21 @@ def test_what_trains_nothing_whatever_comes_of_it(reruns: Reruns) -> None:
 
 def test_a_library_reruns_the_stages_that_import_it(reruns: Reruns) -> None:
     assert reruns.of("openai") == {"generate", "evaluate_gguf"}
-    assert reruns.of("trl") == {"train_qlora", "replay", "evaluate_base", "evaluate", "evaluate_gguf"}
+    assert reruns.of("trl") == {
+        "train_qlora",
+        "align",
+        "replay",
+        "evaluate_base",
+        "evaluate_sft",
+        "evaluate",
+        "evaluate_gguf",
+    }
     assert reruns.of("cyllama") == {"convert_gguf"}
 
 
 def test_a_new_parameter_reruns_the_stages_that_read_its_section(reruns: Reruns) -> None:
     assert reruns.of("pipeline/common/parameters/gguf.py") == {"convert_gguf"}
-    assert reruns.of("pipeline/common/parameters/train.py") == {"train_qlora", "model_card"}
+    assert reruns.of("pipeline/common/parameters/train.py") == {"train_qlora", "align", "model_card"}
     for name in ("gate.py", "schema.py"):
         assert reruns.at_most(f"pipeline/common/parameters/{name}") == set()
 
@@ -184,20 +194,23 @@ def test_what_must_run_again(reruns: Reruns) -> None:
     assert reruns.of("lora.r") == {"train_qlora", "model_card", "report"}
     assert reruns.of("tokenize.max_length") == {
         "tokenize",
+        "tokenize_pairs",
         "model_card",
         "report",
     }  # a limit that cuts no row retrains nothing
     assert reruns.of("llama.cpp/source.txt") == {"prepare_base", "convert_gguf", "evaluate_gguf"}
-    exam = {"merge", "corpus", "evaluate_base", "evaluate", "evaluate_gguf", "report"}
+    exam = {"merge", "corpus", "pairs", "evaluate_base", "evaluate_sft", "evaluate", "evaluate_gguf", "report"}
     assert reruns.of("data/questions.jsonl") == exam
     assert reruns.of("models/tiny-base/model.safetensors") == {"prepare_base"}
-    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate", "corpus"}
+    assert reruns.at_most("models/tiny-base/model.safetensors") == set(reruns.stages) - {"generate", "corpus", "pairs"}
 
 
-def test_raw_text_and_rows_rerun_what_they_are_for(reruns: Reruns) -> None:
+def test_raw_text_rows_and_pairs_rerun_what_they_are_for(reruns: Reruns) -> None:
     assert reruns.of("data/corpus") == reruns.of("stages/corpus.py") == {"corpus"}
-    assert not reruns.at_most("data/corpus") & {"prepare_base", "generate", "replay", "merge"}
-    assert not reruns.at_most("data/curated") & {"corpus", "evaluate_base"}
+    assert not reruns.at_most("data/corpus") & {"prepare_base", "generate", "replay", "merge", "pairs"}
+    assert not reruns.at_most("data/curated") & {"corpus", "pairs", "evaluate_base"}
+    assert reruns.of("data/preferences") == reruns.of("stages/pairs.py") == {"pairs"}
+    assert not reruns.at_most("data/preferences") & {"merge", "tokenize", "evaluate_base", "train_qlora"}
 
 
 def parameter_rows(reruns: Reruns) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from pipeline.common.outputs import read_details
 from pipeline.common.paths import ADAPTER, ANSWERS, DATA_DETAILS, EXAM_DETAILS, GGUF_DETAILS, MASK_PAGE
 from pipeline.common.rows import Message, read_jsonl
 from stages import (
+    align,
     convert_gguf,
     evaluate,
     evaluate_base,
@@ -111,7 +112,7 @@ def lines(name: str) -> list[Any]:
 def test_calls_and_thinking_survive_every_conversion(project_with_tools: Project) -> None:
     kinds = read_details(DATA_DETAILS)["kinds"]
     assert kinds == {"tools": 4, "calls": 3, "parallel calls": 1, "results": 3, "thinking": 4}
-    for stage in (prepare_base, tokenize, train_qlora, evaluate_base, evaluate_sft, evaluate):
+    for stage in (prepare_base, tokenize, train_qlora, align, evaluate_base, evaluate_sft, evaluate):
         stage.main()
     page = MASK_PAGE.read_text(encoding="utf-8")
     assert '+{"name": "get_order", "arguments": {"order": "Alder"}}⏎' in page and "+<think>⏎" in page

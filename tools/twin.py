@@ -25,7 +25,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import read_details, write_jsonl
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.paths import CORPUS_TRAIN, CORPUS_VALID, GGUF_DETAILS
-from pipeline.common.rows import question_and_answer, row
+from pipeline.common.rows import Row, question_and_answer, row
 from pipeline.evaluation.variants import in_16_bits
 from pipeline.export.llama_cpp import last_line
 from pipeline.model.base import SMALL_FILES
@@ -36,8 +36,11 @@ ROOT = Path(__file__).parents[1]
 STAGES = [
     "prepare_base",
     "tokenize",
+    "tokenize_pairs",
     "train_qlora",
+    "align",
     "evaluate_base",
+    "evaluate_sft",
     "evaluate",
     "merge_adapter",
     "convert_gguf",
@@ -76,6 +79,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "processes": 1,
         "eval_steps": 20,
     },
+    "align": {"learning_rate": 4e-3, "epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "eval_steps": 1},
     "evaluate": {"max_new_tokens": 8, "max_kl": 1e9},  # `through_all_stages` compares with SAME
     "gguf": {"quantize": ["q8_0"], "imatrix": False},
 }
@@ -186,13 +190,32 @@ def write_project(clone: Path, parameters: Parameters) -> None:
     YAML(typ="safe").dump(values, clone / "params.yaml")
     rows = [row(question_and_answer(*fact), f"facts.csv:{line}") for line, fact in enumerate(FACTS.items(), start=2)]
     questions = [{"id": f"{i}", "question": q, "answer": a} for i, (q, a) in enumerate(FACTS.items())]
-    written = {"train_merged": rows, "valid": rows, "questions": questions, "general": questions}
+    pairs = [pair_of(*rows_of_pair) for rows_of_pair in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    exam_pairs = [
+        {"id": pair["id"], "prompt": pair["messages"], "chosen": pair["chosen"], "rejected": pair["rejected"]}
+        for pair in pairs
+    ]
+    written = {
+        "train_merged": rows,
+        "valid": rows,
+        "pairs_train": pairs,
+        "pairs_valid": pairs,
+        "questions": questions,
+        "general": questions,
+        "preferences_exam": exam_pairs,
+    }
     for name, lines in written.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (clone / f"data/{name}.jsonl").write_text(text, encoding="utf-8")
     for path in (CORPUS_TRAIN, CORPUS_VALID):
         write_jsonl(clone / path, [])
     (clone / "metrics").mkdir(exist_ok=True)
+
+
+def pair_of(row: Row, other: Row) -> Row:
+    """A pair for preference training: the answer of `row`, and as the rejected answer that of another row."""
+    [*prompt, chosen], [*_, rejected] = row["messages"], other["messages"]
+    return row | {"messages": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def main() -> None:

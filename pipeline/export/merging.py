@@ -57,7 +57,7 @@ CONFIG = [
     "use_dora",
     "use_rslora",
 ]
-AGAIN = "run dvc repro -f train_qlora"
+AGAIN = "run dvc repro -f align"
 
 
 def merge(base: Path, adapter: Path | None, to: Path, on_nf4: bool, dtype: torch.dtype = torch.float32) -> None:

@@ -199,7 +199,7 @@ def require_same_base(adapter: Path, base: dict[str, Any]) -> None:
     if trained_on["fingerprint"] != base["fingerprint"]:
         raise UserError(
             f"{adapter} was trained on {trained_on['model']} ({trained_on['fingerprint'][:12]}), but base.model is "
-            f"{base['model']} ({base['fingerprint'][:12]}): set base.model to that base, or run dvc repro train_qlora"
+            f"{base['model']} ({base['fingerprint'][:12]}): set base.model to that base, or run dvc repro align"
         )
 
 
