@@ -278,13 +278,13 @@ def launching(pairs: Project, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proje
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_take_the_same_steps_as_one(launching: Project, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "method"), [("ddp", "dpo"), ("fsdp", "orpo")])
+def test_two_processes_take_the_same_steps_as_one(launching: Project, strategy: str, method: str) -> None:
     def adapter(**changed: object) -> dict[str, torch.Tensor]:
         aligned(launching, **changed)
         return load_file(ALIGNED / "adapter_model.safetensors")
 
-    alone = adapter()
+    alone = adapter(align__method=method)
     before = measured()
     torch.testing.assert_close(adapter(train__processes=2, train__strategy=strategy), alone, rtol=0, atol=3e-3)
     assert measured()["steps"] == before["steps"]

@@ -30,6 +30,7 @@ REFERENCE = "reference.safetensors"  # beside the checkpoints
 # Columns with token ids and labels: of the own answer, of the other, and of a row of train_qlora beside them.
 OWN, OTHER, REPEATED = ("input_ids", "labels"), ("other_ids", "other_labels"), ("repeated_ids", "repeated_labels")
 PADDING = -1  # of token ids, before the model has them
+CERTAIN = -1e-9  # log-likelihood of a token, above which odds are no longer told apart
 COLLAPSE = 1.0  # nats per token that the chosen answers may lose
 
 
@@ -273,5 +274,6 @@ def log_likelihoods(
 
 
 def log_odds(log_probability: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 - p)), by log p below 0."""
+    """log(p / (1 - p)), by log p. That of a blank row, and of p = 1, is finite."""
+    log_probability = log_probability.clamp(max=CERTAIN)
     return log_probability - torch.log(-torch.expm1(log_probability))
