@@ -27,7 +27,7 @@ def without_proc(event, arguments):
 
 sys.addaudithook(without_proc)
 """
-STAGES = ("prepare_base", "generate", "merge", "tokenize", "train_qlora", "merge_adapter")
+STAGES = ("prepare_base", "generate", "merge", "tokenize", "train_qlora", "align", "merge_adapter")
 
 
 def test_stages_run_without_what_linux_alone_has(project: Project) -> None:
