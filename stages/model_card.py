@@ -123,8 +123,8 @@ def of_pairs(align: dict[str, Any]) -> list[str]:
     """A Markdown table of what the validation pairs measured, from metrics/align.json."""
     shown = {
         "loss": "loss of the method",
-        "accuracy": "share with a higher reward of the chosen answer",
-        "margin": "margin of the rewards",
+        "accuracy": "share that goes the right way (with DPO and KTO: since this training began)",
+        "margin": "margin of the better answers",
         "chosen_nll": "loss of the chosen answers, nats per token",
     }
     lines = [[name, *(f"{align[key][when]:.3f}" for when in ("before", "after"))] for key, name in shown.items()]

@@ -162,7 +162,8 @@ def test_what_does_not_fit_is_refused_by_the_parameters_with_which_it_does(proje
 def test_preference_training_that_does_not_fit_is_refused_by_its_own_parameters(
     project: Project, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(ROOT / "examples/preferences/preferences", "data/preferences", dirs_exist_ok=True)
+    rows = (ROOT / "examples/preferences/preferences/unknown.jsonl").read_text(encoding="utf-8").splitlines(True)
+    Path("data/preferences/some.jsonl").write_text("".join(rows[:240]), encoding="utf-8")
     project.set(align__method="dpo", align__batch_size=2**14, base__device="cpu")
     with pytest.raises(UserError, match=r"^align needs [\d.]+ GiB of memory, .*set train\.gradient_ch") as refusal:
         tool.main()

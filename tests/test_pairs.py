@@ -393,7 +393,7 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
     assert checked(FOLDER) == checked(EXAM) == []
     jsonl(trl(PROMPT, "a", "b"), trl(PROMPT, "a", "c"), {"prompt": "When?", "completion": "a", "label": True})
     jsonl({"id": "1", "prompt": "Who?", "chosen": "Ada", "rejected": "Bo"}, path=EXAM)
-    counts = "2 pairs of answers, 1 labelled answers"
+    counts = "2 pairs of answers, 1 single answers"
     assert checked(FOLDER) == [f"{counts}; WARNING: align.method is none, so no model learns from them"]
     assert checked(EXAM) == ["1 held-out pairs"]
     folder.set(align__method="kto")

@@ -183,7 +183,7 @@ def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
             more = " or more" if len(found) == LOOKED_AT else more
     except UserError as refusal:
         return Material(PREFERENCES, "", str(refusal))
-    counts = {"pairs of answers": len(pairs), "labelled answers": len(singles)}
+    counts = {"pairs of answers": len(pairs), "single answers": len(singles)}
     text = ", ".join(f"{n}{more} {what}" for what, n in counts.items() if n)
     if len(prompts) == 1 and not more:
         return Material(PREFERENCES, "", "one prompt, but one to train on and one to validate with are needed")

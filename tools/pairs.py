@@ -101,7 +101,7 @@ def training_questions(exam: list[Question], parameters: Parameters) -> list[Ask
     results = read_answers(ANSWERS, exam)
     apart = held_back_sources(results)
     helped = [result for result in results if result["source"] not in apart]
-    failed = {result["id"] for result in helped if wrong(result)}
+    failed = {result["id"] for result in helped if wrong(result | {"tuned": result.get("sft", result["tuned"])})}
     known = knowledge(parameters.generate)
     unknown = assign([question for question in exam if question.id in failed], known)
     sources = {source.name for source in known.values() if source.failed}

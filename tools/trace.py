@@ -47,6 +47,7 @@ OUTCOME_OF_FILE = {
     CORPUS_QUARANTINE: "was dropped",
     PAIRS_TRAIN: "is a pair or an answer to train on",
     PAIRS_VALID: "is a pair or an answer to validate with",
+    PAIR_TOKENS / "overflow.jsonl": "was too long",
     PAIRS_QUARANTINE: "was dropped",
 }
 ANSWERS = ("chosen", "rejected", "completion")  # of pairs and singles

@@ -104,8 +104,8 @@ def load_trainable(parameters: Parameters, train: Train, folder: Path, device: t
 
 
 def curve(history: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """The points of the curves: `step`, `train` (mean loss since the previous point; null before training), and what
-    is measured on the pairs for validation."""
+    """The points of the curves: `step`, `train` (mean loss since the previous point, with that of the repeated rows;
+    null before training), and what is measured on the pairs for validation."""
     trained = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     return [
         {"step": int(entry["step"]), "train": trained.get(entry["step"])}
@@ -128,7 +128,8 @@ def metrics(trainer: PreferenceTrainer, points: list[dict[str, Any]]) -> dict[st
     """The numbers of pairs and steps, and of the pairs for validation before and after:
 
     loss: of the preferences alone, without that of the chosen answers; before dpo it is ln 2, before kto near 1/2
-    accuracy: share in which the model does as the pair wants, compared with the reference (of orpo: by itself)
+    accuracy: share in which the model does as the pair wants, compared with the reference, so 0 before training (of
+        orpo: by itself)
     margin: mean by which the model prefers the chosen answer, in nats times align.beta (of orpo: in log odds)
     chosen_nll: loss of the chosen answers in nats per token
     """

@@ -1,6 +1,8 @@
 """The pairs for preference training as token ids and labels."""
 
+import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ class Answer(NamedTuple):
     ids: list[int]
     labels: list[int]
     desirable: bool
+    prompt: str  # as JSON
     source: str
 
     @property
@@ -52,7 +55,7 @@ def write_pair_tokens(folder: Path, sides: dict[str, Path], parameters: Paramete
     for side, file in sides.items():
         rows = fitting(tokenize(read_jsonl(file), parameters), parameters, overflow)
         kto = parameters.align.method == "kto"
-        made = unpaired(rows, parameters.tokenize.max_length) if kto else paired(rows)
+        made = unpaired(rows, file, parameters.tokenize.max_length) if kto else paired(rows)
         if not write_arrow(folder / f"{side}.arrow", made, COLUMNS):
             raise UserError(
                 f"align.method is {parameters.align.method}, and {file} has no pairs that fit in tokenize.max_length: "
@@ -73,13 +76,13 @@ def tokenize(rows: list[Row], parameters: Parameters) -> Iterator[tuple[Row, lis
                 f"{source}: one answer with a label is for align.method kto: write a pair of answers, or set "
                 "align.method to kto"
             )
-        answers = []
+        answers, prompt = [], json.dumps(row["messages"], sort_keys=True)
         for answer, desirable in answers_of(row):
             messages = [*row["messages"], answer]
             messages = without_thinking(messages) if thinking == "drop" else messages
             require_thinking(tokenizer, messages, source, parameters.base.thinking)
             ids, labels = supervised(tokenizer, messages, ends, source, True, tools, thinking == "mask")
-            answers.append(Answer(ids, labels, desirable, source))
+            answers.append(Answer(ids, labels, desirable, prompt, source))
         yield row, answers
 
 
@@ -113,22 +116,35 @@ def fitting(
 
 def paired(rows: Iterator[list[Answer]]) -> Iterator[dict[str, Any]]:
     for chosen, rejected in rows:
+        if chosen.ids == rejected.ids:
+            raise UserError(
+                f"{chosen.source}: both answers have the same tokens, so there is nothing to compare: remove the pair, "
+                "or set tokenize.thinking to train if the answers differ in their thinking"
+            )
         yield columns(chosen, rejected.ids, rejected.labels)
 
 
-def unpaired(rows: Iterator[list[Answer]], max_length: int) -> Iterator[dict[str, Any]]:
-    """Each answer of the rows, and beside it the next answer to another prompt."""
+def unpaired(rows: Iterator[list[Answer]], file: Path, max_length: int) -> Iterator[dict[str, Any]]:
+    """Each answer of the rows, and beside it the next answer to another prompt: of the same kind, good or bad, if there
+    is one, so that the answers beside are like the answers themselves."""
     answers = [answer for of_row in rows for answer in of_row]
-    parts = [(answer.ids[: answer.start], answer.ids[answer.start :]) for answer in answers]
-    for at, (answer, (prompt, _)) in enumerate(zip(answers, parts, strict=True)):
-        others = (other for asked, other in parts[at:] + parts[:at] if asked != prompt)
-        other = next((other for other in others if len(prompt) + len(other) <= max_length), None)
+    for at, answer in enumerate(answers):
+        room = max_length - answer.start
+        following = (answers[n % len(answers)] for n in range(at + 1, at + len(answers)))
+        fitting = (
+            other for other in following if other.prompt != answer.prompt and len(other.ids) - other.start <= room
+        )
+        any_other = next(fitting, None)
+        alike = (other for other in chain([any_other], fitting) if other and other.desirable == answer.desirable)
+        other = next(alike, any_other)
         if other is None:
             raise UserError(
-                f"{answer.source}: kto needs, for each prompt, an answer to another prompt that fits in "
-                f"tokenize.max_length {max_length}, and there is none: add pairs with other prompts, or raise the limit"
+                f"{answer.source}: kto needs, for each answer, an answer to another prompt that fits in "
+                f"tokenize.max_length {max_length}, and {file} has none: add pairs with other prompts, or raise "
+                "merge.valid_share or the limit"
             )
-        yield columns(answer, prompt + other, [IGNORED] * len(prompt) + other)
+        ids, labels = other.ids[other.start :], other.labels[other.start :]
+        yield columns(answer, answer.ids[: answer.start] + ids, [IGNORED] * answer.start + labels)
 
 
 def columns(answer: Answer, other_ids: list[int], other_labels: list[int]) -> dict[str, Any]:

@@ -41,9 +41,7 @@ class Losses(NamedTuple):
     margin: torch.Tensor  # above 0 if the model does as the row wants
     nll: torch.Tensor  # negative log-likelihood of the chosen or desirable answer, in nats; 0 of an undesirable one
     tokens: torch.Tensor  # of this answer
-    repeated: (
-        torch.Tensor
-    )  # negative log-likelihood of the repeated row, in nats; shape (rows, 1), or (rows, 0) without
+    repeated: torch.Tensor  # negative log-likelihood of the repeated row, in nats; shape (rows, 0 or 1)
 
 
 class PreferenceTrainer(Trainer):
@@ -55,6 +53,7 @@ class PreferenceTrainer(Trainer):
     """
 
     remedy = "lower align.learning_rate, or raise align.warmup_share"
+    loss_is_scaled_for_ga = True  # by the rows of the complete step
 
     def __init__(self, *args: Any, align: Align, train_dataset: Dataset, eval_dataset: Dataset, **kwargs: Any) -> None:
         numbered = [
@@ -104,8 +103,8 @@ class PreferenceTrainer(Trainer):
     def both(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The log-likelihoods of both answers of each row, computed as in a step; shape (rows, 2)."""
         if self.align.method == "kto":
-            own, other = (self.said(self.model, batch, [one])[0][:, :1] for one in (OWN, OTHER))
-            return torch.cat([own, other], 1)
+            own, other = self.said(self.model, batch, [OWN])[0], log_likelihoods(self.model, batch, [OTHER])[0]
+            return torch.cat([own[:, :1], other], 1)
         return self.said(self.model, batch, [OWN, OTHER])[0][:, :2]
 
     def said(
@@ -156,7 +155,7 @@ class PreferenceTrainer(Trainer):
     def kto(self, model: Any, batch: dict[str, torch.Tensor]) -> Losses:
         real, desirable, reference = is_row(batch), batch["desirable"], self.reference_of(batch)
         with torch.no_grad():
-            moved = (self.said(model, batch, [OTHER])[0][:, 0] - reference[:, 1]) * real
+            moved = (log_likelihoods(model, batch, [OTHER])[0][:, 0] - reference[:, 1]) * real
         moved_by, rows = self.accelerator.reduce(torch.stack([moved.sum(), real.sum()]))
         divergence = (moved_by / rows).clamp(min=0)
         said, tokens = self.said(model, batch, [OWN])
@@ -193,9 +192,10 @@ class PreferenceTrainer(Trainer):
         if not math.isfinite(now["eval_loss"]):
             raise UserError(f"the validation loss is {now['eval_loss']} after step {step}: {self.remedy}")
         if now["eval_chosen_nll"] > before["eval_chosen_nll"] + COLLAPSE:
+            heavier = "" if self.align.method == "orpo" else "raise align.sft_weight, or "
             raise UserError(
                 f"the chosen answers have a loss of {now['eval_chosen_nll']:.2f} nats per token after step {step}, and "
-                f"had {before['eval_chosen_nll']:.2f} before: raise align.sft_weight, or lower align.learning_rate"
+                f"had {before['eval_chosen_nll']:.2f} before: {heavier}lower align.learning_rate"
             )
 
 
