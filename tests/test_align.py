@@ -339,5 +339,6 @@ def test_kto_compares_each_answer_with_an_answer_to_another_prompt(pairs: Projec
         start = next(at for at, label in enumerate(one["labels"]) if label != -100)
         assert one["other_ids"][:start] == one["input_ids"][:start] and one["other_labels"][:start] == [-100] * start
         answer = one["other_ids"][start:]
-        others = [row["input_ids"] for row in rows if row["input_ids"][:start] != one["input_ids"][:start]]
+        alike = [row["input_ids"] for row in rows if row["desirable"] == one["desirable"]]
+        others = [ids for ids in alike if ids[:start] != one["input_ids"][:start]]
         assert any(other[-len(answer) :] == answer for other in others)

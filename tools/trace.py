@@ -20,6 +20,7 @@ from pipeline.common.paths import (
     CORPUS_QUARANTINE,
     CORPUS_TRAIN,
     CORPUS_VALID,
+    PAIR_TOKENS,
     PAIRS_QUARANTINE,
     PAIRS_TRAIN,
     PAIRS_VALID,

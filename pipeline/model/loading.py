@@ -88,7 +88,7 @@ def load_base(
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """Turn off the base's own dropout, or all of it in a model with an adapter. Of a base, lora.dropout alone decides then."""
+    """Turn off all dropout of the model. If this is a base, lora.dropout alone decides afterwards."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
