@@ -171,6 +171,16 @@ def clone(folder: Path) -> Project:
     return project
 
 
+def with_exams(folder: Path, rows: str | Path) -> Project:
+    """A project with nothing but the exams, the parameters, and the empty folder `rows`."""
+    exams = ("data/questions.jsonl", "data/general.jsonl", "data/preferences_exam.jsonl")
+    for name in ("dvc.yaml", "params.yaml", *exams):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    (folder / rows).mkdir()
+    return Project(folder)
+
+
 class Terminal:
     """A program that runs in a terminal, and what it shows there."""
 

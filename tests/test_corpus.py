@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import ROOT, Project, describe_base
+from conftest import ROOT, Project, describe_base, with_exams
 from datasets import Dataset
 from families import FAMILIES
 from pyarrow import parquet
@@ -45,18 +45,8 @@ def note(number: int) -> str:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project with nothing but an empty data/corpus, the exams and the parameters."""
-    for name in (
-        "dvc.yaml",
-        "params.yaml",
-        "data/questions.jsonl",
-        "data/general.jsonl",
-        "data/preferences_exam.jsonl",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / FOLDER).mkdir()
     monkeypatch.chdir(tmp_path)
-    return Project(tmp_path)
+    return with_exams(tmp_path, FOLDER)
 
 
 def write(**texts: str) -> None:

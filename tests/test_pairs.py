@@ -3,13 +3,12 @@
 import gzip
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
-from conftest import ROOT, Project
+from conftest import Project, with_exams
 from pyarrow import parquet
 
 from pipeline.common.errors import UserError
@@ -46,18 +45,8 @@ SINGLE = {"messages": [Q], "completion": GOOD, "label": True}
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project with nothing but an empty data/preferences, the exams and the parameters."""
-    for name in (
-        "dvc.yaml",
-        "params.yaml",
-        "data/questions.jsonl",
-        "data/general.jsonl",
-        "data/preferences_exam.jsonl",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / FOLDER).mkdir()
     monkeypatch.chdir(tmp_path)
-    return Project(tmp_path)
+    return with_exams(tmp_path, FOLDER)
 
 
 def trl(prompt: str, chosen: str, rejected: str) -> dict[str, str]:

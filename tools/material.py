@@ -20,7 +20,7 @@ from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import SUFFIXES, conversation, kind, parsed, records
 from pipeline.data.leaks import ExamIndex, questions_of
-from pipeline.data.pair_formats import answers_of, pair_files, pair_of, prompt_id
+from pipeline.data.pair_formats import answers_of, pair_files, pair_of, prompt_id, require_method
 from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
 from pipeline.evaluation.preference_exam import read_preferences
@@ -173,11 +173,7 @@ def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
                     continue
                 for messages in (pair["messages"], *answers_of(pair).values()):
                     require_no_leak(location, "\n".join(map(text_of, messages)), exams)
-                if "label" in pair and method in ("dpo", "orpo"):
-                    raise UserError(
-                        f"{location}: one answer with a label is for align.method kto: write a pair of answers, or set "
-                        "align.method to kto"
-                    )
+                require_method(pair, method, location)
                 (singles if "label" in pair else pairs).add(pair["id"])
                 prompts.add(prompt_id(pair))
             more = " or more" if len(found) == LOOKED_AT else more

@@ -37,6 +37,7 @@ from pipeline.data.formats import (
 
 PROMPTS = ("messages", "conversations", "prompt", "question", "instruction")  # keys that hold a prompt
 LABELS = ("label", "kto_tag")
+LINEAGE = {"source", "samples"}  # what make pairs adds for the reader
 GOOD = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # a label as text
 
 
@@ -222,7 +223,16 @@ def unknown_keys_of_pair(content: dict[str, Any]) -> set[str]:
     """`unknown_keys`, also of OpenAI's input."""
     content = with_cells(content)
     of_input = unknown_keys(content["input"]) if isinstance(content.get("input"), dict) else set[str]()
-    return unknown_keys(content) | {f"input.{name}" for name in of_input}
+    return (unknown_keys(content) | {f"input.{name}" for name in of_input}) - LINEAGE
+
+
+def require_method(row: Row, method: str, location: str) -> None:
+    """Raises UserError if `method` (align.method) cannot learn from the row."""
+    if "label" in row and method in ("dpo", "orpo"):
+        raise UserError(
+            f"{location}: one answer with a label is for align.method kto: write a pair of answers, or set "
+            "align.method to kto"
+        )
 
 
 def nothing_to_compare() -> InvalidRow:

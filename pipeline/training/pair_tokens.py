@@ -12,6 +12,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.rows import Message, Row, read_jsonl
+from pipeline.data.pair_formats import require_method
 from pipeline.model.base import located
 from pipeline.model.chat_template import end_tokens, load_generation_config, load_tokenizer
 from pipeline.model.row_kinds import require_thinking, without_thinking
@@ -51,9 +52,11 @@ def write_pair_tokens(folder: Path, sides: dict[str, Path], parameters: Paramete
     Raises:
         UserError: a row cannot be trained on, or no row of a side fits.
     """
+    base, _ = located()
+    tokenizer, ends = load_tokenizer(base, training_template()), end_tokens(load_generation_config(base))
     overflow: list[dict[str, Any]] = []
     for side, file in sides.items():
-        rows = fitting(tokenize(read_jsonl(file), parameters), parameters, overflow)
+        rows = fitting(tokenize(read_jsonl(file), tokenizer, ends, parameters), parameters, overflow)
         kto = parameters.align.method == "kto"
         made = unpaired(rows, file, parameters.tokenize.max_length) if kto else paired(rows)
         if not write_arrow(folder / f"{side}.arrow", made, COLUMNS):
@@ -64,18 +67,14 @@ def write_pair_tokens(folder: Path, sides: dict[str, Path], parameters: Paramete
     write_jsonl(folder / "overflow.jsonl", overflow)
 
 
-def tokenize(rows: list[Row], parameters: Parameters) -> Iterator[tuple[Row, list[Answer]]]:
+def tokenize(
+    rows: list[Row], tokenizer: Any, ends: set[int], parameters: Parameters
+) -> Iterator[tuple[Row, list[Answer]]]:
     """Yield each row with its answers: the chosen one and the rejected one, or one alone."""
-    folder, _ = located()
-    tokenizer, ends = load_tokenizer(folder, training_template()), end_tokens(load_generation_config(folder))
     thinking = parameters.tokenize.thinking
     for row in rows:
         source, tools = row["source"], row.get("tools", [])
-        if "completion" in row and parameters.align.method != "kto":
-            raise UserError(
-                f"{source}: one answer with a label is for align.method kto: write a pair of answers, or set "
-                "align.method to kto"
-            )
+        require_method(row, parameters.align.method, source)
         answers, prompt = [], json.dumps(row["messages"], sort_keys=True)
         for answer, desirable in answers_of(row):
             messages = [*row["messages"], answer]
