@@ -46,7 +46,7 @@ SHOWN_KEYS = 50  # unknown keys that metrics/details/pairs.json names
 
 def main() -> None:
     parameters = load("pairs")
-    files = pair_files()
+    files = pair_files(PREFERENCES)
     with atomic_output(PAIRS_QUARANTINE) as aside, open(aside, "wb") as file, closing(Quarantine(file)) as quarantine:
         rows, unknown = read(files, parameters.merge.columns, quarantine)
         repeated, conflicts = repetitions(rows), conflicting(rows)

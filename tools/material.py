@@ -161,7 +161,7 @@ def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
     merge, method = parameters.merge, parameters.align.method
     pairs, singles, prompts, more = set[str](), set[str](), set[str](), ""
     try:
-        for file in pair_files():
+        for file in pair_files(PREFERENCES):
             found = list(islice(records(file, merge.columns), LOOKED_AT))
             for number, record in found:
                 location = f"{file}:{number}"

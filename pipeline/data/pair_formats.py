@@ -13,7 +13,6 @@ import orjson
 
 from pipeline.common.errors import UserError
 from pipeline.common.messages import ROLES, InvalidRow, is_empty
-from pipeline.common.paths import PREFERENCES as FOLDER
 from pipeline.common.rows import Message, Row, Tools, row
 from pipeline.common.user_files import user_files
 from pipeline.data.formats import (
@@ -41,8 +40,8 @@ LINEAGE = {"source", "samples"}  # what make pairs adds for the reader
 GOOD = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}  # a label as text
 
 
-def pair_files() -> list[Path]:
-    files = user_files(FOLDER)
+def pair_files(folder: Path) -> list[Path]:
+    files = user_files(folder)
     for file in files:
         if kind(file) not in SUFFIXES:
             raise UserError(f"{file}: {', '.join(SUFFIXES)} (or .gz of them) are read: convert or move it")
