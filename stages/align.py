@@ -29,7 +29,7 @@ def hand_on() -> None:
     with atomic_output(ALIGNED) as aside:
         shutil.copytree(existing(TRAINED), aside, copy_function=shutil.copyfile)
     with atomic_output(ALIGN_TABLE) as aside:
-        aside.write_text("step,train,valid,accuracy,margin,chosen_nll\n", encoding="utf-8")
+        aside.write_text("step,train,valid,accuracy,reward_margin,chosen_nll\n", encoding="utf-8")
     write_json(ALIGN_METRICS, {})
     write_details(ALIGN_DETAILS, {})
 

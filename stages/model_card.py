@@ -124,7 +124,7 @@ def of_pairs(align: dict[str, Any]) -> list[str]:
     shown = {
         "loss": "loss of the method",
         "accuracy": "share that goes the right way (with DPO and KTO: since this training began)",
-        "margin": "margin of the better answers",
+        "reward_margin": "margin of the better answers",
         "chosen_nll": "loss of the chosen answers, nats per token",
     }
     lines = [[name, *(f"{align[key][when]:.3f}" for when in ("before", "after"))] for key, name in shown.items()]

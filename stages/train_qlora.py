@@ -7,7 +7,6 @@ metrics/details/train.json; and metrics/train_cost.json, which DVC does not trac
 """
 
 import csv
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ from pipeline.export.dry_run import require_mergeable
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import pick_device, pick_dtype, reproducible
+from pipeline.model.loading import pick_dtype, reproducible
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.model.training_template import training_template
-from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
-from pipeline.training.processes import is_launched, newest_common, on_this_machine, one_of, share_of_step
+from pipeline.training.processes import in_processes, newest_common, on_this_machine, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
 from pipeline.training.trainer import Trainer, build_trainer, lengths, training_arguments
 from stages import run
@@ -42,14 +40,8 @@ LIBRARIES = ["bitsandbytes", "peft", "torch", "transformers", "trl"]
 
 def main() -> None:
     parameters = load("train_qlora")
-    device = pick_device(parameters.base.device)
-    processes = parameters.train.processes
-    share_of_step(parameters.train.batch_size, parameters.train.gradient_accumulation, processes)
-    if processes > 1 and not is_launched():
-        launch("stages.train_qlora", processes, parameters.threads, sys.argv[1:])
-    else:
-        with one_of(processes, device) as process:
-            train(parameters, process)
+    share_of_step(parameters.train.batch_size, parameters.train.gradient_accumulation, parameters.train.processes)
+    in_processes(STAGE, parameters, lambda process: train(parameters, process))
 
 
 def train(parameters: Parameters, process: PartialState) -> None:

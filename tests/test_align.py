@@ -87,7 +87,7 @@ def test_without_a_method_the_adapter_is_handed_on_byte_for_byte(pairs: Project)
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
 def test_each_method_makes_the_chosen_answers_likelier_than_the_rejected_ones(pairs: Project, method: str) -> None:
     once = aligned(pairs, align__method=method, align__learning_rate=4.0e-3, align__epochs=6)
-    assert measured()["margin"]["after"] > measured()["margin"]["before"]
+    assert measured()["reward_margin"]["after"] > measured()["reward_margin"]["before"]
     assert measured()["chosen_nll"]["after"] < measured()["chosen_nll"]["before"]
     assert once != Path(TRAINED, "adapter_model.safetensors").read_bytes()
     assert (

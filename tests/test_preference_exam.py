@@ -148,8 +148,8 @@ def test_three_models_take_the_exams_and_two_without_preference_training(project
     assert pair["tuned"]["margin"] == pytest.approx(pair["tuned"]["chosen"] - pair["tuned"]["rejected"], abs=1e-5)
 
     Path("data/train_merged.jsonl").write_text("\n", encoding="utf-8")
-    measured = {name: {"before": 0.5, "after": 0.25} for name in ("loss", "accuracy", "margin", "chosen_nll")}
-    write_json(ALIGN_METRICS, {"pairs": {"train": 190, "valid": 10}, "steps": 48} | measured)
+    measured = {name: {"before": 0.5, "after": 0.25} for name in ("loss", "accuracy", "reward_margin", "chosen_nll")}
+    write_json(ALIGN_METRICS, {"rows": {"train": 190, "valid": 10, "dropped": 0}, "steps": 48} | measured)
     model_card.main()
     card = (ADAPTER / "README.md").read_text(encoding="utf-8")
     assert (

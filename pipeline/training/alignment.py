@@ -1,7 +1,6 @@
 """Preference training in one or several processes: the stage align, if it has something to train."""
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,26 @@ from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.schema import Parameters
 from pipeline.common.parameters.train import Train
 from pipeline.common.paths import ALIGN_DETAILS, ALIGN_METRICS, ALIGN_TABLE, ALIGNED, PAIR_TOKENS, TOKENS, TRAINED
+from pipeline.common.rows import read_jsonl
 from pipeline.model.base import located, require_same_base
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import pick_device, pick_dtype, reproducible, without_dropout
+from pipeline.model.loading import pick_dtype, reproducible, without_dropout
 from pipeline.model.peft_internals import give_head_a_bias
 from pipeline.model.training_template import training_template
-from pipeline.training.accelerate_internals import launch
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
 from pipeline.training.preferences import PreferenceTrainer, beside_rows
-from pipeline.training.processes import is_launched, newest_common, on_this_machine, one_of, share_of_step
+from pipeline.training.processes import in_processes, newest_common, on_this_machine, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
 from pipeline.training.trainer import build_trainer, training_arguments
 
 STAGE = "align"
-MEASURED = ("loss", "accuracy", "margin", "chosen_nll")  # on the pairs for validation
+MEASURED = ("loss", "accuracy", "reward_margin", "chosen_nll")  # on the pairs for validation
 
 
 def align(parameters: Parameters) -> None:
-    device, train = pick_device(parameters.base.device), training_of(parameters)
+    train = training_of(parameters)
     share_of_step(train.batch_size, train.gradient_accumulation, train.processes, of=STAGE)
-    if train.processes > 1 and not is_launched():
-        launch("stages.align", train.processes, parameters.threads, sys.argv[1:])
-    else:
-        with one_of(train.processes, device) as process:
-            train_on_pairs(parameters, train, process)
+    in_processes(STAGE, parameters, lambda process: train_on_pairs(parameters, train, process))
 
 
 def training_of(parameters: Parameters) -> Train:
@@ -118,22 +113,24 @@ def curve(history: list[dict[str, float]]) -> list[dict[str, Any]]:
 def write_curve(points: list[dict[str, Any]]) -> None:
     with atomic_output(ALIGN_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "train", "valid", "accuracy", "margin", "chosen_nll"])
+        writer.writerow(["step", "train", "valid", "accuracy", "reward_margin", "chosen_nll"])
         for point in points[1:]:
             measured = [f"{point[name]:.4f}" for name in ("train", *MEASURED)]
             writer.writerow([point["step"], *measured])
 
 
 def metrics(trainer: PreferenceTrainer, points: list[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers of pairs and steps, and of the pairs for validation before and after:
+    """The numbers of rows (pairs, or single answers for kto), of rows that are too long (dropped), and of steps; and of
+    the rows for validation, before and after:
 
     loss: of the preferences alone, without that of the chosen answers; before dpo it is ln 2, before kto near 1/2
     accuracy: share in which the model does as the pair wants, compared with the reference, so 0 before training (of
         orpo: by itself)
-    margin: mean by which the model prefers the chosen answer, in nats times align.beta (of orpo: in log odds)
+    reward_margin: mean by which the model prefers the chosen answer, in nats times align.beta (of orpo: in log odds)
     chosen_nll: loss of the chosen answers in nats per token
     """
-    pairs = {"train": len(trainer.train_dataset), "valid": len(trainer.eval_dataset)}
-    shown = {"loss": "pair_loss"} | {name: name for name in ("accuracy", "margin", "chosen_nll")}
+    rows = {"train": len(trainer.train_dataset), "valid": len(trainer.eval_dataset)}
+    rows["dropped"] = len(read_jsonl(PAIR_TOKENS / "overflow.jsonl"))
+    shown = {"loss": "pair_loss"} | {name: name for name in ("accuracy", "reward_margin", "chosen_nll")}
     changes = {name: {"before": points[0][key], "after": points[-1][key]} for name, key in shown.items()}
-    return {"pairs": pairs, "steps": points[-1]["step"]} | changes
+    return {"rows": rows, "steps": points[-1]["step"]} | changes

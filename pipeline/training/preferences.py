@@ -182,7 +182,12 @@ class PreferenceTrainer(Trainer):
         loss, right, margin, nll, tokens = self.accelerator.reduce(sums)
         rows = len(self.eval_dataset)
         chosen_nll = nll / tokens.clamp(min=1)
-        means = {"pair_loss": loss / rows, "accuracy": right / rows, "margin": margin / rows, "chosen_nll": chosen_nll}
+        means = {
+            "pair_loss": loss / rows,
+            "accuracy": right / rows,
+            "reward_margin": margin / rows,
+            "chosen_nll": chosen_nll,
+        }
         means["loss"] = means["pair_loss"] + self.sft_weight * chosen_nll
         return EvalLoopOutput(None, None, {f"eval_{name}": mean.item() for name, mean in means.items()}, rows)
 

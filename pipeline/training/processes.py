@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,9 +17,11 @@ from torch.distributed.fsdp import fully_shard
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
+from pipeline.common.parameters.schema import Parameters
 from pipeline.model.bitsandbytes_internals import scales_to
+from pipeline.model.loading import pick_device
 from pipeline.model.transformers_internals import layers_of
-from pipeline.training.accelerate_internals import end_as_failed, place_on
+from pipeline.training.accelerate_internals import end_as_failed, launch, place_on
 from pipeline.training.checkpoints import last_complete, step_of
 
 
@@ -41,6 +43,16 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int, o
     share = rows // processes
     at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)
     return at_once, share // at_once
+
+
+def in_processes(stage: str, parameters: Parameters, work: Callable[[PartialState], None]) -> None:
+    """Call `work` in each of the train.processes of `stage`. If there are several, they are started first."""
+    processes, device = parameters.train.processes, pick_device(parameters.base.device)
+    if processes > 1 and not is_launched():
+        launch(f"stages.{stage}", processes, parameters.threads, sys.argv[1:])
+    else:
+        with one_of(processes, device) as process:
+            work(process)
 
 
 def is_sharded(processes: int, strategy: Literal["ddp", "fsdp"]) -> bool:
