@@ -11,13 +11,12 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
-from conftest import ROOT, Project, Terminal, serving
+from conftest import ROOT, Project, Terminal, describe_base, serving
 from peft import LoraConfig
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import Message
 from pipeline.model.llama_server import served
-from stages import prepare_base
 from tools import infer
 from tools.chat import Pieces, say, talk
 
@@ -153,7 +152,7 @@ def test_what_is_missing_or_of_another_base_is_named(project: Project, monkeypat
     (adapter / "base.json").write_text(of_other_files, encoding="utf-8")
     with pytest.raises(UserError, match=r"^outputs/adapter: the files of models/tiny-base changed after training"):
         run(monkeypatch, "Who?")
-    prepare_base.main()
+    describe_base()
     (adapter / "base.json").write_text('{"model": "another", "fingerprint": "0"}', encoding="utf-8")
     with pytest.raises(UserError, match=r"^outputs/adapter was trained on another"):
         run(monkeypatch, "Who?")

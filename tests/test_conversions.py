@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Project
+from conftest import ROOT, Project, describe_base
 from transformers import AutoModelForCausalLM
 
 from pipeline.common.errors import UserError
@@ -25,7 +25,7 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.llama_server import served
 from pipeline.report.conversion_table import conversion_table
 from pipeline.training.runs import save_adapter
-from stages import convert_gguf, evaluate_gguf, merge_adapter, prepare_base
+from stages import convert_gguf, evaluate_gguf, merge_adapter
 from stages.evaluate_gguf import require_ended, require_same_ends, require_same_model
 from tools import gate
 
@@ -169,7 +169,7 @@ def test_files_that_load_and_answer_worse_are_named_with_their_conversion(
     write_jsonl("data/questions.jsonl", asked)
     write_jsonl("metrics/answers.jsonl", results)
     project.set(gguf__quantize=["q8_0"])
-    prepare_base.main()
+    describe_base()
     make_adapter()
     merge_adapter.main()
     Path("data/train_merged.jsonl").touch()  # its hash goes into every file

@@ -8,7 +8,7 @@ from typing import Any
 
 import ollama
 import pytest
-from conftest import ROOT, Project
+from conftest import ROOT, Project, describe_base
 from families import FAMILIES
 from transformers import AutoTokenizer
 
@@ -16,7 +16,6 @@ from pipeline.export.modelfile import adapter_modelfile, carried, modelfile
 from pipeline.export.ollama_tools import same_in_ollama
 from pipeline.model.chat_template import TEMPLATE_ARGUMENTS, load_tokenizer, switched
 from pipeline.model.trained_template import trained_template
-from stages import prepare_base
 
 TINY = ROOT / "models/tiny-base"
 PUBLISHED = {  # chat templates as on the hub, and whose tokenizer knows their control tokens
@@ -333,7 +332,7 @@ def test_the_modelfile_stops_where_the_model_stops(tmp_path: Path) -> None:
 
 
 def test_the_adapters_modelfile_says_how_to_make_the_base_that_it_needs(project: Project) -> None:
-    prepare_base.main()
+    describe_base()
     text = adapter_modelfile("adapter-f16.gguf", Path("models/tiny-base"), 512, 0.0)
     (command,) = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# python ")]
     subprocess.run(["bash", "-c", command], check=True)

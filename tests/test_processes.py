@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Project
+from conftest import Project, describe_base
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.tensor import DTensor
@@ -23,7 +23,7 @@ from pipeline.common.parameters.params_yaml import load
 from pipeline.model.base import copy_tokenizer
 from pipeline.training.accelerate_internals import cause
 from pipeline.training.processes import require_gpus, share_of_step
-from stages import prepare_base, train_qlora
+from stages import train_qlora
 
 TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
@@ -76,7 +76,7 @@ def test_however_two_processes_end_none_is_left_and_the_next_go_on_with_the_step
 ) -> None:
     untied(Path("untied"))  # fsdp shares its embeddings and head too, unless any of it is trained
     launching.set(base__model="untied", lora__trainable_tokens=["<|im_end|>"])
-    prepare_base.main()
+    describe_base()
     alone = trained(launching, **UNEVEN | {"train__epochs": 1.6})
 
     launching.set(train__processes=2, train__strategy="fsdp")

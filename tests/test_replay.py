@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Project
+from conftest import ROOT, Project, describe_base
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.params_yaml import check
@@ -13,7 +13,7 @@ from pipeline.common.words import words
 from pipeline.data.leaks import ExamIndex
 from pipeline.data.prompts import first_prompts
 from pipeline.evaluation.questions import read_questions
-from stages import generate, merge, prepare_base, replay
+from stages import generate, merge, replay
 from tools.material import material
 
 PROMPTS = ROOT / "data/prompts.txt"
@@ -30,7 +30,7 @@ def test_the_base_answers_the_first_prompts_with_their_lines_as_sources(project:
     known = [question.question for question in read_questions(Path("data/general.jsonl"))[:3]]  # of the built-in base
     Path("data/prompts.txt").write_text("# a comment\n\n" + "\n".join([*known, "not asked"]) + "\n", encoding="utf-8")
     project.set(generate__replay=3)
-    prepare_base.main()
+    describe_base()
     replay.main()
     rows = read_jsonl(Path("data/replay.jsonl"))
     assert [row["source"] for row in rows] == [f"data/prompts.txt:{line}" for line in (3, 4, 5)]

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import Project, describe_base
 
 from pipeline.common.errors import UserError
 from pipeline.common.rows import question_and_answer, read_jsonl, row
-from stages import generate, merge, prepare_base, tokenize
+from stages import generate, merge, tokenize
 from tools import trace
 
 
@@ -24,7 +24,7 @@ def merged(project: Project) -> Project:
         asked = question_and_answer("When does the shop open?", "at 9")
         rows.write(json.dumps(row(asked, "data/raw/guide.md:2") | {"group": "0"}) + "\n")
     merge.main()
-    prepare_base.main()
+    describe_base()
     project.set(tokenize__max_length=26, tokenize__on_overflow="drop")
     tokenize.main()
     return project

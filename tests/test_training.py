@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from conftest import Project
+from conftest import Project, describe_base
 from datasets import Dataset
 from safetensors import safe_open
 from transformers import TrainerState
@@ -32,7 +32,7 @@ from pipeline.model.loading import pick_device, pick_dtype
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training import checkpoints
 from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, training_arguments
-from stages import prepare_base, tokenize, train_qlora
+from stages import tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
 TRAIN = (sys.executable, "-m", "stages.train_qlora")
@@ -302,7 +302,7 @@ def test_every_key_of_lora_tokenize_and_train_changes_the_rows_or_the_trainer(pr
         callbacks = [type(callback) for callback in trainer.callback_handler.callbacks]
         return [rows, trainer.model.peft_config["default"].to_dict(), weights, trainer.args.to_dict(), callbacks]
 
-    prepare_base.main()
+    describe_base()
     two_turns = question_and_answer("Who?", "Ada.") + question_and_answer("Where?", "Basel.")
     long = question_and_answer(
         "Why?", "Because it is so, and it was so, and it will be so, as long as it is not otherwise."
