@@ -68,6 +68,7 @@ def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
         monkeypatch.setattr("pipeline.model.base.fetched", lambda *_: (Path("hub"), ""))
         monkeypatch.setattr("tools.dry_run.dry_run", lambda *_: [])  # the hub has the names: tests/test_dry_run.py
         monkeypatch.setattr("pipeline.model.loading.pick_device", lambda _: torch.device("cuda"))
+        monkeypatch.setattr("pipeline.model.gpus.require_compiler", lambda: None)
         monkeypatch.setattr("pipeline.training.processes.require_gpus", lambda *_: None)
         monkeypatch.setattr("pipeline.model.free_memory.free_memory", lambda device: free[device.type])
         monkeypatch.setattr("pipeline.training.memory.free_memory", lambda device: free[device.type])

@@ -78,6 +78,7 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
     from pipeline.model.chat_template import load_tokenizer
     from pipeline.model.free_memory import free_memory
     from pipeline.model.gguf_base import say_if_quantized, unpack_if_gguf
+    from pipeline.model.gpus import multiplies_bfloat16, require_compiler
     from pipeline.model.loading import pick_device, pick_dtype
     from pipeline.model.quantized_base import unpack_if_quantized
     from pipeline.model.skeleton import skeleton
@@ -102,7 +103,9 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
     model = skeleton(folder, dtype)
     size, saved = model.num_parameters(), saved_dtype(folder)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
-    if device.type == "cuda" and dtype == torch.float32:
+    if device.type == "cuda":
+        require_compiler()
+    if device.type == "cuda" and base.compute_dtype == "float32" and multiplies_bfloat16():
         say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)

@@ -12,6 +12,7 @@ import transformers
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
+from pipeline.model import gpus
 from pipeline.model.bitsandbytes_internals import dequantize_in_use, keep_dequantized, never_repack
 from pipeline.model.free_memory import free_memory
 from pipeline.model.skeleton import auto_class, skeleton
@@ -30,14 +31,29 @@ def reproducible(seed: int, threads: int) -> None:
 
 
 def pick_device(wanted: str) -> torch.device:
+    """Raises UserError if there is no GPU and `wanted` is cuda, or if there is one that cannot be used."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    gpus.require_usable()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("base.device is cuda, but torch finds no GPU: set it to auto or cpu")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """On a GPU before Ampere, auto is float32: bfloat16 has no fast kernels there, and float16 overflows in Gemma.
+
+    Raises:
+        UserError: `wanted` is bfloat16, which the GPU cannot multiply.
+    """
+    multiplies = gpus.multiplies_bfloat16() if device.type == "cuda" else cpu_multiplies_bfloat16()
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if multiplies else torch.float32
+    if wanted == "bfloat16" and device.type == "cuda" and not multiplies:
+        raise UserError(
+            "base.compute_dtype is bfloat16, which a GPU before Ampere (compute capability 8.0) does not multiply: set "
+            "it to auto"
+        )
     return getattr(torch, wanted)
 
 

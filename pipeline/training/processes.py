@@ -19,6 +19,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove
 from pipeline.common.parameters.schema import Parameters
 from pipeline.model.bitsandbytes_internals import scales_to
+from pipeline.model.gpus import require_compiler
 from pipeline.model.loading import pick_device
 from pipeline.model.transformers_internals import layers_of
 from pipeline.training.accelerate_internals import end_as_failed, launch, place_on
@@ -48,6 +49,8 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int, o
 def in_processes(stage: str, parameters: Parameters, work: Callable[[PartialState], None]) -> None:
     """Call `work` in each of the train.processes of `stage`. If there are several, they are started first."""
     processes, device = parameters.train.processes, pick_device(parameters.base.device)
+    if device.type == "cuda":
+        require_compiler()
     if processes > 1 and not is_launched():
         launch(f"stages.{stage}", processes, parameters.threads, sys.argv[1:])
     else:

@@ -215,7 +215,7 @@ def build_trainer(
     """Return a trainer of `model`'s adapter. Rows have input_ids and labels; `options` are further ones of TRL's
     SFTTrainer."""
     load_adapters_as_saved(model)
-    callbacks: list[TrainerCallback] = [LossOfLastStep(), Seal()]
+    callbacks: list[TrainerCallback] = [LossOfLastStep(), Seal(), UnpagedStates()]
     if train.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(train.early_stopping_patience))
     with adapter_kept_as(getattr(torch, train.adapter_dtype), model):
@@ -304,6 +304,18 @@ class LossesInBar(ProgressCallback):
             logged = {name: value for entry in state.log_history for name, value in entry.items()}
             losses = {name: logged[name] for name in ("loss", "eval_loss") if name in logged}
             self.training_bar.set_postfix(losses, refresh=False)
+
+
+class UnpagedStates(TrainerCallback):
+    """Several processes load the states of a paged optimizer onto their GPUs, where no page can be fetched:
+    https://github.com/bitsandbytes-foundation/bitsandbytes/issues/782
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any, **_: Any) -> None:
+        for states in optimizer.state.values():
+            for value in states.values():
+                if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+                    value.is_paged = False
 
 
 class Seal(TrainerCallback):
