@@ -12,9 +12,9 @@ import transformers
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
-from pipeline.model import gpus
 from pipeline.model.bitsandbytes_internals import dequantize_in_use, keep_dequantized, never_repack
 from pipeline.model.free_memory import free_memory
+from pipeline.model.gpus import multiplies_bfloat16, require_usable
 from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import use_own_quantizer
 
@@ -34,7 +34,7 @@ def pick_device(wanted: str) -> torch.device:
     """Raises UserError if there is no GPU and `wanted` is cuda, or if there is one that cannot be used."""
     if wanted == "cpu":
         return torch.device("cpu")
-    gpus.require_usable()
+    require_usable()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("base.device is cuda, but torch finds no GPU: set it to auto or cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +46,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     Raises:
         UserError: `wanted` is bfloat16, which the GPU cannot multiply.
     """
-    multiplies = gpus.multiplies_bfloat16() if device.type == "cuda" else cpu_multiplies_bfloat16()
+    multiplies = multiplies_bfloat16() if device.type == "cuda" else cpu_multiplies_bfloat16()
     if wanted == "auto":
         return torch.bfloat16 if multiplies else torch.float32
     if wanted == "bfloat16" and device.type == "cuda" and not multiplies:
