@@ -24,7 +24,7 @@ BEFORE = {"train_qlora": ["tokenize"], "align": ["tokenize_pairs", "train_qlora"
 # Short, with a checkpoint every eight steps, and with dropout, whose random numbers a checkpoint has to restore.
 PARAMETERS: dict[str, dict[str, object]] = {
     "train_qlora": {"lora.dropout": 0.1, "train.epochs": 4, "train.eval_steps": 8},
-    "align": {"train.epochs": 1, "align.method": "dpo", "align.eval_steps": 8},
+    "align": {"train.epochs": 1, "align.method": "dpo", "align.epochs": 0.5, "align.eval_steps": 8},
 }
 
 
