@@ -1,6 +1,6 @@
 """Train the example of preference training (examples/preferences) with each method and several seeds.
 
-    python -m bench.preferences FOLDER [--real] [--seeds 3] [--methods dpo kto orpo] [--sampled] [name=value ...]
+    python -m bench.preferences FOLDER [name=value ...] [--real] [--sampled] [--seeds 3] [--methods dpo kto orpo]
 
 FOLDER is a new clone of this repository. With --real the model is SmolLM2, as in bench.demo_real; otherwise it is the
 built-in base. With --sampled the pairs are those that `make pairs` makes from the model's own answers, and not those of
@@ -23,6 +23,7 @@ from bench.demo_real import make_demo
 from bench.project import ROOT, set_parameters
 
 EXAMPLE = "examples/preferences"
+METHODS = ["dpo", "kto", "orpo"]
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["dpo", "kto", "orpo"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sampled", action="store_true")
     parser.add_argument("values", nargs="*", metavar="name=value")
     asked = parser.parse_args()
