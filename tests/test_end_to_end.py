@@ -300,7 +300,7 @@ def installed(package: str) -> set[str]:
 
 def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_run_twice(finished: Project) -> None:
     kept = {name: (finished.folder / name).read_bytes() for name in ("params.yaml", "metrics/noise.json")}
-    finished.set(evaluate__repeats=2, train__epochs=0.5)
+    finished.set(evaluate__repeats=3, train__epochs=0.25)
     refused = finished.run("python", "-m", "tools.noise", check=False)
     assert refused.returncode != 0 and "uncommitted changes" in refused.stderr
     finished.run("git", "commit", "-qam", "less training")
@@ -311,7 +311,7 @@ def test_noise_is_measured_by_experiments_that_differ_in_their_seed_and_are_not_
         "evaluate",
     }
     noise = metrics(finished, "noise")
-    assert noise["seeds"] == [1, 2] and 0 < noise["tuned"]["loss"]["sd"] < noise["tuned"]["loss"]["noise"]
+    assert noise["seeds"] == [1, 2, 3] and 0 < noise["tuned"]["loss"]["sd"] < noise["tuned"]["loss"]["noise"]
     assert ran(finished.run("python", "-m", "tools.noise").stdout) == set()
     finished.run("git", "reset", "-q", "HEAD~1")
     for name, content in kept.items():
