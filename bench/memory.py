@@ -99,6 +99,7 @@ def measure(
     align = {"align.method": method, "align.batch_size": batch, "align.epochs": 1.0}
     make_project(project, config, {"lora.trainable_tokens": tokens} | train | align)
     (project / "data/pair_tokens").mkdir()
+    (project / "data/pair_tokens/overflow.jsonl").write_text("\n", encoding="utf-8")
     make_rows(project, "tokens", ("input_ids", "labels"), batch, length)
     make_rows(project, "pair_tokens", ("input_ids", "labels", "other_ids", "other_labels"), batch, length)
     parameters, cpu, base = check(project / "params.yaml"), torch.device("cpu"), project / "base"
