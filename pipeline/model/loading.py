@@ -46,15 +46,15 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     Raises:
         UserError: `wanted` is bfloat16, which the GPU cannot multiply.
     """
+    if wanted == "float32":
+        return torch.float32
     multiplies = multiplies_bfloat16() if device.type == "cuda" else cpu_multiplies_bfloat16()
-    if wanted == "auto":
-        return torch.bfloat16 if multiplies else torch.float32
     if wanted == "bfloat16" and device.type == "cuda" and not multiplies:
         raise UserError(
             "base.compute_dtype is bfloat16, which a GPU before Ampere (compute capability 8.0) does not multiply: set "
             "it to auto"
         )
-    return getattr(torch, wanted)
+    return torch.bfloat16 if multiplies or wanted == "bfloat16" else torch.float32
 
 
 def cpu_multiplies_bfloat16() -> bool:
