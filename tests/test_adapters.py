@@ -143,8 +143,7 @@ def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
 ) -> None:
     on_tied, changed, tokens = KINDS[kind]
     exact = AutoModelForCausalLM.from_pretrained(TIED if on_tied else untied, dtype=torch.float32)
-    bases = [(Path("models/exact"), torch.float32), (Path("models/rounded"), torch.bfloat16)]
-    for base, dtype in bases if onto == "bf16" else bases[:1]:
+    for base, dtype in [(Path("models/exact"), torch.float32), (Path("models/rounded"), torch.bfloat16)]:
         exact.to(dtype).save_pretrained(base, max_shard_size="2MB")
         copy_tokenizer(TIED, base)
         project.set(base__model=str(base), merge_adapter__base=onto)
@@ -157,7 +156,7 @@ def test_the_merged_model_has_the_logits_of_the_live_adapter_and_rounds_once(
         if dtype == torch.float32:
             ids = torch.arange(1, 100)[None]
             torch.testing.assert_close(merged(ids).logits, live(ids).logits, rtol=0, atol=1e-3)
-        else:
+        elif onto == "bf16":
             as_peft = live.merge_and_unload(safe_merge=True).to(torch.bfloat16).state_dict()
             for name, weight in merged.to(torch.bfloat16).state_dict().items():
                 assert weight.equal(as_peft[name]), name

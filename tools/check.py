@@ -105,8 +105,8 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
     if device.type == "cuda":
         require_compiler()
-    if device.type == "cuda" and base.compute_dtype == "float32" and multiplies_bfloat16():
-        say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
+        if base.compute_dtype == "float32" and multiplies_bfloat16():
+            say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):
         say(parameter, warning)
     template = trained_template(load_tokenizer(folder), base.thinking, parameters.tokenize.tool_format)
