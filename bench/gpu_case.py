@@ -23,6 +23,7 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     TrainerCallback,
 )
@@ -34,8 +35,8 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.embedding import keep_in_ram
 from pipeline.model.loading import pick_device, pick_dtype, reproducible
+from pipeline.training.runs import place
 from pipeline.training.trainer import Trainer, build_trainer, training_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -138,21 +139,25 @@ def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path)
     parameters = of_params_yaml(device)
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))
+    return trainer_of(model, parameters, rows(asked), device, folder)
+
+
+def trainer_of(
+    model: PreTrainedModel, parameters: Parameters, rows: Dataset, device: torch.device, folder: Path
+) -> Trainer:
     tuned = with_adapter(model, lora_config(parameters.lora, []))
-    if device.type == "cuda":
-        keep_in_ram(tuned)
+    place(tuned, parameters.train, device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     arguments = training_arguments(parameters.train, parameters.seed, device, dtype, folder)
-    trainer = build_trainer(
-        Trainer, arguments, parameters.train, tuned, load_tokenizer(TOKENIZER), rows(asked), rows(asked)
-    )
+    trainer = build_trainer(Trainer, arguments, parameters.train, tuned, load_tokenizer(TOKENIZER), rows, rows)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     return trainer
 
 
-def of_params_yaml(device: torch.device) -> Parameters:
-    parameters = check(ROOT / "params.yaml")
-    steps = {"batch_size": 1, "gradient_accumulation": 1, "epochs": 1.0, "learning_rate": 2.0e-4}
+def of_params_yaml(device: torch.device, rows: int = 1, path: Path = ROOT / "params.yaml") -> Parameters:
+    """The parameters of a file, with `rows` rows a step in one process, and a learning rate for large models."""
+    parameters = check(path)
+    steps = {"batch_size": rows, "gradient_accumulation": 1, "epochs": 1.0, "learning_rate": 2.0e-4}
     alone = {"processes": 1, "early_stopping_patience": None, "load_best_model_at_end": False}
     return parameters.model_copy(
         update={

@@ -5,13 +5,38 @@ pipeline/common/printing.py, which every stage imports, has another use: it matc
 
 from collections.abc import Callable
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+from bitsandbytes.optim import optimizer as optimizers
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+
+
+def waiting_once(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a step of an optimizer wait for the GPU once, at its end.
+
+    bitsandbytes waits after each tensor: 448 times for an adapter of 8 billion weights. The GPU does its work in order.
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/optim/optimizer.py (step)
+    """
+
+    @wraps(step)
+    def stepped(optimizer: Any, closure: Any = None) -> Any:
+        wait, optimizers.sync_gpu = optimizers.sync_gpu, lambda _: None
+        try:
+            result = step(optimizer, closure)
+        finally:
+            optimizers.sync_gpu = wait
+        wait(optimizer.param_groups[0]["params"][0])
+        return result
+
+    return stepped
+
+
+optimizers.Optimizer8bit.step = waiting_once(optimizers.Optimizer8bit.step)
 
 
 def never_repack(model: torch.nn.Module) -> None:
@@ -88,3 +113,41 @@ def keep_dequantized(model: torch.nn.Module) -> None:
                 weight = getattr(module, name)
                 remove_parametrizations(module, name, leave_parametrized=False)
                 setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
+
+
+class Product(torch.autograd.Function):
+    """A product with a matrix in NF4 on the meta device: each pass makes the complete matrix, and keeps no copy of it.
+
+    bitsandbytes has no kernel for this device. Its own function needs the same memory:
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/autograd/_functions.py (MatMul4Bit)
+    """
+
+    @staticmethod
+    def forward(context: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        context.weight = weight
+        return torch.nn.functional.linear(inputs, torch.empty_like(weight, dtype=inputs.dtype))
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> Any:
+        return torch.matmul(gradient, torch.empty_like(context.weight, dtype=gradient.dtype)), None
+
+
+def on_meta(layer: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    result = Product.apply(inputs, layer.weight)
+    return result if layer.bias is None else result + layer.bias
+
+
+def quantize_on_meta(model: Any, layers: list[torch.nn.Linear], dora: bool) -> None:
+    """Replace `layers` of a model on the meta device by layers in NF4, for which PEFT has an adapter of its own.
+
+    With DoRA the layers keep their class, because that adapter reads the numbers of the weights.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    for layer in layers:
+        new = layer
+        if not dora:
+            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
+            new.bias = layer.bias
+            model.set_submodule(names[layer], new)
+        new.forward = MethodType(on_meta, new)
+    model.is_loaded_in_4bit = True

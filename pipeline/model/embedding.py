@@ -2,7 +2,6 @@
 
 import torch
 from peft import PeftModel
-from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 
@@ -12,10 +11,15 @@ class InRam(torch.nn.Module):
     def __init__(self, weight: torch.Tensor) -> None:
         super().__init__()
         self.weight = weight.detach().cpu()
+        self.found = self.weight.new_empty(0, self.weight.shape[1])  # kept, because pinning memory takes time
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings of `ids` (batch x length) on the device of `ids`; shape: batch x length x width."""
-        return embedding(ids.cpu(), self.weight).to(ids.device)
+        rows = ids.flatten().cpu()  # waits for the GPU, so that the last copy of `found` has ended
+        if len(self.found) < len(rows):
+            self.found = torch.empty(len(rows), self.weight.shape[1], dtype=self.weight.dtype, pin_memory=ids.is_cuda)
+        found = torch.index_select(self.weight, 0, rows, out=self.found[: len(rows)])
+        return found.to(ids.device, non_blocking=True, copy=True).view(*ids.shape, -1)
 
 
 def only_looked_up(model: PeftModel | PreTrainedModel) -> bool:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoConfig, PreTrainedModel
 from pipeline.common.parameters.lora import Lora
 from pipeline.common.parameters.train import Train
 from pipeline.model.adapter import lora_config, with_adapter
+from pipeline.model.bitsandbytes_internals import quantize_on_meta
 from pipeline.model.embedding import only_looked_up
 from pipeline.model.experts import names_of_experts
 from pipeline.model.free_memory import free_memory
@@ -32,7 +33,7 @@ from pipeline.model.loading import (
 from pipeline.model.skeleton import skeleton
 from pipeline.model.transformers_internals import attention_of, experts_on_meta
 from pipeline.training.processes import is_sharded, share_of_step
-from pipeline.training.torch_internals import Alive, fused_on_meta
+from pipeline.training.torch_internals import Alive, fused_on_meta, unpadded_on_meta
 
 # Bytes per weight: 4 bits, and with double quantization an 8-bit scale per 64 weights and 32 bits per 256 scales.
 NF4 = (4 + 8 / 64 + 32 / 64 / 256) / 8
@@ -77,10 +78,12 @@ def training(
         and keeps_dequantized(train.processes * model.num_parameters(), dtype)
     )
     base = kept_bytes(model, train, in_nf4)
-    dequantized = most_dequantized(model) * dtype.itemsize if in_nf4 else 0
+    layer, of_experts = (weights * dtype.itemsize if in_nf4 else 0 for weights in most_dequantized(model))
     experts = [weight.numel() for weight in expert_weights(model)] if quantization == "nf4" else []
     loading = QUANTIZING[device.type] * max(experts, default=0) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
+    if in_nf4:
+        quantize_on_meta(model, linear_layers(model), lora.use_dora)
     tuned = with_adapter(model, lora_config(lora, tokens))
     if device.type == "cuda" and only_looked_up(tuned) and not is_sharded(train.processes, train.strategy):
         base -= tuned.get_input_embeddings().weight.nbytes
@@ -94,22 +97,23 @@ def training(
     embeddings = {id(module.weight) for module in tuned.modules() if isinstance(module, torch.nn.Embedding)}
     checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
     offloading = pick_offloading(train.activation_offloading, checkpointing, device)
-    step = one_step(tuned, together, length, checkpointing, offloading)
+    buckets = train.processes > 1 and not is_sharded(train.processes, train.strategy)  # DDP's copies of gradients
+    step = one_step(tuned, together, length, device, checkpointing, offloading)
     head = head_bytes(tuned, together * length, device)
     return {
         "base": base,
         "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
-        "gradients": sum(weight.numel() for weight in trained) * kept.itemsize,
+        "gradients": sum(weight.numel() for weight in trained) * kept.itemsize * (2 if buckets else 1),
         "optimizer": sum(moments(weight, optimizer, kept, id(weight) in embeddings) for weight in trained),
-        "activations": max(step.saved + head, step.peak + dequantized, files + dequantized, files + loading),
+        "activations": max(step.saved + head, step.peak + of_experts, files + max(layer, of_experts, loading)),
         "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
     }
 
 
-def linear_weights(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Return the weights that are quantized: those of all linear layers except the head."""
+def linear_layers(model: PreTrainedModel) -> list[torch.nn.Linear]:
+    """Return the layers that are quantized: all linear layers except the head."""
     head = model.get_output_embeddings()
-    return [layer.weight for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+    return [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
 
 
 def expert_weights(model: PreTrainedModel) -> list[torch.Tensor]:
@@ -118,16 +122,16 @@ def expert_weights(model: PreTrainedModel) -> list[torch.Tensor]:
 
 def in_nf4_of(model: PreTrainedModel) -> tuple[int, int]:
     """Return how many weights of layers, and of experts, are quantized."""
-    layers, experts = linear_weights(model), expert_weights(model)
-    return sum(map(torch.numel, layers)), sum(map(torch.numel, experts))
+    layers = sum(layer.weight.numel() for layer in linear_layers(model))
+    return layers, sum(map(torch.numel, expert_weights(model)))
 
 
-def most_dequantized(model: PreTrainedModel) -> int:
-    """Return how many weights are dequantized at one time, at most: a layer, or all experts of a module."""
+def most_dequantized(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how many weights are dequantized at one time, at most: those of a layer, and all experts of a module."""
     of_modules = Counter[str]()
     for name in names_of_experts(model):
         of_modules[name.rpartition(".")[0]] += model.get_parameter(name).numel()
-    return max([*(weight.numel() for weight in linear_weights(model)), *of_modules.values()])
+    return max(layer.weight.numel() for layer in linear_layers(model)), max(of_modules.values(), default=0)
 
 
 def nf4_bytes(model: PreTrainedModel) -> int:
@@ -193,10 +197,13 @@ class StepBytes:
     small: int  # sum of all tensors below KEPT bytes that the forward pass makes
 
 
-def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offloading: bool) -> StepBytes:
+def one_step(
+    model: Any, batch_size: int, length: int, device: torch.device, checkpointing: bool, offloading: bool
+) -> StepBytes:
     """Measure a forward and a backward pass of `model` without its head. `model` is on the meta device."""
     if attention_of(model) == "sdpa":
-        model.set_attn_implementation("fused_on_meta")
+        flash = device.type == "cuda" and batch_size == 1
+        model.set_attn_implementation("unpadded_on_meta" if flash else "fused_on_meta")
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -214,7 +221,7 @@ def one_step(model: Any, batch_size: int, length: int, checkpointing: bool, offl
     with Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT) as alive, saving, experts_on_meta():
         hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
         saved, small = alive.now, alive.small
-        torch.autograd.backward(hidden, torch.empty_like(hidden))
+        torch.autograd.backward(hidden, hidden.new_empty(()).expand_as(hidden))  # which is freed at once in training
     return StepBytes(saved, alive.peak, small)
 
 
@@ -230,6 +237,7 @@ def brought_back(kept: torch.Tensor | Callable[[], torch.Tensor]) -> torch.Tenso
     return kept if isinstance(kept, torch.Tensor) else kept()
 
 
+AttentionInterface.register("unpadded_on_meta", unpadded_on_meta)
 AttentionInterface.register("fused_on_meta", fused_on_meta)
 
 

@@ -57,6 +57,7 @@ def place(tuned: PeftModel, train: Train, device: torch.device) -> None:
         shard(tuned, device)
     elif device.type == "cuda":
         keep_in_ram(tuned)
+        torch.cuda.empty_cache()  # of the embedding, and of the weights before quantization
 
 
 def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:

@@ -70,3 +70,14 @@ def fused_on_meta(
     bias = None if attention_mask is None else torch.zeros_like(attention_mask, dtype=query.dtype)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, attn_mask=bias)[0][..., :width].transpose(1, 2).contiguous(), None
+
+
+def unpadded_on_meta(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """Compute attention with the memory of flash attention, which a GPU uses for rows without padding: it repeats no
+    heads. Shapes are those of `fused_on_meta`."""
+    width = value.shape[-1]
+    value = pad(value, (0, query.shape[-1] - width))
+    fused = torch.ops.aten._scaled_dot_product_flash_attention
+    return fused(query, key, value)[0][..., :width].transpose(1, 2).contiguous(), None

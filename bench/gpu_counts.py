@@ -1,0 +1,133 @@
+"""Count what a training step does on a GPU, without a GPU: memory, kernels, waits and copies.
+
+    python -m bench.gpu_counts [--models MODEL ...] [--lengths TOKENS ...] [--rows N] [--layers N] [name=value ...]
+
+The trainer is that of stages.train_qlora, the shape of the model is the true one, and the tensors have no bytes
+(bench.fake_gpu). `name=value` sets a parameter, such as train.activation_offloading=false. --layers makes a model with
+fewer layers. Each line is one JSON object, with bytes. Some minutes a model.
+"""
+
+from bench.fake_gpu import DEVICE, FakeGpu, fake_gpu
+
+# isort: split
+import argparse
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from ruamel.yaml import YAML
+from transformers import PreTrainedConfig, TrainerCallback
+
+from bench.caching_allocator import Event, OutOfMemory, reserved
+from bench.gpu_case import MODELS, TINY, of_params_yaml, trainer_of
+from bench.project import ROOT, set_parameters
+from bench.transformers_internals import fake_nf4
+from pipeline.common.parameters.schema import Parameters
+from pipeline.evaluation.answers import greedy
+from pipeline.model.loading import pick_dtype
+from pipeline.training.memory import training
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
+GIB = 2**30
+CUDA = 0.6 * GIB  # bytes of a GPU that CUDA and its libraries take
+STEPS = 2  # the first makes the states of the optimizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("values", nargs="*", metavar="name=value")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], default=list(MODELS), metavar="MODEL")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192], metavar="TOKENS")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--layers", type=int)
+    asked = parser.parse_args()
+    values = {name: YAML(typ="safe").load(value) for name, value in (each.split("=", 1) for each in asked.values)}
+    for model in asked.models:
+        shape = copy.deepcopy((MODELS | TINY)[model])
+        if asked.layers:
+            shape.num_hidden_layers, shape.layer_types = asked.layers, None
+            shape = type(shape).from_dict(shape.to_dict())
+        for length in asked.lengths:
+            counted = {"model": model, "tokens": length, "rows": asked.rows} | counts(shape, length, asked.rows, values)
+            print(json.dumps(counted), flush=True)
+
+
+def counts(shape: PreTrainedConfig, length: int, rows: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a training with `rows` rows of `length` tokens needs in its second step, and what is estimated.
+
+    The reserved memory is that of training, of a pass over validation rows, and of answers.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(ROOT / "params.yaml", folder)
+        set_parameters(folder, values)
+        parameters = of_params_yaml(DEVICE, rows, folder / "params.yaml")
+        step = Step()
+        with fake_gpu(padded=rows > 1) as gpu:
+            train(shape, length, parameters, step, gpu, folder)
+            dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
+        shape.save_pretrained(folder)
+        estimated = training(folder, parameters.lora, parameters.train, [], length, DEVICE, dtype)
+    del estimated["process"]
+    return {
+        **step.counted,
+        "estimated": sum(estimated.values()),
+        "reserved": reserved(gpu.events, expandable=False),
+        "expandable": reserved(gpu.events, expandable=True),
+        "fits": {gib: [fits(gpu.events, gib, expandable) for expandable in (False, True)] for gib in (8, 12, 16, 24)},
+    }
+
+
+def train(
+    shape: PreTrainedConfig, length: int, parameters: Parameters, step: "Step", gpu: FakeGpu, folder: Path
+) -> None:
+    dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
+    model = fake_nf4(shape, DEVICE, dtype)
+    row = list(range(2, length + 2))
+    shorter = row[: length // 2] if gpu.padded else row
+    ids = [row, *[shorter] * (parameters.train.batch_size - 1)] * STEPS
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    trainer = trainer_of(model, parameters, rows, DEVICE, folder)
+    trainer.args.dataloader_pin_memory = False  # fake memory cannot be pinned
+    trainer.add_callback(step)
+    step.gpu = gpu
+    trainer.train()
+    trainer.evaluate()
+    list(greedy(trainer.model, [row[:9], row[1:17]], set(), max_new_tokens=2))
+
+
+class Step(TrainerCallback):
+    """Keeps what is counted in the last step."""
+
+    gpu: FakeGpu
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.gpu.begin_step()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        gpu = self.gpu
+        self.counted = {
+            "allocated": gpu.peak,
+            "launched": gpu.launched.total(),
+            "waits": dict(gpu.waits),
+            "moved": dict(gpu.moved),
+            "most": dict(gpu.launched.most_common(12)),
+        }
+
+
+def fits(events: list[Event], gib: int, expandable: bool) -> bool:
+    """Whether a GPU of `gib` GiB is large enough."""
+    try:
+        reserved(events, expandable, int(gib * GIB - CUDA))
+    except OutOfMemory:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

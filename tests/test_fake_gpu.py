@@ -1,0 +1,81 @@
+"""The true training step on a GPU that does not exist: no tensor is on the wrong device, and memory is as estimated."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from bench.caching_allocator import MIB, Allocator, OutOfMemory, reserved
+
+WITHIN = 0.05  # of the estimate
+
+
+def counted(*arguments: str) -> list[dict[str, Any]]:
+    """bench.gpu_counts, with models of the true width and two layers."""
+    command = [sys.executable, "-m", "bench.gpu_counts", "--layers", "2", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        (["--lengths", "512", "4096"], 1),
+        (["--lengths", "512", "--rows", "4", "train.activation_offloading=false"], 4),
+    ],
+)
+def test_the_step_of_each_family_needs_the_estimated_memory(arguments: list[str], rows: int) -> None:
+    for case in counted(*arguments):
+        assert case["rows"] == rows
+        assert case["estimated"] == pytest.approx(case["allocated"], rel=WITHIN), case
+
+
+def test_the_optimizer_waits_for_the_gpu_once_a_step() -> None:
+    [case] = counted("--models", "Qwen2.5 0.5B", "--lengths", "64")
+    assert case["waits"]["synchronize"] == 1
+    assert case["most"]["bitsandbytes.optimizer_update_8bit_blockwise.default"] == 24  # of 28, four of which are small
+
+
+def test_a_tensor_on_the_wrong_device_is_found() -> None:
+    program = (
+        "import bench.fake_gpu, torch\n"
+        "with bench.fake_gpu.fake_gpu():\n"
+        "    torch.ones(2, device='cuda') + torch.ones(2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "Expected all tensors to be on the same device" in done.stderr.replace("\n", " ")
+
+
+def test_the_allocator_reserves_whole_segments_and_uses_them_again() -> None:
+    allocator = Allocator(expandable=False)
+    small = [allocator.allocate(1000) for _ in range(3)]
+    assert allocator.reserved == 2 * MIB
+    large = allocator.allocate(5 * MIB)
+    assert allocator.reserved == 22 * MIB
+    allocator.free(large)
+    allocator.allocate(19 * MIB)  # all of the segment, because less than 1 MiB is not split off
+    assert allocator.reserved == 22 * MIB
+    allocator.allocate(15 * MIB)
+    assert allocator.reserved == 38 * MIB  # of its own size, rounded to 2 MiB
+    for block in small:
+        allocator.free(block)
+    [(size, _, _)] = allocator.free_blocks[True]
+    assert size == 2 * MIB
+
+
+def test_expandable_segments_lose_no_memory_to_rows_of_growing_length() -> None:
+    """Each tensor is larger than all before it, so no segment of a tensor is large enough for the next."""
+    growing = [event for number in range(10) for event in ((number, (20 + 10 * number) * MIB), (number, -1))]
+    assert reserved(growing, expandable=False) == sum(20 + 10 * number for number in range(10)) * MIB
+    assert reserved(growing, expandable=True) == 120 * MIB  # the largest, rounded to 20 MiB
+
+
+def test_memory_that_is_not_used_is_given_back_before_the_gpu_is_full() -> None:
+    one_after_another = [(0, 40 * MIB), (0, -1), (1, 60 * MIB), (1, -1)]
+    assert reserved(one_after_another, expandable=False, limit=64 * MIB) == 60 * MIB
+    with pytest.raises(OutOfMemory):
+        reserved([(0, 40 * MIB), (1, 40 * MIB)], expandable=True, limit=64 * MIB)
