@@ -168,7 +168,10 @@ def give_back_from(size: int) -> None:
 
 
 def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The merged model. Weights that do not fit on the GPU stay in RAM."""
+    """The merged model. Weights that do not fit on the GPU stay in RAM, and each pass moves them to the GPU.
+
+    NF4 would fit, but would be another model than the one that ships.
+    """
     device_map = "auto" if device.type == "cuda" else device
     return auto_class(folder).from_pretrained(folder, dtype=dtype, device_map=device_map)
 
