@@ -23,7 +23,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/
 
 
 def reproducible(seed: int, threads: int) -> None:
-    """Make results repeatable to the byte on the same machine, for the same seed and threads."""
+    """Make results repeatable to the byte on the same CPU, for the same seed and threads.
+
+    On a GPU, gradients still differ: with `warn_only`, the backward pass of fused attention stays as it is. Without
+    `warn_only`, operations that torch has in no deterministic version would end with an error.
+    """
     torch.set_num_threads(threads)
     transformers.set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
