@@ -39,9 +39,13 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     require_usable()
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("base.device is cuda, but torch finds no GPU: set it to auto or cpu")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():  # torch's ROCm build presents AMD's GPUs as cuda
+        return torch.device("cuda")
+    if wanted == "cuda":
+        raise UserError("base.device is cuda, but torch finds no GPU of NVIDIA or AMD: set it to auto or cpu")
+    if other := torch.accelerator.current_accelerator(check_available=True):
+        print(f"base.device: auto takes the CPU, because this pipeline does not compute on {other.type}")
+    return torch.device("cpu")
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
