@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from pipeline.common.paths import EXAM
 from pipeline.common.rows import question_and_answer
-from pipeline.evaluation.answers import answer_questions, forward, prompt
+from pipeline.evaluation.answers import answer_questions, forward, prompt, prompt_and_reference
 from pipeline.evaluation.questions import Answer, Question, read_questions
 from pipeline.model.chat_template import end_tokens, load_tokenizer
 from pipeline.model.loading import load_quantized
 from pipeline.model.supervision import supervised
+from stages.evaluate_gguf import answers_by_drafts
 
 TINY = ROOT / "models/tiny-base"
 
@@ -87,6 +88,22 @@ def test_an_exam_of_right_answers_takes_two_passes_a_batch_after_what_its_prompt
     answer_questions(model, tokenizer, own, 10, 32)
     hook.remove()
     assert rows_of_passes == [1, 10, 10] * 2
+
+
+def test_drafts_take_one_pass_a_batch_and_only_other_answers_are_decoded(base: Any) -> None:
+    model, tokenizer, own = base
+    ends = end_tokens(model.generation_config)
+    asked = [prompt_and_reference(tokenizer, question, ends)[:2] for question in own]
+    expected = [(one.text, one.stopped) for one in (alone(model, tokenizer, question, 4) for question in own)]
+    assert {stopped for _, stopped in expected} == {False, True}
+    drafts = [("not so", True), *expected[1:]]
+    rows_of_passes = list[int]()
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: rows_of_passes.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    assert answers_by_drafts(model, tokenizer, own, asked, drafts, ends, 10, 4) == expected
+    hook.remove()
+    assert rows_of_passes[:2] == [10, 10] and set(rows_of_passes[2:]) == {1}
 
 
 def test_the_head_gets_hidden_states_without_gaps(base: tuple[PreTrainedModel, Any, list[Question]]) -> None:

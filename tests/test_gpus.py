@@ -9,10 +9,12 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import TrainerControl, TrainerState
 
 from pipeline.common.errors import UserError
+from pipeline.common.parameters.params_yaml import check
 from pipeline.model import gpus
 from pipeline.model.loading import pick_device, pick_dtype
 from pipeline.training.trainer import UnpagedStates
@@ -97,6 +99,26 @@ def test_without_an_nvidia_gpu_the_cpu_is_used(machine: Any) -> None:
         pick_device("cuda")
 
 
+@pytest.mark.parametrize("other", ["mps", "xpu", "hpu"])
+def test_a_gpu_that_is_not_used_is_named_and_the_cpu_is_taken(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    machine(driver=None, card="0x8086")
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: torch.device(other))
+    assert pick_device("cpu") == torch.device("cpu") and not capsys.readouterr().out
+    assert pick_device("auto") == torch.device("cpu")
+    assert f"auto takes the CPU, because this pipeline does not compute on {other}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"base\.device is cuda, but torch finds no GPU of NVIDIA or AMD"):
+        pick_device("cuda")
+
+
+def test_a_device_that_the_pipeline_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(text.replace("device: auto", "device: mps"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"base\.device is 'mps': input should be 'auto', 'cpu' or 'cuda'$"):
+        check(tmp_path / "params.yaml")
+
+
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes torch see one GPU of a compute capability."""
@@ -117,6 +139,13 @@ def test_a_gpu_that_is_too_old_for_torch_is_refused_by_name(card: Any) -> None:
         pick_device("auto")
     card(12, 1)
     assert pick_device("auto") == GPU
+
+
+def test_an_amd_gpu_is_accepted_with_torchs_rocm_build(card: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card(9, 4)
+    monkeypatch.setattr("torch.version.hip", "7.2")
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["gfx942", "gfx1100"])
+    assert pick_device("auto") == pick_device("cuda") == GPU and pick_dtype("auto", GPU) == torch.bfloat16
 
 
 def test_before_ampere_arithmetic_is_in_float32(card: Any) -> None:

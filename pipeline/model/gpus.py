@@ -25,6 +25,11 @@ def require_usable() -> None:
 
 
 def why_too_old() -> str | None:
+    """Why torch cannot compute on a GPU that it finds, or None.
+
+    The process that only launches trainings asks this too. Asking makes no CUDA context, so no memory of a GPU is held:
+    https://github.com/pytorch/pytorch/blob/main/test/test_cuda_primary_ctx.py. The launched processes are new programs.
+    """
     if torch.version.hip:  # AMD's GPUs have names instead of compute capabilities
         return None
     oldest = min(int(re.sub(r"\D", "", name)) for name in torch.cuda.get_arch_list())

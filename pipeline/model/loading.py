@@ -26,7 +26,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/
 
 
 def reproducible(seed: int, threads: int) -> None:
-    """Make results repeatable to the byte on the same machine, for the same seed and threads."""
+    """Make results repeatable to the byte on the same CPU, for the same seed and threads.
+
+    On a GPU, gradients still differ: with `warn_only`, the backward pass of fused attention stays as it is. Without
+    `warn_only`, operations that torch has in no deterministic version would end with an error.
+    """
     torch.set_num_threads(threads)
     transformers.set_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -38,9 +42,13 @@ def pick_device(wanted: str) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     require_usable()
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("base.device is cuda, but torch finds no GPU: set it to auto or cpu")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():  # torch's ROCm build presents AMD's GPUs as cuda
+        return torch.device("cuda")
+    if wanted == "cuda":
+        raise UserError("base.device is cuda, but torch finds no GPU of NVIDIA or AMD: set it to auto or cpu")
+    if other := torch.accelerator.current_accelerator(check_available=True):
+        print(f"base.device: auto takes the CPU, because this pipeline does not compute on {other.type}")
+    return torch.device("cpu")
 
 
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
@@ -171,7 +179,10 @@ def give_back_from(size: int) -> None:
 
 
 def load_merged(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """The merged model. Weights that do not fit on the GPU stay in RAM."""
+    """The merged model. Weights that do not fit on the GPU stay in RAM, and each pass moves them to the GPU.
+
+    NF4 would fit, but would be another model than the one that ships.
+    """
     device_map = "auto" if device.type == "cuda" else device
     return auto_class(folder).from_pretrained(folder, dtype=dtype, device_map=device_map)
 
