@@ -89,8 +89,7 @@ def train(
     dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
     model = fake_nf4(shape, DEVICE, dtype)
     row = list(range(2, length + 2))
-    shorter = row[: length // 2] if gpu.padded else row
-    ids = [row, *[shorter] * (parameters.train.batch_size - 1)] * STEPS
+    ids = [row] * parameters.train.batch_size * STEPS
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     trainer = trainer_of(model, parameters, rows, DEVICE, folder)
     trainer.args.dataloader_pin_memory = False  # fake memory cannot be pinned

@@ -11,6 +11,7 @@ from conftest import ROOT
 from bench.caching_allocator import MIB, Allocator, OutOfMemory, reserved
 
 WITHIN = 0.05  # of the estimate
+WITHOUT_OFFLOADING = ["--", "train.activation_offloading=false"]
 
 
 def counted(*arguments: str) -> list[dict[str, Any]]:
@@ -24,8 +25,8 @@ def counted(*arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "rows"),
     [
-        (["--lengths", "512", "4096"], 1),
-        (["--lengths", "512", "--rows", "4", "train.activation_offloading=false"], 4),
+        (["--lengths", "2048"], 1),
+        (["--models", "Llama 3.1 8B", "Gemma 2 9B", "--lengths", "512", "--rows", "4", *WITHOUT_OFFLOADING], 4),
     ],
 )
 def test_the_step_of_each_family_needs_the_estimated_memory(arguments: list[str], rows: int) -> None:
