@@ -42,6 +42,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bench.gpu_case import TINY
 from bench.transformers_internals import random_nf4
+from bench.trl_internals import log_probs
 from pipeline.common.dvc_outputs import output_hash, put_back_outputs
 from pipeline.common.errors import UserError
 from pipeline.common.printing import calm_libraries
@@ -287,6 +288,14 @@ def test_trl_gives_the_forward_a_fused_head(build: Build) -> None:
     inputs = {"input_ids": ids, "labels": torch.tensor([[-100, -100, 7, 8]])}
     expected = cross_entropy(model(input_ids=ids).logits[0, 1:3], ids[0, 2:], reduction="sum")
     torch.testing.assert_close(trl_internals.loss_and_tokens(model, inputs), torch.stack([expected, torch.tensor(2.0)]))
+
+
+def test_the_fused_head_has_the_log_probability_of_each_token(build: Build) -> None:
+    model = adapted()
+    build(model)
+    ids = torch.tensor([[5, 6, 7, 8], [4, 3, 2, 1]])
+    expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(log_probs(model, ids), expected)
 
 
 def test_trl_computes_logits_of_supervised_tokens_only(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

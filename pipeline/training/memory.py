@@ -202,7 +202,7 @@ def one_step(
 ) -> StepBytes:
     """Measure a forward and a backward pass of `model` without its head. `model` is on the meta device."""
     if attention_of(model) == "sdpa":
-        flash = device.type == "cuda" and batch_size == 1
+        flash = device.type == "cuda" and batch_size == 1 and model.dtype == torch.bfloat16
         model.set_attn_implementation("unpadded_on_meta" if flash else "fused_on_meta")
     if checkpointing:
         model.gradient_checkpointing_enable()
