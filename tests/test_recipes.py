@@ -73,6 +73,8 @@ def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
         monkeypatch.setattr("pipeline.model.free_memory.free_memory", lambda device: free[device.type])
         monkeypatch.setattr("pipeline.training.memory.free_memory", lambda device: free[device.type])
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
+        monkeypatch.setattr("tools.check.changed", lambda _: True)  # tests/test_check.py asks DVC, which takes seconds
+        monkeypatch.setattr("tools.check.cache_types", set)
 
     return of
 
