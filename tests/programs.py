@@ -19,9 +19,13 @@ def sshd() -> str | None:
     return shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")  # which only root has in PATH
 
 
+def compiler() -> str | None:
+    return shutil.which("c++")
+
+
 def main() -> None:
     node = find_library("atomic")  # which Playwright's own node needs
-    wanted = {"chromium": chromium(), "openssh-server": sshd(), "libatomic1": node}
+    wanted = {"chromium": chromium(), "openssh-server": sshd(), "libatomic1": node, "g++": compiler()}
     if not all(wanted.values()) and os.geteuid() == 0 and shutil.which("apt-get"):
         subprocess.run(["apt-get", "update", "-q"], check=False)
         for package in (package for package, found in wanted.items() if not found):  # Ubuntu has no chromium
