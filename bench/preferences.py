@@ -15,15 +15,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ruamel.yaml import YAML
 
 from bench.demo_real import make_demo
 from bench.project import ROOT, set_parameters
+from pipeline.common.parameters.align import Align
 
 EXAMPLE = "examples/preferences"
-METHODS = ["dpo", "kto", "orpo"]
+METHODS = [method for method in get_args(Align.model_fields["method"].annotation) if method != "none"]
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedConfig
 
 from pipeline.common.outputs import atomic_output, write_details, write_json
 from pipeline.common.parameters.params_yaml import load
@@ -29,6 +30,7 @@ from pipeline.model.loading import pick_dtype, reproducible
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.model.training_template import training_template
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
+from pipeline.training.liger_internals import uses_liger
 from pipeline.training.processes import in_processes, newest_common, on_this_machine, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
 from pipeline.training.trainer import Trainer, build_trainer, lengths, training_arguments
@@ -67,7 +69,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
             save_adapter(trainer.model, TRAINED, folder, base)
             write_curve(curve)
             write_json(TRAIN_METRICS, metrics(trainer, curve))
-            write_details(TRAIN_DETAILS, details(trainer))
+            write_details(TRAIN_DETAILS, details(trainer, libraries(parameters, model.config, device)))
             write_json("metrics/train_cost.json", cost)
 
 
@@ -107,8 +109,14 @@ def metrics(trainer: Trainer, curve: list[tuple[int, float, float]]) -> dict[str
     }
 
 
-def details(trainer: Trainer) -> dict[str, Any]:
-    """`tokens.trained` counts repetitions; the other values are tokens of a row. `libraries` are the versions used."""
+def libraries(parameters: Parameters, config: PreTrainedConfig, device: torch.device) -> dict[str, str]:
+    """The versions of the libraries that trained."""
+    liger = ["liger-kernel"] if uses_liger(parameters.train.kernels, config, device) else []
+    return {library: version(library) for library in LIBRARIES + liger}
+
+
+def details(trainer: Trainer, libraries: dict[str, str]) -> dict[str, Any]:
+    """`tokens.trained` counts repetitions; the other values are tokens of a row."""
     tokens = lengths(trainer.train_dataset)
     return {
         "tokens": {
@@ -117,7 +125,7 @@ def details(trainer: Trainer) -> dict[str, Any]:
             "p95": int(np.quantile(tokens, 0.95)),
             "max": int(tokens.max()),
         },
-        "libraries": {library: version(library) for library in LIBRARIES},
+        "libraries": libraries,
     }
 
 

@@ -7,6 +7,9 @@ import os
 import shutil
 import subprocess
 from ctypes.util import find_library
+from pathlib import Path
+
+LIGER = Path(__file__).parent.parent / ".venv/liger"  # apart from the other packages, of which no CPU needs Triton
 
 
 def chromium() -> str | None:

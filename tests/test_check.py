@@ -55,6 +55,7 @@ def test_in_a_fresh_clone_the_check_prints_what_is_made_and_what_that_takes(
             r"lora\.modules_to_save: embed_tokens and lm_head are one matrix in this base",
         ),
         ({"lora__trainable_tokens": ["two words"]}, r"lora\.trainable_tokens: 'two words' is \d+ tokens"),
+        ({"train__kernels": "liger"}, r"train\.kernels is liger, whose kernels need a GPU: set it to auto"),
         ({"base__revision": "main"}, r"base\.revision is 'main', but base\.model .* is a local folder"),
         (
             {"tokenize__max_length": 20},

@@ -1,25 +1,29 @@
 """The true training step on a GPU that does not exist: no tensor is on the wrong device, and memory is as estimated."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
-from programs import compiler
+from programs import LIGER, compiler
 
 from bench.caching_allocator import MIB, Allocator, OutOfMemory, reserved
 
 with_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler: apt-get install g++")
+with_liger = pytest.mark.skipif(not LIGER.exists(), reason="Liger is not installed: make .venv/.liger")
 WITHIN = 0.05  # of the estimate
 WITHOUT_OFFLOADING = ["--", "train.activation_offloading=false"]
 
 
-def counted(*arguments: str) -> list[dict[str, Any]]:
-    """bench.gpu_counts, with models of the true width and two layers."""
+def counted(*arguments: str, packages: Path = ROOT) -> list[dict[str, Any]]:
+    """bench.gpu_counts, with models of the true width and two layers, and with further `packages`."""
     command = [sys.executable, "-m", "bench.gpu_counts", "--layers", "2", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(packages)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -30,6 +34,7 @@ def counted(*arguments: str) -> list[dict[str, Any]]:
     [
         (["--lengths", "2048"], 1),
         (["--models", "Llama 3.1 8B", "Gemma 2 9B", "--lengths", "512", "--rows", "4", *WITHOUT_OFFLOADING], 4),
+        (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.use_dora=true", "lora.modules_to_save=[norm]"], 1),
     ],
 )
 def test_the_step_of_each_family_needs_the_estimated_memory_and_waits_once_for_the_optimizer(
@@ -38,6 +43,15 @@ def test_the_step_of_each_family_needs_the_estimated_memory_and_waits_once_for_t
     for case in counted(*arguments):
         assert case["rows"] == rows and case["waits"]["synchronize"] == 1
         assert case["estimated"] == pytest.approx(case["allocated"], rel=WITHIN), case
+
+
+@with_compiler
+@with_liger
+def test_ligers_kernels_take_two_thirds_of_the_launches_and_less_memory() -> None:
+    case = ("--models", "Llama 3.1 8B", "--lengths", "512")
+    [plain], [liger] = counted(*case), counted(*case, packages=LIGER)
+    assert liger["launched"] < 0.7 * plain["launched"]
+    assert liger["allocated"] < plain["allocated"]
 
 
 @with_compiler

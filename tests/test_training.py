@@ -276,8 +276,14 @@ CHANGED: dict[str, object] = {
 }
 
 
-# Parameters that other tests change: test_processes, test_corpus, test_row_kinds
-ELSEWHERE = {"train__strategy", "tokenize__corpus_share", "tokenize__tool_format", "tokenize__thinking"}
+# Parameters that other tests change: test_processes, test_liger, test_corpus, test_row_kinds
+ELSEWHERE = {
+    "train__strategy",
+    "train__kernels",
+    "tokenize__corpus_share",
+    "tokenize__tool_format",
+    "tokenize__thinking",
+}
 SECTIONS: dict[str, type[Section]] = {"lora": Lora, "tokenize": Tokenize, "train": Train}
 
 

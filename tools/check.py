@@ -83,6 +83,7 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
     from pipeline.model.quantized_base import unpack_if_quantized
     from pipeline.model.skeleton import skeleton
     from pipeline.model.trained_template import trained_template
+    from pipeline.training.liger_internals import uses_liger
     from pipeline.training.memory import beside_gpus, evaluating_gguf, saved_dtype, training
     from pipeline.training.processes import require_gpus, share_of_step
     from tools import twin
@@ -103,8 +104,10 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
     model = skeleton(folder, dtype)
     size, saved = model.num_parameters(), saved_dtype(folder)
     say("base", f"{base.model}: {model.config.model_type}, {size / 1e6:.1f} M parameters")
+    liger = uses_liger(train.kernels, model.config, device)
     if device.type == "cuda":
         require_compiler()
+        say("train.kernels", "those of Liger" if liger else "plain layers (docs/running.md)")
         if base.compute_dtype == "float32" and multiplies_bfloat16():
             say("base.compute_dtype", "WARNING: float32 is slow on a GPU and takes twice the memory: set it to auto")
     for parameter, warning in advice(parameters, size):

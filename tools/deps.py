@@ -37,6 +37,7 @@ MAKES_NOTHING = re.compile(
     r"pipeline/(common/(parameters/\w+|dvc_\w+|pinned|printing)|model/(hub_cache|free_memory))\.py"
 )
 PRINTS = {"tqdm"}
+OPTIONAL = {"liger_kernel"}  # has no pin in requirements.txt: metrics/details/train.json names the version
 # Libraries that work for an imported library: on templates, weights, devices, token ids, rows.
 UNDERNEATH = {"transformers": {"accelerate", "jinja2", "safetensors", "tokenizers"}, "datasets": {"pyarrow"}}
 # What the scripts of llama.cpp/ take from the archive that source.txt names, and what the converter in there imports.
@@ -141,7 +142,7 @@ def imported_libraries(files: set[str], known: Mapping[str, set[str]]) -> set[st
         UserError: a file imports a package that is not pinned, or not installed.
     """
     makers = [file for file in files if file.endswith(".py") and not MAKES_NOTHING.fullmatch(file)]
-    others = {"pipeline", "stages"} | PRINTS | set(sys.stdlib_module_names)
+    others = {"pipeline", "stages"} | PRINTS | OPTIONAL | set(sys.stdlib_module_names)
     found: set[str] = set()
     for file in makers:
         of_scripts = OF_SCRIPTS if file.startswith("llama.cpp/") else set()

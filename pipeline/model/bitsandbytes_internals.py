@@ -115,6 +115,34 @@ def keep_dequantized(model: torch.nn.Module) -> None:
                 setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
 
 
+def scales_of(layer: torch.nn.Linear) -> torch.Tensor | None:
+    """Return the scales of a layer's weights in 32 bits, or None for a layer that is not in NF4."""
+    state = getattr(layer, "quant_state", None)
+    if state is None or not state.nested:
+        return state and state.absmax
+    return bnb.functional.dequantize_blockwise(state.absmax, state.state2).add_(state.offset)
+
+
+def dequantized(layer: torch.nn.Linear, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights of a layer as `dtype`; shape (outputs, inputs). `scales` are those of `scales_of`.
+
+    bitsandbytes computes the scales anew in each pass:
+    https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py (dequantize_4bit)
+    """
+    if scales is None:
+        return layer.weight
+    state = layer.quant_state
+    plain = bnb.functional.QuantState(
+        absmax=scales,
+        shape=state.shape,
+        code=state.code,
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        dtype=dtype,
+    )
+    return bnb.functional.dequantize_4bit(layer.weight.view(-1, 1), plain)
+
+
 class Product(torch.autograd.Function):
     """A product with a matrix in NF4 on the meta device: each pass makes the complete matrix, and keeps no copy of it.
 
@@ -147,6 +175,7 @@ def quantize_on_meta(model: Any, layers: list[torch.nn.Linear], dora: bool) -> N
         new = layer
         if not dora:
             new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, device="meta")
+            _, new.quant_state = bnb.functional.quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
             new.bias = layer.bias
             model.set_submodule(names[layer], new)
         new.forward = MethodType(on_meta, new)

@@ -49,6 +49,7 @@ def training_of(parameters: Parameters) -> Train:
         schedule=parameters.train.schedule,
         weight_decay=parameters.train.weight_decay,
         max_grad_norm=parameters.train.max_grad_norm,
+        kernels=parameters.train.kernels,
         optimizer=parameters.train.optimizer,
         gradient_checkpointing=parameters.train.gradient_checkpointing,
         activation_offloading=parameters.train.activation_offloading,

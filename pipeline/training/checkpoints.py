@@ -23,6 +23,7 @@ from pipeline.common.errors import UserError
 from pipeline.common.outputs import remove, write_json
 from pipeline.common.parameters.params_yaml import read_yaml
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.pinned import installed_version
 from pipeline.model.base import file_hash
 from pipeline.model.transformers_internals import ended
 
@@ -42,6 +43,7 @@ def fingerprint(stage: str, parameters: Parameters, device: str) -> str:
     entry = read_yaml(Path("dvc.yaml"))["stages"][stage]
     of_files = [one for one in entry["params"] if isinstance(one, dict)]  # {"libraries.yaml": ["peft", ...]}
     versions = [itemgetter(*keys)(read_yaml(Path(file))) for one in of_files for file, keys in one.items()]
+    versions.append(installed_version("liger-kernel"))  # which is optional, so dvc.yaml does not name it
     deps = [Path(dep) for dep in entry["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
     contents = {str(file): file_hash(file) for file in files}

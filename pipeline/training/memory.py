@@ -32,6 +32,8 @@ from pipeline.model.loading import (
 )
 from pipeline.model.skeleton import skeleton
 from pipeline.model.transformers_internals import attention_of, experts_on_meta
+from pipeline.training.liger_internals import liger_on_meta, uses_liger
+from pipeline.training.lora_product import use_lora_product
 from pipeline.training.processes import is_sharded, share_of_step
 from pipeline.training.torch_internals import Alive, fused_on_meta, unpadded_on_meta
 
@@ -82,6 +84,7 @@ def training(
     experts = [weight.numel() for weight in expert_weights(model)] if quantization == "nf4" else []
     loading = QUANTIZING[device.type] * max(experts, default=0) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
+    widest = max(layer.in_features for layer in linear_layers(model))
     if in_nf4:
         quantize_on_meta(model, linear_layers(model), lora.use_dora)
     tuned = with_adapter(model, lora_config(lora, tokens))
@@ -89,8 +92,12 @@ def training(
         base -= tuned.get_input_embeddings().weight.nbytes
     trained = [weight for weight in tuned.parameters() if weight.requires_grad]
     kept = getattr(torch, train.adapter_dtype)
-    for weight in trained:  # under autocast, arithmetic is in bfloat16, whatever the stored type is
-        weight.data = weight.data.to(dtype if dtype == torch.bfloat16 else kept)
+    for weight in trained:  # under autocast, products of matrices are in bfloat16, whatever the stored type is
+        weight.data = weight.data.to(dtype if dtype == torch.bfloat16 and weight.ndim > 1 else kept)
+    of_layers = use_lora_product(tuned, dtype)
+    copied = of_layers if kept != dtype else 0
+    # DoRA of PEFT makes an identity matrix in the adapter's type, which autocast copies in the type of arithmetic.
+    identity = widest**2 * kept.itemsize if lora.use_dora and kept != dtype else 0
     rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     together = rows * sequences
     optimizer = pick_optimizer(train.optimizer, device)
@@ -98,14 +105,17 @@ def training(
     checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
     offloading = pick_offloading(train.activation_offloading, checkpointing, device)
     buckets = train.processes > 1 and not is_sharded(train.processes, train.strategy)  # DDP's copies of gradients
-    step = one_step(tuned, together, length, device, checkpointing, offloading)
+    with liger_on_meta(model) if uses_liger(train.kernels, model.config, device) else nullcontext():
+        step = one_step(tuned, together, length, device, checkpointing, offloading)
     head = head_bytes(tuned, together * length, device)
     return {
         "base": base,
-        "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
+        "adapter": sum(weight.numel() for weight in trained) * kept.itemsize + copied * dtype.itemsize,
         "gradients": sum(weight.numel() for weight in trained) * kept.itemsize * (2 if buckets else 1),
         "optimizer": sum(moments(weight, optimizer, kept, id(weight) in embeddings) for weight in trained),
-        "activations": max(step.saved + head, step.peak + of_experts, files + max(layer, of_experts, loading)),
+        "activations": max(
+            step.saved + head, step.peak + identity + of_experts, files + max(layer, of_experts, loading)
+        ),
         "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerState
+from transformers import AutoConfig, PreTrainedModel, TrainerState
 
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import atomic_output, write_json
@@ -29,13 +29,15 @@ from pipeline.model.loading import (
     without_dropout,
 )
 from pipeline.model.training_template import training_template
+from pipeline.training.liger_internals import use_liger, uses_liger
 from pipeline.training.processes import is_sharded, shard
-from pipeline.training.trainer import Trainer, without_input_casts
+from pipeline.training.trainer import Trainer
 
 
 def load_for_training(parameters: Parameters, train: Train, folder: Path, device: torch.device) -> PreTrainedModel:
     """The base, without its own dropout, in one process of a training. `parameters` has the section base."""
     dtype = pick_dtype(parameters.base.compute_dtype, device)
+    liger = uses_liger(train.kernels, AutoConfig.from_pretrained(folder), device)
     sharded = is_sharded(train.processes, train.strategy)
     quantization = parameters.base.quantization
     if sharded and quantization == "none":
@@ -46,6 +48,8 @@ def load_for_training(parameters: Parameters, train: Train, folder: Path, device
         base = load_base(folder, quantization, device, dtype, train.processes)
     pick_attention(base, device)
     without_dropout(base)
+    if liger:
+        use_liger(base)
     if not pick_checkpointing(train.gradient_checkpointing, device):
         keep_no_experts(base)
     return base
@@ -69,8 +73,7 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         print(f"continuing from {checkpoint.name} of an interrupted run", flush=True)
     started = time.monotonic()
     try:
-        with without_input_casts(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finally:
         print(file=sys.stderr)  # the progress bar does not end its line
     seconds = time.monotonic() - started

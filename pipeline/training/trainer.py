@@ -3,7 +3,6 @@
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from peft.helpers import disable_input_dtype_casting
 from pyarrow.compute import list_value_length
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
@@ -32,6 +30,7 @@ from pipeline.model.loading import pick_checkpointing, pick_offloading, pick_opt
 from pipeline.model.peft_internals import load_adapters_as_saved
 from pipeline.training.accelerate_internals import leave_unwrapped
 from pipeline.training.checkpoints import seal
+from pipeline.training.lora_product import use_lora_product
 from pipeline.training.processes import average_gradients, share_of_step
 from pipeline.training.trl_internals import TokenCountingTrainer, adapter_kept_as, loss_and_tokens
 
@@ -228,6 +227,7 @@ def build_trainer(
             callbacks=callbacks,
             **options,
         )
+    use_lora_product(model, torch.bfloat16 if arguments.bf16 else torch.float32)
     if isinstance(model, FSDPModule):
         leave_unwrapped(model, trainer.accelerator)
     if not sys.stderr.isatty():
@@ -277,15 +277,6 @@ def training_arguments(
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,  # early stopping keeps its count
     )
-
-
-def without_input_casts(trainer: Trainer) -> AbstractContextManager[None]:
-    """Under autocast on a CPU, LoRA need not cast its inputs to the adapter's type: autocast casts them back.
-
-    https://huggingface.co/docs/peft/package_reference/helpers#peft.helpers.disable_input_dtype_casting
-    """
-    autocast_on_cpu = trainer.args.bf16 and trainer.args.use_cpu
-    return disable_input_dtype_casting(trainer.model) if autocast_on_cpu else nullcontext()
 
 
 class LossOfLastStep(TrainerCallback):

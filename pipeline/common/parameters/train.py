@@ -18,6 +18,7 @@ class Train(Section):
     schedule: Literal["cosine", "linear", "constant_with_warmup"]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
+    kernels: Literal["auto", "liger", "none"]
     optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
     gradient_checkpointing: Literal["auto"] | bool
     activation_offloading: bool
