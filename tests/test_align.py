@@ -32,7 +32,7 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.training import alignment
 from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds
 from pipeline.training.runs import save_adapter
-from pipeline.training.trainer import build_trainer, training_arguments
+from pipeline.training.trainer import build_trainer, token_rows, training_arguments
 from stages import align, tokenize_pairs
 
 TINY = Path("models/tiny-base")
@@ -87,6 +87,8 @@ def test_without_a_method_the_adapter_is_handed_on_byte_for_byte(pairs: Project)
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
 def test_each_method_makes_the_chosen_answers_likelier_than_the_rejected_ones(pairs: Project, method: str) -> None:
     once = aligned(pairs, align__method=method, align__learning_rate=4.0e-3, align__epochs=6)
+    inputs = [sorted(path.name for path in folder.iterdir()) for folder in (TOKENS, PAIR_TOKENS)]
+    assert inputs == [["overflow.jsonl", "train.arrow", "valid.arrow"]] * 2, "dvc status would find other files changed"
     assert measured()["reward_margin"]["after"] > measured()["reward_margin"]["before"]
     assert measured()["chosen_nll"]["after"] < measured()["chosen_nll"]["before"]
     assert once != Path(TRAINED, "adapter_model.safetensors").read_bytes()
@@ -157,8 +159,8 @@ def built_trainer(method: str, **changed: Any) -> PreferenceTrainer:
     model = alignment.load_trainable(parameters, train, TINY, CPU)
     arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"))
     Path("checkpoints").mkdir(exist_ok=True)
-    rows, valid = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
-    rows = beside_rows(rows, Dataset.from_file(str(TOKENS / "train.arrow")), 1)
+    rows, valid = (token_rows(PAIR_TOKENS / f"{side}.arrow") for side in ("train", "valid"))
+    rows = beside_rows(rows, token_rows(TOKENS / "train.arrow"), 1)
     trainer = build_trainer(PreferenceTrainer, arguments, train, model, load_tokenizer(TINY), rows, valid, align=chosen)
     trainer.accelerator.prepare_model(trainer.model)
     return trainer

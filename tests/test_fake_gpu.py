@@ -16,6 +16,7 @@ from bench.caching_allocator import MIB, Allocator, OutOfMemory, reserved
 with_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler: apt-get install g++")
 with_liger = pytest.mark.skipif(not LIGER.exists(), reason="Liger is not installed: make .venv/.liger")
 WITHIN = 0.05  # of the estimate
+OTHER_ADAPTER = ["lora.use_dora=true", "lora.modules_to_save=[norm]"]
 WITHOUT_OFFLOADING = ["--", "train.activation_offloading=false"]
 
 
@@ -34,7 +35,10 @@ def counted(*arguments: str, packages: Path = ROOT) -> list[dict[str, Any]]:
     [
         (["--lengths", "2048"], 1),
         (["--models", "Llama 3.1 8B", "Gemma 2 9B", "--lengths", "512", "--rows", "4", *WITHOUT_OFFLOADING], 4),
-        (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.use_dora=true", "lora.modules_to_save=[norm]"], 1),
+        (
+            ["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.use_dora=true", "lora.modules_to_save=[norm]"],
+            1,
+        ),
     ],
 )
 def test_the_step_of_each_family_needs_the_estimated_memory_and_waits_once_for_the_optimizer(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, disable_caching
 from peft import PeftModel
 from pyarrow.compute import list_value_length
 from torch.distributed.fsdp import FSDPModule
@@ -112,6 +112,12 @@ class Trainer(TokenCountingTrainer):
         if isinstance(self.model, FSDPModule) and self.accelerator.sync_gradients:
             average_gradients(self.model)
         return loss
+
+
+def token_rows(path: Path) -> Dataset:
+    """Return the rows of a file in an output of a stage. What is made of the rows is not kept beside the file."""
+    disable_caching()  # https://huggingface.co/docs/datasets/cache#enable-or-disable-caching
+    return Dataset.from_file(str(path))
 
 
 def lengths(rows: Dataset, column: str = "input_ids") -> np.ndarray:
