@@ -17,7 +17,7 @@ repro: setup
 	@cat metrics/report.md
 
 PYTEST :=  # options: --no-skips fails where a test is skipped
-test: setup $(VENV)/.dev $(VENV)/.liger $(VENV)/.sky
+test: setup $(VENV)/.dev $(if $(filter Linux,$(shell uname)),$(VENV)/.liger) $(VENV)/.sky # Triton has wheels for Linux
 	@ruff check .
 	@ruff format --check .
 	@mypy
@@ -105,6 +105,7 @@ $(VENV)/.dev: $(VENV)/.remotes requirements-dev.txt requirements-model.txt
 	@touch $@
 
 $(VENV)/.liger: requirements-liger.txt | $(VENV)/bin/pip
+	rm -rf $(VENV)/liger
 	pip install --no-deps --no-compile --target $(VENV)/liger --requirement requirements-liger.txt triton==3.9.0
 	@touch $@
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedConfig
 
@@ -32,7 +33,7 @@ from pipeline.training.checkpoints import checkpoint_folder, fingerprint
 from pipeline.training.liger_internals import uses_liger
 from pipeline.training.processes import in_processes, newest_common, on_this_machine, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
-from pipeline.training.trainer import Trainer, build_trainer, lengths, token_rows, training_arguments
+from pipeline.training.trainer import Trainer, build_trainer, lengths, training_arguments
 from stages import run
 
 STAGE = "train_qlora"
@@ -57,7 +58,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
         checkpoint = newest_common(checkpoints, process)
         reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
         model = load_trainable(parameters, folder, tokens, device)
-        train_rows, valid_rows = (token_rows(TOKENS / f"{side}.arrow") for side in ("train", "valid"))
+        train_rows, valid_rows = (Dataset.from_file(str(TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
         dtype = pick_dtype(parameters.base.compute_dtype, device)
         arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints)
         trainer = build_trainer(Trainer, arguments, parameters.train, model, tokenizer, train_rows, valid_rows)

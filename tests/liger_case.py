@@ -5,6 +5,7 @@ python -m tests.liger_case, with TRITON_INTERPRET=1 and the folder of requiremen
 
 import copy
 import json
+import sys
 from typing import Any
 
 import liger_kernel.ops.geglu
@@ -55,18 +56,23 @@ def interpret() -> None:
 
 
 def compared(family: str) -> dict[str, Any]:
-    """Return the largest difference of logits and gradients, as a share of the largest number, and Liger's modules."""
+    """Return the largest difference of logits and gradients, as a share of the largest number; what is Liger's; and
+    whether the classes of the family are still Transformers'."""
     torch.manual_seed(1)
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **SPECIAL))
     for weight in plain.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     with_liger = copy.deepcopy(plain)
     expected = results(plain)
+    module = sys.modules[type(plain).__module__]
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
     use_liger(with_liger)
     pairs = zip(results(with_liger), expected, strict=True)
     names = {module._get_name() for module in with_liger.modules()}
     return {
         "difference": max(float((found - other).abs().max() / other.abs().max()) for found, other in pairs),
+        "rotation": module.apply_rotary_pos_emb.__module__,
+        "classes": classes == [value for value in vars(module).values() if isinstance(value, type)],
         "modules": sorted(name for name in names if name.startswith("Liger")),
     }
 

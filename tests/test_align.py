@@ -32,7 +32,7 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.training import alignment
 from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds
 from pipeline.training.runs import save_adapter
-from pipeline.training.trainer import build_trainer, token_rows, training_arguments
+from pipeline.training.trainer import build_trainer, training_arguments
 from stages import align, tokenize_pairs
 
 TINY = Path("models/tiny-base")
@@ -159,8 +159,8 @@ def built_trainer(method: str, **changed: Any) -> PreferenceTrainer:
     model = alignment.load_trainable(parameters, train, TINY, CPU)
     arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"))
     Path("checkpoints").mkdir(exist_ok=True)
-    rows, valid = (token_rows(PAIR_TOKENS / f"{side}.arrow") for side in ("train", "valid"))
-    rows = beside_rows(rows, token_rows(TOKENS / "train.arrow"), 1)
+    rows, valid = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
+    rows = beside_rows(rows, Dataset.from_file(str(TOKENS / "train.arrow")), 1)
     trainer = build_trainer(PreferenceTrainer, arguments, train, model, load_tokenizer(TINY), rows, valid, align=chosen)
     trainer.accelerator.prepare_model(trainer.model)
     return trainer

@@ -46,7 +46,7 @@ from bench.trl_internals import log_probs
 from pipeline.common.dvc_outputs import output_hash, put_back_outputs
 from pipeline.common.errors import UserError
 from pipeline.common.printing import calm_libraries
-from pipeline.model.bitsandbytes_internals import never_repack, scales_to
+from pipeline.model.bitsandbytes_internals import dequantized, never_repack, scales_of, scales_to
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.experts import names_of_experts
 from pipeline.model.loading import load_quantized, nf4
@@ -69,7 +69,7 @@ from pipeline.model.transformers_internals import (
     use_own_quantizer,
 )
 from pipeline.training import accelerate_internals, trl_internals
-from pipeline.training.torch_internals import Alive, fused_on_meta
+from pipeline.training.torch_internals import Alive, copy_all, fused_on_meta
 from tools import dvc_internals
 
 BASE = ROOT / "models/tiny-base"
@@ -252,6 +252,13 @@ def test_bitsandbytes_has_its_scales_beside_the_weights(tmp_path: Path) -> None:
     assert len(states) == 8 + 4 and {state.absmax.device.type for state in states} == {"meta"}
 
 
+def test_bitsandbytes_dequantizes_by_the_scales_that_are_computed_apart() -> None:
+    model = load_quantized(BASE, CPU, torch.float32)
+    layer = next(module for module in model.modules() if hasattr(module, "quant_state"))
+    expected = bnb.functional.dequantize_4bit(layer.weight, layer.quant_state)
+    assert torch.equal(dequantized(layer, scales_of(layer), torch.float32), expected)
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "nemotron_h", "qwen2_moe"])
 def test_transformers_loads_tensors_under_the_names_that_are_found(tmp_path: Path, name: str) -> None:
     architectures.make(name, tmp_path)
@@ -360,6 +367,13 @@ def test_torch_shows_each_operation_on_the_meta_device() -> None:
         second = torch.empty(100, dtype=torch.float32, device="meta") * 2
         del first, second
     assert (alive.now, alive.peak, alive.small) == (0, 4800, 800)
+
+
+def test_torch_copies_many_tensors_into_tensors_of_another_type() -> None:
+    sources = [torch.nn.Parameter(torch.full((2,), value)) for value in (1.5, 2.5)]
+    targets = [torch.zeros(2, dtype=torch.bfloat16) for _ in sources]
+    copy_all(sources, targets)
+    assert [target.tolist() for target in targets] == [[1.5, 1.5], [2.5, 2.5]]
 
 
 def test_torch_has_a_fused_attention_that_keeps_no_scores_on_the_meta_device() -> None:

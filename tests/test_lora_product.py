@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,7 @@ INPUT = torch.arange(24).reshape(2, 12)
 PLAIN = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 
 
-def tuned(dtype: torch.dtype, in_nf4: bool = False, bias: bool = False, **lora: bool | float) -> PeftModel:
+def tuned(dtype: torch.dtype, in_nf4: bool = False, bias: bool = False, **lora: Any) -> PeftModel:
     """A small model with an adapter in float32 whose matrices have random numbers."""
     torch.manual_seed(1)
     shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -54,7 +55,7 @@ def results(model: PeftModel) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "lora", [{}, {"bias": True}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str
 )
-def test_results_and_gradients_are_those_of_peft(in_nf4: bool, lora: dict[str, bool]) -> None:
+def test_results_and_gradients_are_those_of_peft(in_nf4: bool, lora: dict[str, Any]) -> None:
     model = tuned(torch.float32, in_nf4, **lora)
     expected = results(model)
     use_lora_product(model, torch.float32)
@@ -80,6 +81,26 @@ def distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     return sum(float((one - other).norm() / other.norm()) for one, other in zip(some, others, strict=True)) / len(some)
 
 
+@pytest.mark.parametrize("in_nf4", [True, False])
+def test_each_layer_has_results_of_the_type_that_peft_gives_them(in_nf4: bool) -> None:
+    model = tuned(torch.bfloat16, in_nf4, modules_to_save=["norm"])
+    expected = types(model)
+    use_lora_product(model, torch.bfloat16)
+    assert types(model) == expected
+
+
+def types(model: PeftModel) -> list[torch.dtype]:
+    """The types of the results of all layers with LoRA, in the order of their calls."""
+    found: list[torch.dtype] = []
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    hooks = [layer.register_forward_hook(lambda *call: found.append(call[-1].dtype)) for layer in layers]
+    results(model)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == 14
+    return found
+
+
 def test_a_step_has_a_fifth_fewer_operations() -> None:
     peft, own = (tuned(torch.bfloat16, in_nf4=True) for _ in range(2))
     use_lora_product(own, torch.bfloat16)
@@ -103,6 +124,6 @@ class Count(TorchDispatchMode):
 def test_a_disabled_adapter_changes_nothing() -> None:
     model = tuned(torch.float32)
     use_lora_product(model, torch.float32)
-    with model.disable_adapter():
-        found = results(model)[0]
-    torch.testing.assert_close(found, results(model.unload())[0])
+    with model.disable_adapter(), torch.no_grad():
+        found = model(input_ids=INPUT).logits
+        torch.testing.assert_close(found, model.unload()(input_ids=INPUT).logits)

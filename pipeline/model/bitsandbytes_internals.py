@@ -130,7 +130,7 @@ def dequantized(layer: torch.nn.Linear, scales: torch.Tensor | None, dtype: torc
     https://github.com/bitsandbytes-foundation/bitsandbytes/blob/main/bitsandbytes/functional.py (dequantize_4bit)
     """
     if scales is None:
-        return layer.weight
+        return layer.weight.to(dtype)
     state = layer.quant_state
     plain = bnb.functional.QuantState(
         absmax=scales,

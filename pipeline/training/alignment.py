@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
 
 from pipeline.common.outputs import atomic_output, write_details, write_json
@@ -22,7 +23,7 @@ from pipeline.training.checkpoints import checkpoint_folder, fingerprint
 from pipeline.training.preferences import PreferenceTrainer, beside_rows
 from pipeline.training.processes import in_processes, newest_common, on_this_machine, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
-from pipeline.training.trainer import build_trainer, token_rows, training_arguments
+from pipeline.training.trainer import build_trainer, training_arguments
 
 STAGE = "align"
 MEASURED = ("loss", "accuracy", "reward_margin", "chosen_nll")  # on the pairs for validation
@@ -68,9 +69,9 @@ def train_on_pairs(parameters: Parameters, train: Train, process: PartialState) 
         checkpoint = newest_common(checkpoints, process)
         reproducible(parameters.seed, max(1, parameters.threads // on_this_machine()))
         model = load_trainable(parameters, train, folder, device)
-        pairs, held_out = (token_rows(PAIR_TOKENS / f"{side}.arrow") for side in ("train", "valid"))
+        pairs, held_out = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
         if parameters.align.repeat_weight:
-            pairs = beside_rows(pairs, token_rows(TOKENS / "train.arrow"), parameters.seed)
+            pairs = beside_rows(pairs, Dataset.from_file(str(TOKENS / "train.arrow")), parameters.seed)
         dtype = pick_dtype(parameters.base.compute_dtype, device)
         arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints)
         align = parameters.align

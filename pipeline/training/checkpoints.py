@@ -43,7 +43,8 @@ def fingerprint(stage: str, parameters: Parameters, device: str) -> str:
     entry = read_yaml(Path("dvc.yaml"))["stages"][stage]
     of_files = [one for one in entry["params"] if isinstance(one, dict)]  # {"libraries.yaml": ["peft", ...]}
     versions = [itemgetter(*keys)(read_yaml(Path(file))) for one in of_files for file, keys in one.items()]
-    versions.append(installed_version("liger-kernel"))  # which is optional, so dvc.yaml does not name it
+    if device == "cuda":
+        versions.append(installed_version("liger-kernel"))  # which is optional, so dvc.yaml does not name it
     deps = [Path(dep) for dep in entry["deps"]]
     files = sorted(file for dep in deps for file in [dep, *dep.rglob("*")] if file.is_file())
     contents = {str(file): file_hash(file) for file in files}

@@ -56,12 +56,15 @@ def uses_liger(wanted: str, config: PreTrainedConfig, device: torch.device) -> b
     if device.type != "cuda":
         raise UserError("train.kernels is liger, whose kernels need a GPU: set it to auto")
     if not has_kernels:
+        with_activation = f" with the activation {activation}" if config.model_type in FAMILIES else ""
         raise UserError(
-            f"train.kernels is liger, which has no tested kernels for a {config.model_type} model with the activation "
-            f"{activation}: set it to auto"
+            f"train.kernels is liger, which has no tested kernels for a {config.model_type} model{with_activation}: "
+            "set it to auto"
         )
     if not installed():
-        raise UserError("train.kernels is liger: pip install -r requirements-liger.txt, or set it to auto")
+        raise UserError(
+            "train.kernels is liger: .venv/bin/pip install --no-deps -r requirements-liger.txt, or set it to auto"
+        )
     return True
 
 

@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch.autograd.function import once_differentiable
 
 from pipeline.model.bitsandbytes_internals import dequantized, scales_of
+from pipeline.training.torch_internals import copy_all
 
 ADAPTER = "default"
 
@@ -69,21 +70,21 @@ def scaled_product(left: torch.Tensor, right: torch.Tensor, scaling: float, like
         return torch.addmm(like, left, right, beta=0, alpha=scaling)
     if left.device.type == "cuda" and like.dtype == torch.float32:  # which a CPU does not offer
         return torch.addmm(like, left, right, beta=0, alpha=scaling, out_dtype=like.dtype)
-    return (left @ right).to(like.dtype) * scaling
+    return (left @ right * scaling).to(like.dtype)
 
 
 def use_lora_product(model: PeftModel, dtype: torch.dtype) -> int:
     """Make all layers of `model` that have plain LoRA compute as above, in `dtype`. Others compute as in PEFT.
 
-    Returns the number of these layers' trained weights. Those of another type than `dtype` have a copy in `dtype`.
+    A call of `model` renews the copies of trained weights that are not in `dtype`. A call of a part of it does not.
+    Returns the number of these trained weights, copied or not.
     """
     layers = [use_in(module, Layer(module, dtype)) for module in model.modules() if has_plain_lora(module)]
     copies = [copy for layer in layers for copy in (layer.a, layer.b)]
     trained = [weight for layer in layers for weight in layer.trained]
 
     def renew_copies(*_: Any) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, trained)
+        copy_all(trained, copies)
 
     if trained and trained[0].dtype != dtype:
         model.register_forward_pre_hook(renew_copies)
@@ -102,12 +103,14 @@ def has_plain_lora(module: torch.nn.Module) -> bool:
 
 def use_in(module: LoraLayer, layer: Layer) -> Layer:
     forward, dtype = module.forward, layer.a.dtype
+    in_nf4 = hasattr(layer.base, "quant_state")
 
     @wraps(forward)
     def product(inputs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if module.disable_adapters or args or kwargs:
+        if module.disable_adapters or module.merged or args or kwargs:
             return forward(inputs, *args, **kwargs)
-        return LoraProduct.apply(inputs.to(dtype), *layer.trained, layer).to(inputs.dtype)
+        result = LoraProduct.apply(inputs.to(dtype), *layer.trained, layer)
+        return result.to(inputs.dtype) if in_nf4 else result  # as bitsandbytes, and as torch under autocast
 
     module.forward = product
     return layer

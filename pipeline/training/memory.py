@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AutoConfig, PreTrainedModel
 
@@ -84,7 +85,6 @@ def training(
     experts = [weight.numel() for weight in expert_weights(model)] if quantization == "nf4" else []
     loading = QUANTIZING[device.type] * max(experts, default=0) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
-    widest = max(layer.in_features for layer in linear_layers(model))
     if in_nf4:
         quantize_on_meta(model, linear_layers(model), lora.use_dora)
     tuned = with_adapter(model, lora_config(lora, tokens))
@@ -97,6 +97,7 @@ def training(
     of_layers = use_lora_product(tuned, dtype)
     copied = of_layers if kept != dtype else 0
     # DoRA of PEFT makes an identity matrix in the adapter's type, which autocast copies in the type of arithmetic.
+    widest = max((layer.in_features for layer in tuned.modules() if isinstance(layer, LoraLayer)), default=0)
     identity = widest**2 * kept.itemsize if lora.use_dora and kept != dtype else 0
     rows, _ = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     together = rows * sequences

@@ -31,7 +31,7 @@ from pipeline.model.loading import (
 from pipeline.model.training_template import training_template
 from pipeline.training.liger_internals import use_liger, uses_liger
 from pipeline.training.processes import is_sharded, shard
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, without_input_casts
 
 
 def load_for_training(parameters: Parameters, train: Train, folder: Path, device: torch.device) -> PreTrainedModel:
@@ -73,7 +73,8 @@ def timed(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         print(f"continuing from {checkpoint.name} of an interrupted run", flush=True)
     started = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        with without_input_casts(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finally:
         print(file=sys.stderr)  # the progress bar does not end its line
     seconds = time.monotonic() - started

@@ -81,3 +81,13 @@ def unpadded_on_meta(
     value = pad(value, (0, query.shape[-1] - width))
     fused = torch.ops.aten._scaled_dot_product_flash_attention
     return fused(query, key, value)[0][..., :width].transpose(1, 2).contiguous(), None
+
+
+def copy_all(sources: list[torch.Tensor], targets: list[torch.Tensor]) -> None:
+    """Copy each tensor, with few kernels for all of them.
+
+    torch's optimizers use this function, which is not documented:
+    https://github.com/pytorch/pytorch/blob/main/aten/src/ATen/native/cuda/ForeachUnaryOp.cu
+    """
+    with torch.no_grad():
+        torch._foreach_copy_(targets, sources)

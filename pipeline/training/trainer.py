@@ -3,6 +3,7 @@
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, disable_caching
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from pyarrow.compute import list_value_length
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
@@ -35,6 +37,9 @@ from pipeline.training.processes import average_gradients, share_of_step
 from pipeline.training.trl_internals import TokenCountingTrainer, adapter_kept_as, loss_and_tokens
 
 T = TypeVar("T", bound="Trainer")
+
+# datasets would keep what it makes of rows beside their file, in an output of a stage: dvc status would see a change.
+disable_caching()  # https://huggingface.co/docs/datasets/cache#enable-or-disable-caching
 
 
 class Trainer(TokenCountingTrainer):
@@ -112,12 +117,6 @@ class Trainer(TokenCountingTrainer):
         if isinstance(self.model, FSDPModule) and self.accelerator.sync_gradients:
             average_gradients(self.model)
         return loss
-
-
-def token_rows(path: Path) -> Dataset:
-    """Return the rows of a file in an output of a stage. What is made of the rows is not kept beside the file."""
-    disable_caching()  # https://huggingface.co/docs/datasets/cache#enable-or-disable-caching
-    return Dataset.from_file(str(path))
 
 
 def lengths(rows: Dataset, column: str = "input_ids") -> np.ndarray:
@@ -283,6 +282,14 @@ def training_arguments(
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,  # early stopping keeps its count
     )
+
+
+def without_input_casts(trainer: Trainer) -> AbstractContextManager[None]:
+    """Under autocast on a CPU, PEFT need not cast the inputs of DoRA or dropout to the adapter's type: autocast casts
+    them back. https://huggingface.co/docs/peft/package_reference/helpers#peft.helpers.disable_input_dtype_casting
+    """
+    autocast_on_cpu = trainer.args.bf16 and trainer.args.use_cpu
+    return disable_input_dtype_casting(trainer.model) if autocast_on_cpu else nullcontext()
 
 
 class LossOfLastStep(TrainerCallback):
