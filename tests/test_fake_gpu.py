@@ -16,7 +16,6 @@ from bench.caching_allocator import MIB, Allocator, OutOfMemory, reserved
 with_compiler = pytest.mark.skipif(compiler() is None, reason="no C++ compiler: apt-get install g++")
 with_liger = pytest.mark.skipif(not LIGER.exists(), reason="Liger is not installed: make .venv/.liger")
 WITHIN = 0.05  # of the estimate
-OTHER_ADAPTER = ["lora.use_dora=true", "lora.modules_to_save=[norm]"]
 WITHOUT_OFFLOADING = ["--", "train.activation_offloading=false"]
 
 

@@ -46,7 +46,7 @@ from bench.trl_internals import log_probs
 from pipeline.common.dvc_outputs import output_hash, put_back_outputs
 from pipeline.common.errors import UserError
 from pipeline.common.printing import calm_libraries
-from pipeline.model.bitsandbytes_internals import dequantized, never_repack, scales_of, scales_to
+from pipeline.model.bitsandbytes_internals import dequantized, never_repack, quantize_on_meta, scales_of, scales_to
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.experts import names_of_experts
 from pipeline.model.loading import load_quantized, nf4
@@ -257,6 +257,13 @@ def test_bitsandbytes_dequantizes_by_the_scales_that_are_computed_apart() -> Non
     layer = next(module for module in model.modules() if hasattr(module, "quant_state"))
     expected = bnb.functional.dequantize_4bit(layer.weight, layer.quant_state)
     assert torch.equal(dequantized(layer, scales_of(layer), torch.float32), expected)
+
+
+def test_bitsandbytes_quantizes_real_weights_after_those_on_the_meta_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb.functional, "name2qmap", {})
+    model = skeleton(BASE, torch.float32)
+    quantize_on_meta(model, [model.model.layers[0].mlp.up_proj], dora=False)
+    assert bnb.functional.quantize_blockwise(torch.ones(64))[0].device == CPU
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "nemotron_h", "qwen2_moe"])

@@ -171,6 +171,8 @@ def quantize_on_meta(model: Any, layers: list[torch.nn.Linear], dora: bool) -> N
     With DoRA the layers keep their class, because that adapter reads the numbers of the weights.
     """
     names = {module: name for name, module in model.named_modules()}
+    # bitsandbytes keeps this map on the device that asks first, which must not be meta.
+    bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     for layer in layers:
         new = layer
         if not dora:
