@@ -47,7 +47,7 @@ def test_auto_takes_liger_on_a_gpu_for_a_family_that_it_has(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("config", "device", "there", "message"),
     [
-        (LlamaConfig(), CPU, True, "needs? a GPU"),
+        (LlamaConfig(), CPU, True, "whose kernels need a GPU"),
         (LlamaConfig(hidden_act="gelu"), GPU, True, "llama model with the activation gelu"),
         (MambaConfig(), GPU, True, "mamba model"),
         (LlamaConfig(), GPU, False, "pip install --no-deps -r requirements-liger.txt"),
