@@ -332,6 +332,11 @@ def test_a_run_ends_when_a_loss_is_no_number_or_the_chosen_answers_become_unlike
     assert not ALIGNED.exists()
 
 
+def test_pairs_for_the_step_of_the_warm_up_alone_are_refused(pairs: Project) -> None:
+    with pytest.raises(UserError, match=r"align\.warmup_share leaves no step to learn in, because there is only 1: "):
+        aligned(pairs, align__epochs=0.01)
+
+
 def test_kto_compares_each_answer_with_an_answer_to_another_prompt(pairs: Project) -> None:
     pairs.set(align__method="kto")
     tokenize_pairs.main()

@@ -101,6 +101,12 @@ def test_a_loss_that_is_no_number_or_rises_ends_the_run_with_the_step_and_a_reme
     assert not Path("outputs").exists() and not Path("metrics/loss.csv").exists()
 
 
+def test_a_training_with_the_step_of_the_warm_up_alone_is_refused(train: Callable[..., str]) -> None:
+    line = r"train\.warmup_share leaves no step to learn in, because there is only 1: raise train\.epochs, lower"
+    with pytest.raises(UserError, match=line):
+        train(train__epochs=0.01)
+
+
 def test_training_ends_early_and_keeps_the_best_adapter(train: Callable[..., str]) -> None:
     def reported() -> tuple[int, int, float]:
         metrics = json.loads(Path("metrics/train.json").read_text(encoding="utf-8"))

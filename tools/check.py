@@ -177,7 +177,7 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
 
 
 def say(name: str, text: str) -> None:
-    print(f"{name:24}{text}", flush=True)
+    print(f"{name:23} {text}", flush=True)
 
 
 def fits(name: str, parts: dict[str, int], room: int) -> bool:

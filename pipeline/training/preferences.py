@@ -52,7 +52,7 @@ class PreferenceTrainer(Trainer):
     the divergence from the reference on the rows that are in memory at one time.
     """
 
-    remedy = "lower align.learning_rate, or raise align.warmup_share"
+    section = "align"
     loss_is_scaled_for_ga = True  # by the rows of the complete step
 
     def __init__(self, *args: Any, align: Align, train_dataset: Dataset, eval_dataset: Dataset, **kwargs: Any) -> None:

@@ -50,7 +50,20 @@ class Trainer(TokenCountingTrainer):
     https://huggingface.co/docs/accelerate/concept_guides/internal_mechanism#batchsamplershard
     """
 
-    remedy = "lower train.learning_rate, or raise train.warmup_share"
+    section = "train"  # of params.yaml
+
+    @property
+    def remedy(self) -> str:
+        return f"lower {self.section}.learning_rate, or raise {self.section}.warmup_share"
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Raises UserError if the learning rate would be 0 throughout."""
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            raise UserError(
+                f"{self.section}.warmup_share leaves no step to learn in, because there is only {num_training_steps}: "
+                f"raise {self.section}.epochs, lower {self.section}.batch_size, or add rows"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> DataLoader:
         batches = BatchesByLength(
