@@ -79,7 +79,14 @@ PARAMETERS: dict[str, dict[str, Any]] = {
         "processes": 1,
         "eval_steps": 20,
     },
-    "align": {"learning_rate": 4e-3, "epochs": 1, "batch_size": 8, "gradient_accumulation": 1, "eval_steps": 1},
+    "align": {
+        "learning_rate": 4e-3,
+        "epochs": 1,
+        "warmup_share": 0,  # the only step learns
+        "batch_size": 8,
+        "gradient_accumulation": 1,
+        "eval_steps": 1,
+    },
     "evaluate": {"max_new_tokens": 8, "max_kl": 1e9},  # `through_all_stages` compares with SAME
     "gguf": {"quantize": ["q8_0"], "imatrix": False},
 }
