@@ -155,14 +155,21 @@ TWO = "has 2 messages, but one answer of the assistant is compared: move the ear
 INVALID: list[tuple[Any, str, str]] = [
     ([1], "unknown format", "a row needs chosen and rejected"),
     ({"messages": [Q, GOOD]}, "unknown format", "or a label; conversations without belong into data/curated"),
-    ({"prompt": PROMPT, "chosen": "a"}, "unknown format", "a row needs chosen and rejected"),
+    (
+        {"prompt": PROMPT, "chosen": "a"},
+        "unknown format",
+        "a row with chosen needs rejected too; this row has ['prompt",
+    ),
+    ({"prompt": PROMPT, "rejected": "a", "chosn": "b"}, "unknown format", "with rejected needs chosen too; this row"),
     ({"chosen": "a", "rejected": "b"}, "unknown format", "a pair of answers without a prompt"),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD]}, "equal answers", "nothing to compare"),
     (trl(PROMPT, "가", "\u1100\u1161"), "equal answers", "nothing to compare"),
-    (trl(PROMPT, "a", " "), "empty", "prompt and rejected: the assistant's message 2 is empty"),
+    (trl(PROMPT, "a", " "), "empty", "rejected is empty: write an answer, or remove the row"),
+    (trl(PROMPT, "a", "a \n"), "equal answers", "nothing to compare"),
     (trl(PROMPT, "a\0", "b"), "NUL", "prompt and chosen: "),
     (trl(" ", "a", "b"), "unknown format", "without a prompt"),
-    ({"prompt": PROMPT, "chosen": None, "rejected": "b"}, "no text", "chosen is neither text nor a message"),
+    ({"prompt": PROMPT, "chosen": None, "rejected": "b"}, "empty", "chosen is empty: write an answer"),
+    ({"prompt": PROMPT, "chosen": 7, "rejected": "b"}, "no text", "chosen is neither text nor a message"),
     ({"prompt": 7, "chosen": "a", "rejected": "b"}, "no text", "its prompt cannot be read: here int"),
     ({"messages": "Q?", "chosen": "a", "rejected": "b"}, "no text", "its messages cannot be read: here str"),
     ({"prompt": [Q], "chosen": [GOOD, BAD], "rejected": [BAD]}, "turns", f"chosen {TWO}"),
@@ -286,7 +293,10 @@ def test_a_part_that_asks_an_exam_question_is_refused_by_name(folder: Project, e
     others = [trl(f"Is it {n}?", "yes", "no") for n in range(3)]
     jsonl(*others, leaks)
     name = {"prompt": "the prompt", "completion": "the bad answer"}.get(part, part)
-    with pytest.raises(UserError, match=rf"^{ROWS}:4: {name} asks the question {question['id']} of an exam .*\(1 of 4"):
+    with pytest.raises(
+        UserError,
+        match=rf"^{ROWS}:4: {name} asks the question {question['id']} of an exam \(data/{exam}\.jsonl:.*\(1 of 4",
+    ):
         pairs.main()
     folder.set(merge__on_leak="drop")
     assert made()["rows"]["leaked"] == 1 and quarantined() == {f"{ROWS}:4": "leaked"}
@@ -380,17 +390,27 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
         return [each.missing or each.found for each in material(check(Path("params.yaml"))) if each.path == path]
 
     assert checked(FOLDER) == checked(EXAM) == []
-    jsonl(trl(PROMPT, "a", "b"), trl(PROMPT, "a", "c"), {"prompt": "When?", "completion": "a", "label": True})
+    rows = [trl(PROMPT, "a", "b"), trl(PROMPT, "a", "c"), {"prompt": "When?", "completion": "a", "label": True}]
+    jsonl(*rows)
     jsonl({"id": "1", "prompt": "Who?", "chosen": "Ada", "rejected": "Bo"}, path=EXAM)
     counts = "2 pairs of answers, 1 single answers"
     assert checked(FOLDER) == [f"{counts}; WARNING: align.method is none, so no model learns from them"]
     assert checked(EXAM) == ["1 held-out pairs"]
     folder.set(align__method="kto")
-    assert checked(FOLDER) == [counts]
+    needs = "prompts: 1 to train on, 1 to validate with (merge.valid_share 0.05); align.method kto needs 2 of each: "
+    assert checked(FOLDER)[0].startswith(needs)
+    folder.set(merge__valid_share=0.3)
+    others = [trl(f"Is it {n}?", "yes", "no") for n in range(20)]
+    jsonl(*others, {"prompt": "When?", "completion": "a", "label": True})
+    assert checked(FOLDER) == ["20 pairs of answers, 1 single answers"]
+    jsonl(*rows)
     folder.set(align__method="dpo")
     assert checked(FOLDER)[0].startswith(f"{ROWS}:3: one answer with a label is for align.method kto")
     jsonl(trl(PROMPT, "a", "b"))
-    assert checked(FOLDER) == ["one prompt, but one to train on and one to validate with are needed"]
+    assert checked(FOLDER) == [
+        "prompts: 0 to train on, 1 to validate with (merge.valid_share 0.3); align.method dpo needs 1 of each: add "
+        "rows with other prompts"
+    ]
     ROWS.unlink()
     assert checked(FOLDER) == ["no pairs, and align.method is dpo: add pairs, or set align.method to none"]
     jsonl(trl(PROMPT, "a", "a"))

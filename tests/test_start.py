@@ -113,7 +113,10 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     leak.write_text('{"question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
     with pytest.raises(UserError, match=r"^data/curated: see TO DO"):
         check.main()
-    assert f"TO DO: {leak}:1: asks the question 1 of an exam ('Who?'): reword" in capsys.readouterr().out
+    assert (
+        f"TO DO: {leak}:1: asks the question 1 of an exam (data/questions.jsonl:1: 'Who?'): reword"
+        in capsys.readouterr().out
+    )
     leak.unlink()
     Path("data/curated/chats.json").write_text('[{"conversations": [{"from": "human"}]}]', encoding="utf-8")
     with pytest.raises(UserError, match=r"^data/curated: see TO DO"):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.common.errors import UserError
 from pipeline.common.messages import InvalidRow
 from pipeline.common.parameters.generate import Generate
@@ -20,6 +22,7 @@ from pipeline.data.documents import passages_of
 from pipeline.data.facts import Fact, Phrasing, questions_of_facts, read_facts, read_phrasings
 from pipeline.data.formats import SUFFIXES, conversation, kind, parsed, records
 from pipeline.data.leaks import ExamIndex, questions_of
+from pipeline.data.outcomes import held_out
 from pipeline.data.pair_formats import answers_of, pair_files, pair_of, prompt_id, require_method
 from pipeline.data.prompts import first_prompts
 from pipeline.data.raw_files import raw_files, require_endpoint
@@ -160,6 +163,7 @@ def of_corpus(merge: Merge, exams: ExamIndex) -> Material:
 def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
     merge, method = parameters.merge, parameters.align.method
     pairs, singles, prompts, more = set[str](), set[str](), set[str](), ""
+    least = 2 if method == "kto" else 1  # prompts to train on, and to validate with
     try:
         for file in pair_files(PREFERENCES):
             found = list(islice(records(file, merge.columns), LOOKED_AT))
@@ -181,8 +185,14 @@ def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
         return Material(PREFERENCES, "", str(refusal))
     counts = {"pairs of answers": len(pairs), "single answers": len(singles)}
     text = ", ".join(f"{n}{more} {what}" for what, n in counts.items() if n)
-    if len(prompts) == 1 and not more:
-        return Material(PREFERENCES, "", "one prompt, but one to train on and one to validate with are needed")
+    keys = np.array([int(prompt, 16) for prompt in prompts], np.uint64)
+    valid = int(held_out(keys, np.ones(len(keys), np.bool_), merge.valid_share).sum())
+    if prompts and not more and min(valid, len(prompts) - valid) < least:
+        missing = (
+            f"prompts: {len(prompts) - valid} to train on, {valid} to validate with (merge.valid_share "
+            f"{merge.valid_share}); align.method {method} needs {least} of each: add rows with other prompts"
+        )
+        return Material(PREFERENCES, "", missing + (", or raise the share" if len(prompts) > 3 else ""))
     if not text and method != "none":
         missing = f"no pairs, and align.method is {method}: add pairs, or set align.method to none"
         return Material(PREFERENCES, "", missing, (f"in {PREFERENCES}/pairs.jsonl: {PAIR}",))

@@ -44,10 +44,12 @@ class Leak:
     question: str  # the id of the question
     text: str
     near: bool  # False: the text has the question word by word
+    location: str = ""  # "file:line" of the exam
 
     def __str__(self) -> str:
         text = self.text if len(self.text) <= SHOWN else f"{self.text[: SHOWN - 1]}…"
-        return f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({text!r})"
+        where = f"{self.location}: " if self.location else ""
+        return f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({where}{text!r})"
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class ExamIndex:
         return found + [other for other, _, _ in close if other not in found and may_mean(word, other)]
 
     def found(self, at: int, near: bool) -> Leak:
-        return Leak(self.questions[at].id, self.questions[at].question, near)
+        question = self.questions[at]
+        return Leak(question.id, question.question, near, question.location)
 
     def nearly(self, asked: Asked, text: list[str]) -> bool:
         text = [self.as_in(asked, word) for word in text]
@@ -212,7 +215,10 @@ def exam_questions() -> list[Question]:
 def questions_of(exam: Path) -> list[Question]:
     if exam != PREFERENCE_EXAM:
         return read_questions(exam)
-    return [Question(pair.id, pair.prompt, [text_of(pair.chosen)], pair.source) for pair in read_preferences(exam)]
+    return [
+        Question(pair.id, pair.prompt, [text_of(pair.chosen)], pair.source, location=pair.source)
+        for pair in read_preferences(exam)
+    ]
 
 
 def may_mean(word: str, right: str) -> bool:

@@ -80,6 +80,9 @@ def read_pair(content: Any, source: str) -> Row:
     for key in LABELS:
         if key in verdicts(content):
             return single(content, key, source)
+    for one, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        if one in content and other not in content:
+            raise InvalidRow("unknown format", f"a row with {one} needs {other} too; {its_keys(content)}")
     raise unknown_format(content)
 
 
@@ -104,9 +107,15 @@ def pair(content: dict[str, Any], chosen: Any, rejected: Any, used: set[str], so
     (*_, other), _ = with_answer(content, prompt, "rejected", answers[1])
     whole = row([*messages, other], source, offered)
     *messages, better, worse = whole.pop("messages")
-    if row([better], source)["id"] == row([worse], source)["id"]:
+    if same(better, worse):
         raise nothing_to_compare()
     return {"id": whole.pop("id"), "messages": messages, "chosen": better, "rejected": worse} | whole
+
+
+def same(better: Message, worse: Message) -> bool:
+    """Whether two answers differ at most in white space around the text."""
+    ids = [row([answer | {"content": answer["content"].strip()}], "")["id"] for answer in (better, worse)]
+    return ids[0] == ids[1]
 
 
 def single(content: dict[str, Any], key: str, source: str) -> Row:
@@ -150,6 +159,8 @@ def is_turn(value: Any) -> bool:
 
 def turns_of(name: str, answer: Any) -> list[Message]:
     """The messages of an answer: text, one message, or a list of messages."""
+    if is_empty(answer):
+        raise InvalidRow("empty", f"{name} is empty: write an answer, or remove the row")
     match answer:
         case list():
             return [trained_message(turn) for turn in answer]
@@ -239,9 +250,13 @@ def nothing_to_compare() -> InvalidRow:
 
 
 def unknown_format(content: Any) -> InvalidRow:
-    keys = list(content) if isinstance(content, dict) else type(content).__name__
     return InvalidRow(
         "unknown format",
         "a row needs chosen and rejected, preferred_output and non_preferred_output, or a label; conversations without "
-        f"belong into data/curated (other column names: set merge.columns); this row has {repr(keys)[:200]}",
+        f"belong into data/curated (other column names: set merge.columns); {its_keys(content)}",
     )
+
+
+def its_keys(content: Any) -> str:
+    keys = list(content) if isinstance(content, dict) else type(content).__name__
+    return f"this row has {repr(keys)[:200]}"

@@ -45,9 +45,9 @@ def pairs_page(metrics: dict[str, Any], examples: Examples, train: list[Row]) ->
             *kinds(metrics["kinds"]),
             *unknown_keys(metrics["unknown_keys"], metrics["further_unknown_keys"]),
             *(line for reason in examples for line in dropped_rows(reason, metrics, examples[reason])),
-            "## The first rows to train on",
+            "## Some rows to train on",
             "",
-            *(line for row in train[:SHOWN] for line in shown(row)),
+            *(line for row in train[:: -(-len(train) // SHOWN)] for line in shown(row)),
             "",
         ]
     )

@@ -34,6 +34,7 @@ class Question:
     rule: Rule = EXACT
     messages: list[Message] = field(default_factory=list)  # a conversation that ends with a user's or tool's message
     tools: Tools = field(default_factory=list)
+    location: str = ""  # "file:line" of the exam
 
     @property
     def asked(self) -> list[Message]:
@@ -124,7 +125,7 @@ def read_question(location: str, content: object) -> Question:
             raise UserError(
                 f"{location}: the answer {accepted!r} is not correct by the question's own match ({rule.kind})"
             )
-    return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule, nfc(messages), nfc(tools))
+    return Question(key, text, answers, source, list(dict.fromkeys(tags)), rule, nfc(messages), nfc(tools), location)
 
 
 def conversation(turns: list[Any], location: str) -> list[Message]:

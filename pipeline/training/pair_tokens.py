@@ -55,9 +55,9 @@ def write_pair_tokens(folder: Path, sides: dict[str, Path], parameters: Paramete
     base, _ = located()
     tokenizer, ends = load_tokenizer(base, training_template()), end_tokens(load_generation_config(base))
     overflow: list[dict[str, Any]] = []
+    kto = parameters.align.method == "kto"
     for side, file in sides.items():
         rows = fitting(tokenize(read_jsonl(file), tokenizer, ends, parameters), parameters, overflow)
-        kto = parameters.align.method == "kto"
         made = unpaired(rows, file, parameters.tokenize.max_length) if kto else paired(rows)
         if not write_arrow(folder / f"{side}.arrow", made, COLUMNS):
             raise UserError(
@@ -65,6 +65,8 @@ def write_pair_tokens(folder: Path, sides: dict[str, Path], parameters: Paramete
                 "add pairs to data/preferences, raise the limit, or set align.method to none"
             )
     write_jsonl(folder / "overflow.jsonl", overflow)
+    if overflow:
+        print(f"dropped: {len(overflow)} rows of data/preferences, longer than tokenize.max_length (overflow.jsonl)")
 
 
 def tokenize(
@@ -136,11 +138,15 @@ def unpaired(rows: Iterator[list[Answer]], file: Path, max_length: int) -> Itera
         any_other = next(fitting, None)
         alike = (other for other in chain([any_other], fitting) if other and other.desirable == answer.desirable)
         other = next(alike, any_other)
+        if other is None and len({answer.prompt for answer in answers}) == 1:
+            raise UserError(
+                f"{file} has one prompt, and kto compares each answer with an answer to another prompt: add rows with "
+                "other prompts to data/preferences, or raise merge.valid_share (train_qlora runs again, too)"
+            )
         if other is None:
             raise UserError(
                 f"{answer.source}: kto needs, for each answer, an answer to another prompt that fits in "
-                f"tokenize.max_length {max_length}, and {file} has none: add pairs with other prompts, or raise "
-                "merge.valid_share or the limit"
+                f"tokenize.max_length {max_length}, and {file} has none: add other prompts, or raise the limit"
             )
         ids, labels = other.ids[other.start :], other.labels[other.start :]
         yield columns(answer, answer.ids[: answer.start] + ids, [IGNORED] * answer.start + labels)
