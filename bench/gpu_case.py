@@ -146,21 +146,31 @@ def trained(trainer: SFTTrainer, device: torch.device) -> dict[str, Any]:
 def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
     """Return a trainer like that of stages.train_qlora, with one row per step and a learning rate for large models."""
     parameters = of_params_yaml(device)
+    if asked.cap:  # auto would ask for the memory of the complete GPU
+        train = parameters.train.model_copy(update={"activation_offloading": True})
+        parameters = parameters.model_copy(update={"train": train})
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))
     return trainer_of(model, parameters, rows(asked), device, folder)
 
 
 def trainer_of(
-    model: PreTrainedModel, parameters: Parameters, rows: Dataset, device: torch.device, folder: Path
+    model: PreTrainedModel,
+    parameters: Parameters,
+    rows: Dataset,
+    device: torch.device,
+    folder: Path,
+    kind: type[Trainer] = Trainer,
+    **options: Any,
 ) -> Trainer:
     if uses_liger(parameters.train.kernels, model.config, device):
         use_liger(model)
     tuned = with_adapter(model, lora_config(parameters.lora, []))
     place(tuned, parameters.train, device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
-    arguments = training_arguments(parameters.train, parameters.seed, device, dtype, folder)
-    trainer = build_trainer(Trainer, arguments, parameters.train, tuned, load_tokenizer(TOKENIZER), rows, rows)
+    train, seed = parameters.train, parameters.seed
+    arguments = training_arguments(train, seed, device, dtype, folder, tuned, rows)
+    trainer = build_trainer(kind, arguments, train, tuned, load_tokenizer(TOKENIZER), rows, rows, **options)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     return trainer
 

@@ -27,7 +27,7 @@ LAST = 40  # step
 KILLED = 20  # the step after whose checkpoint training is killed
 ROWS = 8  # of a step
 CHANGES = {"batch_size": ROWS, "learning_rate": 4.0e-3, "eval_steps": KILLED // 2}
-PLAIN = {"kernels": "none"}  # the counts are those without Liger, which may be installed
+COUNTED = {"kernels": "none", "activation_offloading": True}  # auto depends on what is installed, and on the GPU
 
 
 def parameters_of(device: torch.device, compute_dtype: str = "auto", **train: Any) -> Parameters:
@@ -37,7 +37,7 @@ def parameters_of(device: torch.device, compute_dtype: str = "auto", **train: An
         update={
             "threads": 1 if device.type == "cpu" else parameters.threads,  # tiny shapes are faster with one thread
             "base": parameters.base.model_copy(update={"compute_dtype": compute_dtype}),
-            "train": parameters.train.model_copy(update=PLAIN | train),
+            "train": parameters.train.model_copy(update=COUNTED | train),
         }
     )
 
@@ -70,8 +70,8 @@ def train(
     if embedding_in_ram:
         place(tuned, parameters.train, device)
     dtype, tokenizer = pick_dtype(compute_dtype, device), load_tokenizer(folder / "base")
-    arguments = training_arguments(parameters.train, parameters.seed, device, dtype, folder / CHECKPOINTS)
-    rows = random_rows([16] * ROWS * LAST, 64)
+    rows, checkpoints = random_rows([16] * ROWS * LAST, 64), folder / CHECKPOINTS
+    arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints, tuned, rows)
     trainer = build_trainer(Trainer, arguments, parameters.train, tuned, tokenizer, rows, rows.select(range(ROWS)))
     timed(trainer, last_complete(folder / CHECKPOINTS))
     return trainer

@@ -3,11 +3,12 @@
     python -m bench.gpu_counts [--models MODEL ...] [--lengths TOKENS ...] [--rows N] [--layers N] [name=value ...]
 
 The trainer is that of stages.train_qlora, the shape of the model is the true one, and the tensors have no bytes
-(bench.fake_gpu). `name=value` sets a parameter, such as train.activation_offloading=false. --layers makes a model with
-fewer layers. Each line is one JSON object, with bytes. Some minutes a model.
+(bench.fake_gpu). `name=value` sets a parameter, such as train.activation_offloading=false. With align.method=orpo, the
+trainer is that of stages.align, and a row is a pair with a repeated row. --layers makes a model with fewer layers. Each
+line is one JSON object, with bytes. Some minutes a model.
 """
 
-from bench.fake_gpu import DEVICE, FakeGpu, fake_gpu
+from bench.fake_gpu import DEVICE, MEMORY, FakeGpu, fake_gpu
 
 # isort: split
 import argparse
@@ -33,6 +34,7 @@ from pipeline.common.parameters.schema import Parameters
 from pipeline.evaluation.answers import greedy
 from pipeline.model.loading import pick_dtype
 from pipeline.training.memory import training
+from pipeline.training.preferences import PreferenceTrainer, beside_rows, sequences_of
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own calls
 GIB = 2**30
@@ -69,12 +71,16 @@ def counts(shape: PreTrainedConfig, length: int, rows: int, values: dict[str, An
         shutil.copy(ROOT / "params.yaml", folder)
         set_parameters(folder, values)
         parameters = of_params_yaml(DEVICE, rows, folder / "params.yaml")
+        sequences = sequences_of(parameters.align) if parameters.align.method != "none" else 1
         step = Step()
-        with fake_gpu(padded=rows > 1) as gpu:
+        with fake_gpu(padded=rows * sequences > 1) as gpu:
             train(shape, length, parameters, step, gpu, folder)
             dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
         shape.save_pretrained(folder)
-        estimated = training(folder, parameters.lora, parameters.train, [], length, DEVICE, dtype)
+        with patch("pipeline.model.loading.gpu_memory", return_value=MEMORY):
+            estimated = training(
+                folder, parameters.lora, parameters.train, [], length, DEVICE, dtype, sequences=sequences
+            )
     del estimated["process"]
     return {
         **step.counted,
@@ -92,10 +98,14 @@ def train(
     model = fake_nf4(shape, DEVICE, dtype)
     row = list(range(2, length + 2))
     ids = [row] * parameters.train.batch_size * STEPS
-    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    rows, options = Dataset.from_dict({"input_ids": ids, "labels": ids}), dict[str, Any]()
+    if parameters.align.method != "none":
+        pairs = {"input_ids": ids, "labels": ids, "other_ids": ids, "other_labels": ids, "desirable": [True] * len(ids)}
+        rows = beside_rows(Dataset.from_dict(pairs), rows, parameters.seed)
+        options = {"kind": PreferenceTrainer, "align": parameters.align}
     step.gpu = gpu
     with patch.dict(vars(sys.modules[type(model).__module__])):  # of what Liger changes for all models
-        trainer = trainer_of(model, parameters, rows, DEVICE, folder)
+        trainer = trainer_of(model, parameters, rows, DEVICE, folder, **options)
         trainer.args.dataloader_pin_memory = False  # fake memory cannot be pinned
         trainer.add_callback(step)
         trainer.train()

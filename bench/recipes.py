@@ -8,6 +8,7 @@ Nothing is downloaded: bench/shapes.py has the shape of each model.
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 
@@ -33,13 +34,16 @@ def main() -> None:
         train = train_of(name)
         rows = train.batch_size * train.gradient_accumulation
         longest = read_yaml(ROOT / f"recipes/{name}.yaml")["tokenize"]["max_length"]
-        batches = {size: needed(name, of_batches(train, size, rows), longest) for size in BATCHES}
-        lengths = {length: needed(name, of_batches(train, 1, rows), length) for length in LENGTHS}
+        least = train.model_copy(update={"activation_offloading": True})
+        batches = {size: needed(name, of_batches(least, size, rows), longest) for size in BATCHES}
+        lengths = {length: needed(name, of_batches(least, 1, rows), length) for length in LENGTHS}
         cells = []
         for card in CARDS:
             batch, length = largest(batches, card), largest(lengths, card)
             cells.append(f"{batch} × {rows // batch}, {length}" if batch else "-")
-        gib = batches[train.batch_size] / GIB
+        smallest = next(card for card in CARDS if largest(batches, card) >= train.batch_size)
+        with patch("pipeline.model.loading.gpu_memory", return_value=smallest * GIB):
+            gib = needed(name, train, longest) / GIB
         speed = round(FLOP_PER_SECOND / flops_of_a_token(SHAPES[name], longest), -2)
         print(f"| `{name}` | {gib:.1f} | {speed:,.0f} | {' | '.join(cells)} |", flush=True)
 

@@ -60,7 +60,7 @@ def train(parameters: Parameters, process: PartialState) -> None:
         model = load_trainable(parameters, folder, tokens, device)
         train_rows, valid_rows = (Dataset.from_file(str(TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
         dtype = pick_dtype(parameters.base.compute_dtype, device)
-        arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints)
+        arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints, model, train_rows)
         trainer = build_trainer(Trainer, arguments, parameters.train, model, tokenizer, train_rows, valid_rows)
         cost = timed(trainer, checkpoint)
         cost |= memory(device)

@@ -157,10 +157,10 @@ def built_trainer(method: str, **changed: Any) -> PreferenceTrainer:
     chosen = Align(**parameters.align.model_dump() | {"method": method} | changed)
     train = alignment.training_of(parameters)
     model = alignment.load_trainable(parameters, train, TINY, CPU)
-    arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"))
     Path("checkpoints").mkdir(exist_ok=True)
     rows, valid = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
     rows = beside_rows(rows, Dataset.from_file(str(TOKENS / "train.arrow")), 1)
+    arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"), model, rows)
     trainer = build_trainer(PreferenceTrainer, arguments, train, model, load_tokenizer(TINY), rows, valid, align=chosen)
     trainer.accelerator.prepare_model(trainer.model)
     return trainer

@@ -176,8 +176,9 @@ def test_preference_training_that_does_not_fit_is_refused_by_its_own_parameters(
 
 
 @pytest.fixture
-def needed(project: Project) -> Callable[..., int]:
-    """Bytes of training on the built-in base with some parameters changed."""
+def needed(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Bytes of training on the built-in base with some parameters changed, with a GPU of 8 GiB."""
+    monkeypatch.setattr("pipeline.model.loading.gpu_memory", lambda: 8 * GIB)
 
     def bytes_of(length: int = 128, device: torch.device = CPU, **changed: object) -> int:
         project.set(**changed)
@@ -232,7 +233,7 @@ def test_8b_trains_on_small_gpus_and_what_lies_in_ram_is_counted_there(project: 
     shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336}
     LlamaConfig(**shape, num_key_value_heads=8, vocab_size=128256).save_pretrained("8b")
     parameters = check(ROOT / "params.yaml")
-    train = parameters.train.model_copy(update={"batch_size": 1})
+    train = parameters.train.model_copy(update={"batch_size": 1, "activation_offloading": True})
 
     def needed(train: Train, length: int) -> dict[str, int]:
         return training(Path("8b"), parameters.lora, train, [], length, GPU, torch.bfloat16)

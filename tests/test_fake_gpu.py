@@ -32,10 +32,11 @@ def counted(*arguments: str, packages: Path = ROOT) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "rows"),
     [
-        (["--lengths", "2048"], 1),
+        (["--lengths", "2048", "--", "train.activation_offloading=true"], 1),
         (["--models", "Llama 3.1 8B", "Gemma 2 9B", "--lengths", "512", "--rows", "4", *WITHOUT_OFFLOADING], 4),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.use_dora=true"], 1),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.modules_to_save=[norm]"], 1),
+        (["--models", "Llama 3.1 8B", "--lengths", "512", "--rows", "2", "--", "align.method=orpo"], 2),
     ],
 )
 def test_the_step_of_each_family_needs_the_estimated_memory_and_waits_once_for_the_optimizer(

@@ -327,7 +327,7 @@ def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]
     change: dict[str, object] = {}
     if not pick_checkpointing(train.gradient_checkpointing, device):
         yield (change := change | {"gradient_checkpointing": True})
-    if device.type == "cuda" and not train.activation_offloading:
+    if device.type == "cuda" and train.activation_offloading is False:
         yield (change := change | {"activation_offloading": True})
     batch_size, rows = train.batch_size, train.batch_size * train.gradient_accumulation
     while batch_size > 1:
@@ -337,6 +337,8 @@ def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]
             yield (change := change | {"batch_size": batch_size, "gradient_accumulation": batches})
     if pick_optimizer(train.optimizer, device) != "paged_adamw_8bit":
         yield (change := change | {"optimizer": "paged_adamw_8bit"})
+    if device.type == "cuda" and train.activation_offloading == "auto":
+        yield (change := change | {"activation_offloading": True})
     if train.processes > 1 and train.strategy == "ddp":
         yield change | {"strategy": "fsdp"}
 

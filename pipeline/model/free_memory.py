@@ -1,4 +1,4 @@
-"""The memory that is free on a GPU or on this machine."""
+"""The memory of a GPU, and the memory that is free on a GPU or on this machine."""
 
 from pathlib import Path
 
@@ -17,3 +17,8 @@ def free_memory(device: torch.device) -> int:
         reclaimable = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())["inactive_file"]
         available = min(available, int(bound) - int(used.read_text(encoding="ascii")) + int(reclaimable))
     return available
+
+
+def gpu_memory() -> int:
+    """Return the bytes of the GPU, free or not."""
+    return torch.cuda.mem_get_info()[1]

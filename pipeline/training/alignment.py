@@ -73,7 +73,7 @@ def train_on_pairs(parameters: Parameters, train: Train, process: PartialState) 
         if parameters.align.repeat_weight:
             pairs = beside_rows(pairs, Dataset.from_file(str(TOKENS / "train.arrow")), parameters.seed)
         dtype = pick_dtype(parameters.base.compute_dtype, device)
-        arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints)
+        arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints, model, pairs)
         align = parameters.align
         trainer = build_trainer(PreferenceTrainer, arguments, train, model, tokenizer, pairs, held_out, align=align)
         cost = timed(trainer, checkpoint)

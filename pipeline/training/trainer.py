@@ -28,7 +28,7 @@ from trl import SFTConfig
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.train import Train
-from pipeline.model.loading import pick_checkpointing, pick_offloading, pick_optimizer
+from pipeline.model.loading import checkpoint_bytes, pick_checkpointing, pick_offloading, pick_optimizer
 from pipeline.model.peft_internals import load_adapters_as_saved
 from pipeline.training.accelerate_internals import leave_unwrapped
 from pipeline.training.checkpoints import seal
@@ -255,12 +255,22 @@ def build_trainer(
 
 
 def training_arguments(
-    train: Train, seed: int, device: torch.device, dtype: torch.dtype, checkpoints: Path
+    train: Train,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoints: Path,
+    model: PeftModel,
+    rows: Dataset,
 ) -> SFTConfig:
     """TRL's arguments for training on `device` with arithmetic in `dtype`, with checkpoints in the folder
-    `checkpoints`."""
+    `checkpoints`. `model` and `rows` are what will be trained, and what on."""
     batch_size, gradient_accumulation = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
     checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
+    longest = sum(int(lengths(rows, name).max()) for name in rows.column_names if name.endswith("_ids"))
+    size = checkpoint_bytes(model.config, batch_size * longest, dtype)
+    base = sum(weight.nbytes for weight in model.parameters() if weight.device.type == device.type)
+    offloading = pick_offloading(train.activation_offloading, checkpointing, device, size, base)
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=seed,
@@ -280,7 +290,7 @@ def training_arguments(
         max_grad_norm=train.max_grad_norm,
         optim=pick_optimizer(train.optimizer, device),
         gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"offload": pick_offloading(train.activation_offloading, checkpointing, device)},
+        gradient_checkpointing_kwargs={"offload": offloading},
         logging_steps=train.eval_steps,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",

@@ -21,7 +21,7 @@ class Train(Section):
     kernels: Literal["auto", "liger", "none"]
     optimizer: Literal["auto", "adamw_torch", "paged_adamw_8bit", "paged_adamw_32bit"]
     gradient_checkpointing: Literal["auto"] | bool
-    activation_offloading: bool
+    activation_offloading: Literal["auto"] | bool
     adapter_dtype: Literal["float32", "bfloat16"]
     eval_steps: Positive
     early_stopping_patience: Positive | None
