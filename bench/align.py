@@ -74,7 +74,8 @@ def main() -> None:
 
 def make_pairs(project: Path, base: str, epochs: float) -> None:
     """Make a project with tokenized pairs and an adapter, and for TRL the folders rows and start."""
-    make_project(project, None, PARAMETERS | {"align.epochs": epochs})
+    rate = {"align.learning_rate": 7.0e-4} if base == "smollm2" else {}  # as in params.yaml's comment
+    make_project(project, None, PARAMETERS | rate | {"align.epochs": epochs})
     if base == "smollm2":
         with_base(project, smollm2())
     shutil.copytree(ROOT / "examples/preferences/preferences", project / "data/preferences")

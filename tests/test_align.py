@@ -313,11 +313,14 @@ def test_what_cannot_be_trained_on_is_refused_before_training(pairs: Project) ->
         aligned(pairs)
 
 
-def test_pairs_that_are_too_long_are_left_out_and_listed_where_the_user_says_so(pairs: Project) -> None:
+def test_pairs_that_are_too_long_are_left_out_and_listed_where_the_user_says_so(
+    pairs: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     pairs.set(tokenize__max_length=40, tokenize__on_overflow="drop")
     tokenize_pairs.main()
     left_out = read_jsonl(PAIR_TOKENS / "overflow.jsonl")
     kept = [len(Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow"))) for side in ("train", "valid")]
+    assert f"dropped: {len(left_out)} rows of data/preferences, longer than" in capsys.readouterr().out
     assert left_out and sum(kept) + len(left_out) == 13 + 3 and all(one["tokens"] > 40 for one in left_out)
 
 
@@ -349,3 +352,9 @@ def test_kto_compares_each_answer_with_an_answer_to_another_prompt(pairs: Projec
         alike = [row["input_ids"] for row in rows if row["desirable"] == one["desirable"]]
         others = [ids for ids in alike if ids[:start] != one["input_ids"][:start]]
         assert any(other[-len(answer) :] == answer for other in others)
+    valid = Path("data/pairs_valid.jsonl")
+    valid.write_text(valid.read_text(encoding="utf-8").splitlines(True)[0], encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"^data/pairs_valid\.jsonl has one prompt, and kto compares each answer with an"
+    ):
+        tokenize_pairs.main()

@@ -99,7 +99,8 @@ def pair(content: dict[str, Any], chosen: Any, rejected: Any, used: set[str], so
     if not any(answers):
         raise nothing_to_compare()
     if not prompt:
-        raise InvalidRow("unknown format", f"a pair of answers without a prompt: write it as {', '.join(PROMPTS)}")
+        keys = " or ".join(PROMPTS)
+        raise InvalidRow("unknown format", f"a pair of answers without a prompt in {keys}; {its_keys(content)}")
     of_prompt = {key, "input"} if key == "instruction" else {key} if key else set[str]()
     tools = "functions" if is_empty(content.get("tools")) else "tools"
     require_used("a row", content, used | of_prompt | {"system", tools}, KEYS | OTHER_KEYS)
@@ -160,7 +161,7 @@ def is_turn(value: Any) -> bool:
 def turns_of(name: str, answer: Any) -> list[Message]:
     """The messages of an answer: text, one message, or a list of messages."""
     if is_empty(answer):
-        raise InvalidRow("empty", f"{name} is empty: write an answer, or remove the row")
+        raise InvalidRow("empty", f"{name} is empty")
     match answer:
         case list():
             return [trained_message(turn) for turn in answer]
