@@ -164,7 +164,7 @@ INVALID: list[tuple[Any, str, str]] = [
     (
         {"promt": "x", "chosen": "a", "rejected": "b"},
         "unknown format",
-        "without a prompt in messages or conversations or prompt or question or instruction; this row has ['promt', 'ch",
+        "without a prompt in messages or conversations or prompt or question or instruction; this row has ['promt', '",
     ),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD]}, "equal answers", "nothing to compare"),
     (trl(PROMPT, "가", "\u1100\u1161"), "equal answers", "nothing to compare"),
