@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training import checkpoints
-from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, training_arguments
+from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, least_padded, training_arguments
 from stages import tokenize, train_qlora
 
 TINY = Path("models/tiny-base")
@@ -366,15 +366,34 @@ def test_an_epoch_has_every_row_once_and_batches_of_like_length_and_another_epoc
     batches = list(sampler)
     assert batches == list(sampler) and len(batches) == len(sampler)
     first = [row for batch in batches for row in batch]
-    assert sorted(first) == list(range(75)) and {len(batch) for batch in batches[:-1]} == {2}
+    assert sorted(first) == list(range(75)) and len(batches) == 4 * 8 + 6
     assert list(sampler) != batches
 
-    def padded(order: list[int]) -> int:
-        return sum(2 * max(lengths[order[i : i + 2]]) for i in range(0, 64, 2))
+    def padded(batches: list[list[int]]) -> int:
+        return sum(len(batch) * max(lengths[batch]) for batch in batches)
 
     steps = [first[i : i + 16] for i in range(0, 64, 16)]
-    by_chance = [row for step in steps for row in np.random.default_rng(0).permutation(step)]
-    assert padded(first) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
+    chance = np.random.default_rng(0)
+    equal, by_chance = (
+        [order[i : i + 2] for order in orders for i in range(0, 16, 2)]
+        for orders in (steps, [chance.permutation(step).tolist() for step in steps])
+    )
+    assert [sorted(chain(*batches[i : i + 8])) for i in range(0, 32, 8)] == [sorted(step) for step in steps]
+    assert padded(batches[:32]) < padded(equal) < 1.1 * sum(lengths[first[:64]]) < padded(by_chance)
+    assert max(len(batch) * max(lengths[batch]) for batch in batches) <= 2 * max(lengths)
+
+
+def test_no_other_cut_of_a_step_has_less_padding_within_the_memory_of_a_batch() -> None:
+    rows, rng = list(range(9)), np.random.default_rng(0)
+    for _ in range(50):
+        lengths = np.sort(rng.integers(1, 40, 9))
+        most = 3 * int(lengths[-1])
+        cuts = ([0, *inner, 9] for inner in combinations(range(1, 9), 2))
+        sizes = [[(end - start) * int(lengths[end - 1]) for start, end in pairwise(cut)] for cut in cuts]
+        batches = least_padded(rows, lengths, 3, most)
+        found = [len(batch) * int(lengths[batch[-1]]) for batch in batches]
+        assert list(chain(*batches)) == rows and max(found) <= most
+        assert sum(found) == min(sum(each) for each in sizes if max(each) <= most)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(8, 1, 2), (2, 2, 4), (1, 4, 4)])
@@ -398,8 +417,10 @@ def test_processes_share_the_rows_of_a_step_in_batches_of_like_size(
 
     number = accumulation * processes
     for start in range(0, 4 * number, number):
-        equal, shared = list(one)[start : start + number], batches[start : start + number]
-        assert sorted(chain(*shared)) == sorted(chain(*equal)), "each step has the rows that one process has"
+        rows = list(chain(*list(one)[start : start + number]))
+        shared = batches[start : start + number]
+        equal = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+        assert sorted(chain(*shared)) == sorted(rows), "each step has the rows that one process has"
         assert largest(shared) <= largest(equal)
 
 

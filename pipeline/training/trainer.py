@@ -154,9 +154,10 @@ def filled(rows: Dataset, share: int) -> Dataset:
 class BatchesByLength(Sampler[list[int]]):
     """Yields the batches of an epoch. The order of its rows is random, and depends only on the seed and the epoch.
 
-    The rows of a step are sorted by length, so that each batch has rows of similar length and little padding. One
-    process has batches of `batch_size` rows. Several `processes`, which wait for each other, have batches of about as
-    many tokens as each other; a blank row, whose index is the number of rows, fills a batch without rows.
+    The rows of a step are sorted by length, so that each batch has rows of similar length and little padding. The
+    batches of one process have as few tokens together as possible, and none has more than `batch_size` rows of the
+    largest length. Several `processes`, which wait for each other, have batches of about as many tokens as each other;
+    a blank row, whose index is the number of rows, fills a batch without rows.
     """
 
     def __init__(
@@ -178,10 +179,10 @@ class BatchesByLength(Sampler[list[int]]):
         order = np.random.default_rng([self.seed, self.epoch()]).permutation(len(self.lengths))
         for start in range(0, len(order), self.step):
             rows = sorted(order[start : start + self.step].tolist(), key=self.length)
+            number = self.batches(len(rows))
             if self.processes == 1:
-                yield from (rows[at : at + self.rows_of_batch] for at in range(0, len(rows), self.rows_of_batch))
+                yield from least_padded(rows, self.lengths[rows], number, self.rows_of_batch * self.lengths.max())
             else:
-                number = self.batches(len(rows))
                 blank = [len(self.lengths)] * (number - len(rows))
                 yield from balanced(blank + rows, self.length, number)
 
@@ -195,6 +196,25 @@ class BatchesByLength(Sampler[list[int]]):
     def __len__(self) -> int:
         full, rest = divmod(len(self.lengths), self.step)
         return full * self.batches(self.step) + self.batches(rest)
+
+
+def least_padded(rows: list[int], lengths: np.ndarray, number: int, most: int) -> list[list[int]]:
+    """Cut `rows`, the longest last, into `number` batches that have, padded, as few tokens as possible together, and
+    at most `most` tokens each."""
+    start, end = np.arange(len(rows))[:, None], np.arange(1, len(rows) + 1)
+    padded = np.where(start < end, (end - start) * lengths, np.inf)  # tokens of a batch of rows[start:end]
+    padded[padded > most] = np.inf
+    least = padded[0]  # tokens of rows[:end] in the batches so far
+    cuts: list[np.ndarray] = []  # where the last of these batches starts
+    for _ in range(number - 1):
+        together = np.concatenate([[np.inf], least[:-1]])[:, None] + padded
+        cuts.append(together.argmin(0))
+        least = together.min(0)
+    batches, at = [], len(rows)
+    for cut in reversed(cuts):
+        batches.append(rows[cut[at - 1] : at])
+        at = cut[at - 1]
+    return [rows[:at], *reversed(batches)]
 
 
 def balanced(rows: list[int], length: Callable[[int], int], number: int) -> list[list[int]]:
