@@ -146,9 +146,6 @@ def trained(trainer: SFTTrainer, device: torch.device) -> dict[str, Any]:
 def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path) -> SFTTrainer:
     """Return a trainer like that of stages.train_qlora, with one row per step and a learning rate for large models."""
     parameters = of_params_yaml(device)
-    if asked.cap:  # auto would ask for the memory of the complete GPU
-        train = parameters.train.model_copy(update={"activation_offloading": True})
-        parameters = parameters.model_copy(update={"train": train})
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))
     return trainer_of(model, parameters, rows(asked), device, folder)
@@ -176,14 +173,18 @@ def trainer_of(
 
 
 def of_params_yaml(device: torch.device, rows: int = 1, path: Path = ROOT / "params.yaml") -> Parameters:
-    """The parameters of a file, with `rows` rows a step in one process, and a learning rate for large models."""
+    """The parameters of a file, with `rows` rows a step in one process, and a learning rate for large models.
+
+    Checkpoints are offloaded, unless the file says false: "auto" would depend on the GPU.
+    """
     parameters = check(path)
+    offloading = {"activation_offloading": parameters.train.activation_offloading is not False}
     steps = {"batch_size": rows, "gradient_accumulation": 1, "epochs": 1.0, "learning_rate": 2.0e-4}
     alone = {"processes": 1, "early_stopping_patience": None, "load_best_model_at_end": False}
     return parameters.model_copy(
         update={
             "base": parameters.base.model_copy(update={"device": device.type, "compute_dtype": "auto"}),
-            "train": parameters.train.model_copy(update=steps | alone),
+            "train": parameters.train.model_copy(update=steps | alone | offloading),
         }
     )
 

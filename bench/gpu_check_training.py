@@ -27,7 +27,7 @@ LAST = 40  # step
 KILLED = 20  # the step after whose checkpoint training is killed
 ROWS = 8  # of a step
 CHANGES = {"batch_size": ROWS, "learning_rate": 4.0e-3, "eval_steps": KILLED // 2}
-COUNTED = {"kernels": "none", "activation_offloading": True}  # auto depends on what is installed, and on the GPU
+PLAIN = {"kernels": "none"}  # the counts are those without Liger, which may be installed
 
 
 def parameters_of(device: torch.device, compute_dtype: str = "auto", **train: Any) -> Parameters:
@@ -37,7 +37,7 @@ def parameters_of(device: torch.device, compute_dtype: str = "auto", **train: An
         update={
             "threads": 1 if device.type == "cpu" else parameters.threads,  # tiny shapes are faster with one thread
             "base": parameters.base.model_copy(update={"compute_dtype": compute_dtype}),
-            "train": parameters.train.model_copy(update=COUNTED | train),
+            "train": parameters.train.model_copy(update=PLAIN | train),
         }
     )
 

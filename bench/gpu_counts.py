@@ -8,7 +8,7 @@ trainer is that of stages.align, and a row is a pair with a repeated row. --laye
 line is one JSON object, with bytes. Some minutes a model.
 """
 
-from bench.fake_gpu import DEVICE, MEMORY, FakeGpu, fake_gpu
+from bench.fake_gpu import DEVICE, FakeGpu, fake_gpu
 
 # isort: split
 import argparse
@@ -77,10 +77,7 @@ def counts(shape: PreTrainedConfig, length: int, rows: int, values: dict[str, An
             train(shape, length, parameters, step, gpu, folder)
             dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
         shape.save_pretrained(folder)
-        with patch("pipeline.model.loading.gpu_memory", return_value=MEMORY):
-            estimated = training(
-                folder, parameters.lora, parameters.train, [], length, DEVICE, dtype, sequences=sequences
-            )
+        estimated = training(folder, parameters.lora, parameters.train, [], length, DEVICE, dtype, sequences=sequences)
     del estimated["process"]
     return {
         **step.counted,

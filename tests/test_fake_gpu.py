@@ -32,7 +32,7 @@ def counted(*arguments: str, packages: Path = ROOT) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("arguments", "rows"),
     [
-        (["--lengths", "2048", "--", "train.activation_offloading=true"], 1),
+        (["--lengths", "2048"], 1),
         (["--models", "Llama 3.1 8B", "Gemma 2 9B", "--lengths", "512", "--rows", "4", *WITHOUT_OFFLOADING], 4),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.use_dora=true"], 1),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.modules_to_save=[norm]"], 1),
