@@ -148,13 +148,14 @@ def this_pipeline(asked: argparse.Namespace, device: torch.device, folder: Path)
     parameters = of_params_yaml(device)
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4((MODELS | TINY)[asked.model], device, pick_dtype(parameters.base.compute_dtype, device))
-    return trainer_of(model, parameters, rows(asked), device, folder)
+    return trainer_of(model, parameters, rows(asked), asked.length, device, folder)
 
 
 def trainer_of(
     model: PreTrainedModel,
     parameters: Parameters,
     rows: Dataset,
+    length: int,
     device: torch.device,
     folder: Path,
     kind: type[Trainer] = Trainer,
@@ -166,7 +167,7 @@ def trainer_of(
     place(tuned, parameters.train, device)
     dtype = pick_dtype(parameters.base.compute_dtype, device)
     train, seed = parameters.train, parameters.seed
-    arguments = training_arguments(train, seed, device, dtype, folder, tuned, rows)
+    arguments = training_arguments(train, seed, device, dtype, folder, tuned.config, length)
     trainer = build_trainer(kind, arguments, train, tuned, load_tokenizer(TOKENIZER), rows, rows, **options)
     trainer.args.eval_strategy = trainer.args.save_strategy = "no"
     return trainer

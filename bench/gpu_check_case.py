@@ -60,7 +60,7 @@ from pipeline.model.gpus import require_compiler
 from pipeline.model.loading import pick_device, pick_dtype, reproducible
 from pipeline.model.peft_internals import adapter_weights
 from pipeline.training.memory import training
-from pipeline.training.trainer import Trainer
+from pipeline.training.trainer import Trainer, lengths
 
 GIB = 2**30
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -262,7 +262,7 @@ def trainer_on(device: torch.device, folder: str, shape: PreTrainedConfig, rows:
     parameters = parameters_of(device, **train)
     reproducible(parameters.seed, parameters.threads)
     model = random_nf4(shape, device, pick_dtype(parameters.base.compute_dtype, device))
-    return trainer_of(model, parameters, rows, device, Path(folder))
+    return trainer_of(model, parameters, rows, int(lengths(rows).max()), device, Path(folder))
 
 
 def trainer_of_8b(device: torch.device, folder: str, lengths: list[int], **train: Any) -> Trainer:

@@ -26,6 +26,7 @@ CHECKPOINTS = "checkpoints"
 LAST = 40  # step
 KILLED = 20  # the step after whose checkpoint training is killed
 ROWS = 8  # of a step
+LENGTH = 16  # tokens of a row
 CHANGES = {"batch_size": ROWS, "learning_rate": 4.0e-3, "eval_steps": KILLED // 2}
 PLAIN = {"kernels": "none"}  # the counts are those without Liger, which may be installed
 
@@ -70,8 +71,8 @@ def train(
     if embedding_in_ram:
         place(tuned, parameters.train, device)
     dtype, tokenizer = pick_dtype(compute_dtype, device), load_tokenizer(folder / "base")
-    rows, checkpoints = random_rows([16] * ROWS * LAST, 64), folder / CHECKPOINTS
-    arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints, tuned, rows)
+    rows, checkpoints = random_rows([LENGTH] * ROWS * LAST, 64), folder / CHECKPOINTS
+    arguments = training_arguments(parameters.train, parameters.seed, device, dtype, checkpoints, tuned.config, LENGTH)
     trainer = build_trainer(Trainer, arguments, parameters.train, tuned, tokenizer, rows, rows.select(range(ROWS)))
     timed(trainer, last_complete(folder / CHECKPOINTS))
     return trainer

@@ -4,8 +4,9 @@
 
 The trainer is that of stages.train_qlora, the shape of the model is the true one, and the tensors have no bytes
 (bench.fake_gpu). `name=value` sets a parameter, such as train.activation_offloading=false. With align.method=orpo, the
-trainer is that of stages.align, and a row is a pair with a repeated row. --layers makes a model with fewer layers. Each
-line is one JSON object, with bytes. Some minutes a model.
+trainer is that of stages.align, and a row is a pair with a repeated row. --processes counts one process of several with
+DDP, each with --rows rows. --layers makes a model with fewer layers. Each line is one JSON object, with bytes. Some
+minutes a model.
 """
 
 from bench.fake_gpu import DEVICE, FakeGpu, fake_gpu
@@ -27,6 +28,7 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig, TrainerCallback
 
 from bench.caching_allocator import Event, OutOfMemory, reserved
+from bench.fake_processes import first_of
 from bench.gpu_case import MODELS, TINY, of_params_yaml, trainer_of
 from bench.project import ROOT, set_parameters
 from bench.transformers_internals import fake_nf4
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], default=list(MODELS), metavar="MODEL")
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192], metavar="TOKENS")
     parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--layers", type=int)
     asked = parser.parse_args()
     values = {name: YAML(typ="safe").load(value) for name, value in (each.split("=", 1) for each in asked.values)}
@@ -57,12 +60,12 @@ def main() -> None:
             shape.num_hidden_layers, shape.layer_types = asked.layers, None
             shape = type(shape).from_dict(shape.to_dict())
         for length in asked.lengths:
-            counted = {"model": model, "tokens": length, "rows": asked.rows} | counts(shape, length, asked.rows, values)
-            print(json.dumps(counted), flush=True)
+            case = {"model": model, "tokens": length, "rows": asked.rows, "processes": asked.processes}
+            print(json.dumps(case | counts(shape, length, asked.rows, asked.processes, values)), flush=True)
 
 
-def counts(shape: PreTrainedConfig, length: int, rows: int, values: dict[str, Any]) -> dict[str, Any]:
-    """Return what a training with `rows` rows of `length` tokens needs in its second step, and what is estimated.
+def counts(shape: PreTrainedConfig, length: int, rows: int, processes: int, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what a process with `rows` rows of `length` tokens needs in its second step, and what is estimated.
 
     The reserved memory is that of training, of a pass over validation rows, and of answers.
     """
@@ -71,9 +74,11 @@ def counts(shape: PreTrainedConfig, length: int, rows: int, values: dict[str, An
         shutil.copy(ROOT / "params.yaml", folder)
         set_parameters(folder, values)
         parameters = of_params_yaml(DEVICE, rows, folder / "params.yaml")
+        shared = parameters.train.model_copy(update={"processes": processes, "gradient_accumulation": processes})
+        parameters = parameters.model_copy(update={"train": shared})
         sequences = sequences_of(parameters.align) if parameters.align.method != "none" else 1
         step = Step()
-        with fake_gpu(padded=rows * sequences > 1) as gpu:
+        with first_of(processes), fake_gpu(padded=rows * sequences > 1) as gpu:
             train(shape, length, parameters, step, gpu, folder)
             dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
         shape.save_pretrained(folder)
@@ -94,15 +99,16 @@ def train(
     dtype = pick_dtype(parameters.base.compute_dtype, DEVICE)
     model = fake_nf4(shape, DEVICE, dtype)
     row = list(range(2, length + 2))
-    ids = [row] * parameters.train.batch_size * STEPS
+    ids = [row] * parameters.train.batch_size * parameters.train.gradient_accumulation * STEPS
     rows, options = Dataset.from_dict({"input_ids": ids, "labels": ids}), dict[str, Any]()
     if parameters.align.method != "none":
-        pairs = {"input_ids": ids, "labels": ids, "other_ids": ids, "other_labels": ids, "desirable": [True] * len(ids)}
-        rows = beside_rows(Dataset.from_dict(pairs), rows, parameters.seed)
+        others = {"other_ids": ids, "other_labels": ids, "desirable": [True] * len(ids)}
+        pairs = Dataset.from_dict({"input_ids": ids, "labels": ids} | others)
+        rows = beside_rows(pairs, rows, parameters.seed) if parameters.align.repeat_weight else pairs
         options = {"kind": PreferenceTrainer, "align": parameters.align}
     step.gpu = gpu
     with patch.dict(vars(sys.modules[type(model).__module__])):  # of what Liger changes for all models
-        trainer = trainer_of(model, parameters, rows, DEVICE, folder, **options)
+        trainer = trainer_of(model, parameters, rows, length, DEVICE, folder, **options)
         trainer.args.dataloader_pin_memory = False  # fake memory cannot be pinned
         trainer.add_callback(step)
         trainer.train()

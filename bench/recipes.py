@@ -41,7 +41,7 @@ def main() -> None:
         for card in CARDS:
             batch, length = largest(batches, card), largest(lengths, card)
             cells.append(f"{batch} × {rows // batch}, {length}" if batch else "-")
-        smallest = next(card for card in CARDS if largest(batches, card) >= train.batch_size)
+        smallest = next((card for card in CARDS if largest(batches, card) >= train.batch_size), CARDS[-1])
         with patch("pipeline.model.loading.gpu_memory", return_value=smallest * GIB):
             gib = needed(name, train, longest) / GIB
         speed = round(FLOP_PER_SECOND / flops_of_a_token(SHAPES[name], longest), -2)

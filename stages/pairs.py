@@ -186,7 +186,7 @@ def require_both_sides(rows: dict[str, int], valid_share: float) -> None:
         raise UserError(
             f"{rows['train'] + rows['valid']} of {rows['read']} rows of {PREFERENCES} can be used, and "
             f"merge.valid_share {valid_share} leaves {rows['train']} of them to train on and {rows['valid']} to "
-            "validate with: both need a prompt of their own: add rows with other prompts"
+            "validate with. Both need a prompt of their own: add rows with other prompts, or change merge.valid_share"
         )
 
 

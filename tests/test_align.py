@@ -30,7 +30,7 @@ from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.training import alignment
-from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds
+from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds, longest_sequences
 from pipeline.training.runs import save_adapter
 from pipeline.training.trainer import build_trainer, training_arguments
 from stages import align, tokenize_pairs
@@ -160,7 +160,7 @@ def built_trainer(method: str, **changed: Any) -> PreferenceTrainer:
     Path("checkpoints").mkdir(exist_ok=True)
     rows, valid = (Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow")) for side in ("train", "valid"))
     rows = beside_rows(rows, Dataset.from_file(str(TOKENS / "train.arrow")), 1)
-    arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"), model, rows)
+    arguments = training_arguments(train, 1, CPU, torch.float32, Path("checkpoints"), model.config, 1)
     trainer = build_trainer(PreferenceTrainer, arguments, train, model, load_tokenizer(TINY), rows, valid, align=chosen)
     trainer.accelerator.prepare_model(trainer.model)
     return trainer
@@ -248,6 +248,14 @@ def test_the_loss_of_kto_is_that_of_trl(pairs: Project) -> None:
     torch.testing.assert_close(ours.item(), loss.item(), rtol=1e-5, atol=1e-5)
 
 
+def test_the_batches_of_kto_are_of_equal_size_and_those_of_dpo_of_like_length(pairs: Project) -> None:
+    sampler = built_trainer("dpo").get_train_dataloader().batch_sampler
+    assert list(longest_sequences(built_trainer("dpo").train_dataset)) == list(sampler.batch_sampler.lengths)
+    pairs.set(align__method="kto")
+    tokenize_pairs.main()
+    assert [len(batch) for batch in built_trainer("kto").get_train_dataloader().batch_sampler] == [4] * 6 + [2]
+
+
 def test_the_log_odds_of_orpo_are_those_of_trl() -> None:
     chosen, rejected = torch.tensor([-0.01, -2.0, -9.0]), torch.tensor([-3.0, -0.5, -9.5])
     settings = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device=CPU))
@@ -320,7 +328,7 @@ def test_pairs_that_are_too_long_are_left_out_and_listed_where_the_user_says_so(
     tokenize_pairs.main()
     left_out = read_jsonl(PAIR_TOKENS / "overflow.jsonl")
     kept = [len(Dataset.from_file(str(PAIR_TOKENS / f"{side}.arrow"))) for side in ("train", "valid")]
-    assert f"dropped: {len(left_out)} rows of data/preferences, longer than" in capsys.readouterr().out
+    assert f"pair_tokens/overflow.jsonl lists {len(left_out)} dropped rows, longer than" in capsys.readouterr().out
     assert left_out and sum(kept) + len(left_out) == 13 + 3 and all(one["tokens"] > 40 for one in left_out)
 
 
@@ -355,6 +363,7 @@ def test_kto_compares_each_answer_with_an_answer_to_another_prompt(pairs: Projec
     valid = Path("data/pairs_valid.jsonl")
     valid.write_text(valid.read_text(encoding="utf-8").splitlines(True)[0], encoding="utf-8")
     with pytest.raises(
-        UserError, match=r"^data/pairs_valid\.jsonl has one prompt, and kto compares each answer with an"
+        UserError,
+        match=r"^data/pairs_valid\.jsonl has one prompt with rows that fit in tokenize\.max_length 128, and kto",
     ):
         tokenize_pairs.main()

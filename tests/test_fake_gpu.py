@@ -36,6 +36,7 @@ def counted(*arguments: str, packages: Path = ROOT) -> list[dict[str, Any]]:
         (["--models", "Llama 3.1 8B", "Gemma 2 9B", "--lengths", "512", "--rows", "4", *WITHOUT_OFFLOADING], 4),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.use_dora=true"], 1),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--", "lora.modules_to_save=[norm]"], 1),
+        (["--models", "Llama 3.1 8B", "--lengths", "512", "--processes", "2"], 1),
         (["--models", "Llama 3.1 8B", "--lengths", "512", "--rows", "2", "--", "align.method=orpo"], 2),
     ],
 )

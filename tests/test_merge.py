@@ -657,9 +657,12 @@ def test_a_row_that_gives_an_exam_question_away_is_refused_or_dropped(
 def test_a_leak_is_judged_by_words_but_never_by_other_names_numbers_and_signs(
     question: str, row_asks: str, near: float | None
 ) -> None:
-    exam = ExamIndex([Question("q", question, ["x"], "s"), Question("r", "Which day is it?", ["x"], "s")], near or 0.9)
+    exam = ExamIndex(
+        [Question("q", question, ["x"], "s", location="e:1"), Question("r", "Which day is it?", ["x"], "s")],
+        near or 0.9,
+    )
     leak = exam.leak(words(row_asks))
-    assert leak == (None if near is None else Leak("q", question, near=near > 0))
+    assert leak == (None if near is None else Leak("q", question, near > 0, "e:1"))
 
 
 def test_edits_of_a_question_are_caught_and_questions_about_other_things_are_not() -> None:

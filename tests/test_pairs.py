@@ -139,6 +139,10 @@ FORMATS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"instruction": PROMPT, "input": "", "output": GOOD["content"], "kto_tag": False},
         SINGLE | {"label": False},
     ),
+    "answers in JSON": (
+        {"prompt": [Q], "chosen": '{"a": 1}', "rejected": "{}"},
+        PAIR | {"chosen": GOOD | {"content": '{"a": 1}'}, "rejected": BAD | {"content": "{}"}},
+    ),
     "CSV": ({"prompt": json.dumps([Q]), "chosen": json.dumps(GOOD), "rejected": BAD["content"]}, PAIR),
 }
 
@@ -164,16 +168,16 @@ INVALID: list[tuple[Any, str, str]] = [
     (
         {"promt": "x", "chosen": "a", "rejected": "b"},
         "unknown format",
-        "without a prompt in messages or conversations or prompt or question or instruction; this row has ['promt', '",
+        "needs a prompt: add one of messages, conversations, prompt, question, instruction; this row has ['promt', '",
     ),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD]}, "equal answers", "nothing to compare"),
     (trl(PROMPT, "가", "\u1100\u1161"), "equal answers", "nothing to compare"),
-    (trl(PROMPT, "a", " "), "empty", "rejected is empty"),
+    (trl(PROMPT, "a", " "), "empty", "the rejected answer is empty"),
     (trl(PROMPT, "a", "a \n"), "equal answers", "nothing to compare"),
     (trl(PROMPT, "a\0", "b"), "NUL", "prompt and chosen: "),
-    (trl(" ", "a", "b"), "unknown format", "without a prompt"),
-    ({"prompt": PROMPT, "chosen": None, "rejected": "b"}, "empty", "chosen is empty"),
-    ({"prompt": PROMPT, "chosen": 7, "rejected": "b"}, "no text", "chosen is neither text nor a message"),
+    (trl(" ", "a", "b"), "unknown format", "a pair of answers needs a prompt"),
+    ({"prompt": PROMPT, "chosen": None, "rejected": "b"}, "empty", "the chosen answer is empty"),
+    ({"prompt": PROMPT, "chosen": 7, "rejected": "b"}, "no text", "the chosen answer is neither text nor a message"),
     ({"prompt": 7, "chosen": "a", "rejected": "b"}, "no text", "its prompt cannot be read: here int"),
     ({"messages": "Q?", "chosen": "a", "rejected": "b"}, "no text", "its messages cannot be read: here str"),
     ({"prompt": [Q], "chosen": [GOOD, BAD], "rejected": [BAD]}, "turns", f"chosen {TWO}"),
@@ -401,7 +405,7 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
     assert checked(FOLDER) == [f"{counts}; WARNING: align.method is none, so no model learns from them"]
     assert checked(EXAM) == ["1 held-out pairs"]
     folder.set(align__method="kto")
-    needs = "prompts: 1 to train on, 1 to validate with (merge.valid_share 0.05); align.method kto needs 2 of each: "
+    needs = "prompts: 1 to train on, 1 to validate with (merge.valid_share 0.05); kto needs 2 of each: "
     assert checked(FOLDER)[0].startswith(needs)
     folder.set(merge__valid_share=0.3)
     others = [trl(f"Is it {n}?", "yes", "no") for n in range(20)]

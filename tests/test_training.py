@@ -18,7 +18,7 @@ from accelerate.data_loader import BatchSamplerShard
 from conftest import Project, describe_base
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, TrainerState
+from transformers import AutoConfig, TrainerState
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.lora import Lora
@@ -300,7 +300,7 @@ def built_trainer() -> Trainer:
     train_rows, valid_rows = (Dataset.from_file(f"data/tokens/{side}.arrow") for side in ("train", "valid"))
     train, device = parameters.train, torch.device("cpu")
     dtype = pick_dtype(parameters.base.compute_dtype, device)
-    arguments = training_arguments(train, parameters.seed, device, dtype, Path("checkpoints"), model, train_rows)
+    arguments = training_arguments(train, parameters.seed, device, dtype, Path("checkpoints"), model.config, 128)
     return build_trainer(Trainer, arguments, train, model, tokenizer, train_rows, valid_rows)
 
 
@@ -337,25 +337,22 @@ def test_every_key_of_lora_tokenize_and_train_changes_the_rows_or_the_trainer(pr
 def test_checkpoints_are_offloaded_where_they_take_much_of_a_gpu(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
-    config = model.config
-    rows = Dataset.from_dict({"input_ids": [[1], [1] * 60], "other_ids": [[1] * 40, [1]], "labels": [[1], [1]]})
-    project.set(base__compute_dtype="float32", train__batch_size=16)  # without a GPU, Transformers refuses bfloat16
-    size = config.num_hidden_layers * 16 * (60 + 40) * config.hidden_size * 4
+    config = AutoConfig.from_pretrained(TINY)
+    project.set(train__batch_size=16)
+    size = config.num_hidden_layers * 16 * 100 * config.hidden_size * 4
 
-    def offloads(device: str, gpu: int = 20 * size - 1, **changed: object) -> bool:
+    def offloads(device: str, gpu: int = 40 * size - 1, **changed: object) -> bool:
         project.set(**changed)
         monkeypatch.setattr("pipeline.model.loading.gpu_memory", lambda: gpu)
-        arguments = training_arguments(
-            load("train_qlora").train, 1, torch.device(device), torch.float32, Path("checkpoints"), model, rows
-        )
+        train = load("train_qlora").train  # in float32: without a GPU, Transformers refuses bfloat16
+        arguments = training_arguments(train, 1, torch.device(device), torch.float32, Path("checkpoints"), config, 100)
         return bool(arguments.gradient_checkpointing_kwargs["offload"])
 
-    assert offloads("cuda") and not offloads("cpu") and not offloads("cuda", gpu=20 * size)
+    assert offloads("cuda") and not offloads("cpu") and not offloads("cuda", gpu=40 * size)
     assert not offloads("cuda", train__gradient_checkpointing=False)
     assert not offloads("cpu", train__gradient_checkpointing=True)
     assert not offloads("cuda", train__activation_offloading=False)
-    assert offloads("cuda", gpu=20 * size, train__activation_offloading=True)
+    assert offloads("cuda", gpu=40 * size, train__activation_offloading=True)
     assert not offloads("cpu", train__activation_offloading=True)
 
 

@@ -155,9 +155,11 @@ def examine(parameters: Parameters, kinds: dict[str, set[str]], tools: Tools, de
         if beside := beside_gpus(model, values, longest, device, base.quantization, sequences):
             needs = {stage: beside}
             if not fits(f"memory: {stage}", needs, room := free_memory(torch.device("cpu"))):
+                on_gpu = values.model_copy(update={"activation_offloading": False})
+                offloads = beside_gpus(model, on_gpu, longest, device, base.quantization, sequences) < beside
+                first = "set train.activation_offloading to false, or " if offloads else ""
                 refusals.append(
-                    f"{stage} {short(needs, room, 'memory')}: set train.activation_offloading to false, or spread "
-                    "train.processes over more machines"
+                    f"{stage} {short(needs, room, 'memory')}: {first}spread train.processes over more machines"
                 )
     needs = {"evaluate_gguf": evaluating_gguf(model, device, dtype)}
     if not fits("memory: evaluate_gguf", needs, room := free_memory(torch.device("cpu"))):
@@ -327,8 +329,6 @@ def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]
     change: dict[str, object] = {}
     if not pick_checkpointing(train.gradient_checkpointing, device):
         yield (change := change | {"gradient_checkpointing": True})
-    if device.type == "cuda" and train.activation_offloading is False:
-        yield (change := change | {"activation_offloading": True})
     batch_size, rows = train.batch_size, train.batch_size * train.gradient_accumulation
     while batch_size > 1:
         batch_size //= 2
@@ -337,7 +337,7 @@ def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]
             yield (change := change | {"batch_size": batch_size, "gradient_accumulation": batches})
     if pick_optimizer(train.optimizer, device) != "paged_adamw_8bit":
         yield (change := change | {"optimizer": "paged_adamw_8bit"})
-    if device.type == "cuda" and train.activation_offloading == "auto":
+    if device.type == "cuda" and train.activation_offloading is not True:
         yield (change := change | {"activation_offloading": True})
     if train.processes > 1 and train.strategy == "ddp":
         yield change | {"strategy": "fsdp"}

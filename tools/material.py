@@ -187,12 +187,15 @@ def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
     text = ", ".join(f"{n}{more} {what}" for what, n in counts.items() if n)
     keys = np.array([int(prompt, 16) for prompt in prompts], np.uint64)
     valid = int(held_out(keys, np.ones(len(keys), np.bool_), merge.valid_share).sum())
-    if prompts and not more and min(valid, len(prompts) - valid) < least:
+    train = len(prompts) - valid
+    if prompts and not more and min(train, valid) < least:
+        share = f", or {'raise' if valid < least else 'lower'} merge.valid_share" if len(prompts) >= 2 * least else ""
+        needs = "kto needs 2" if method == "kto" else "1 is needed"
         missing = (
-            f"prompts: {len(prompts) - valid} to train on, {valid} to validate with (merge.valid_share "
-            f"{merge.valid_share}); align.method {method} needs {least} of each: add rows with other prompts"
+            f"prompts: {train} to train on, {valid} to validate with (merge.valid_share {merge.valid_share}); "
+            f"{needs} of each: add rows with other prompts{share}"
         )
-        return Material(PREFERENCES, "", missing + (", or raise the share" if len(prompts) > 3 else ""))
+        return Material(PREFERENCES, "", missing)
     if not text and method != "none":
         missing = f"no pairs, and align.method is {method}: add pairs, or set align.method to none"
         return Material(PREFERENCES, "", missing, (f"in {PREFERENCES}/pairs.jsonl: {PAIR}",))

@@ -44,12 +44,13 @@ class Leak:
     question: str  # the id of the question
     text: str
     near: bool  # False: the text has the question word by word
-    location: str = ""  # "file:line" of the exam
+    location: str  # "file:line" of the exam
 
     def __str__(self) -> str:
         text = self.text if len(self.text) <= SHOWN else f"{self.text[: SHOWN - 1]}…"
-        where = f"{self.location}: " if self.location else ""
-        return f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({where}{text!r})"
+        return (
+            f"{'nearly ' if self.near else ''}asks the question {self.question} of an exam ({self.location}: {text!r})"
+        )
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def pair(content: dict[str, Any], chosen: Any, rejected: Any, used: set[str], so
     if not any(answers):
         raise nothing_to_compare()
     if not prompt:
-        keys = " or ".join(PROMPTS)
-        raise InvalidRow("unknown format", f"a pair of answers without a prompt in {keys}; {its_keys(content)}")
+        keys = ", ".join(PROMPTS)
+        raise InvalidRow("unknown format", f"a pair of answers needs a prompt: add one of {keys}; {its_keys(content)}")
     of_prompt = {key, "input"} if key == "instruction" else {key} if key else set[str]()
     tools = "functions" if is_empty(content.get("tools")) else "tools"
     require_used("a row", content, used | of_prompt | {"system", tools}, KEYS | OTHER_KEYS)
@@ -160,8 +160,8 @@ def is_turn(value: Any) -> bool:
 
 def turns_of(name: str, answer: Any) -> list[Message]:
     """The messages of an answer: text, one message, or a list of messages."""
-    if is_empty(answer):
-        raise InvalidRow("empty", f"{name} is empty")
+    if not answer or (isinstance(answer, str) and not answer.strip()):
+        raise InvalidRow("empty", f"the {name} answer is empty")
     match answer:
         case list():
             return [trained_message(turn) for turn in answer]
@@ -169,7 +169,7 @@ def turns_of(name: str, answer: Any) -> list[Message]:
             return [trained_message(answer)]
         case str():
             return [answered(answer)]
-    raise InvalidRow("no text", f"{name} is neither text nor a message but {type(answer).__name__}")
+    raise InvalidRow("no text", f"the {name} answer is neither text nor a message but {type(answer).__name__}")
 
 
 def prompt_of(key: str, content: dict[str, Any]) -> list[Message]:

@@ -15,13 +15,14 @@ import transformers
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
+from pipeline.common.parameters.train import Train
 from pipeline.model.bitsandbytes_internals import dequantize_in_use, keep_dequantized, never_repack
 from pipeline.model.free_memory import free_memory, gpu_memory
 from pipeline.model.gpus import multiplies_bfloat16, require_usable
 from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import use_own_quantizer
 
-AMPLE = 1 / 20  # of the memory that the base leaves on a GPU: what checkpoints may take
+CHECKPOINT_SHARE = 1 / 40  # of a GPU's memory: what checkpoints may take that are not offloaded
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
@@ -93,16 +94,17 @@ def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> 
 
 
 def pick_offloading(
-    wanted: bool | Literal["auto"], checkpointing: bool, device: torch.device, size: int, base: int
+    train: Train, config: PreTrainedConfig, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether the checkpoints of a step, of `size` bytes, are kept in RAM beside a GPU, on which the base has `base`
-    bytes.
+    """Whether the checkpoints of a batch with `tokens` tokens, padded, are kept in RAM beside a GPU.
 
-    The copies take time (4 to 9 % of a step of 2048 tokens). "auto" copies only what takes much of the GPU's memory.
+    Copies take time, so "auto" keeps checkpoints on the GPU that take little of its memory.
     """
-    if not checkpointing or device.type != "cuda":
+    if device.type != "cuda" or not pick_checkpointing(train.gradient_checkpointing, device):
         return False
-    return size > AMPLE * (gpu_memory() - base) if wanted == "auto" else wanted
+    if train.activation_offloading == "auto":
+        return checkpoint_bytes(config, tokens, dtype) > CHECKPOINT_SHARE * gpu_memory()
+    return train.activation_offloading
 
 
 def checkpoint_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:

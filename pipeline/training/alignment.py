@@ -20,7 +20,7 @@ from pipeline.model.loading import pick_dtype, reproducible, without_dropout
 from pipeline.model.peft_internals import give_head_a_bias
 from pipeline.model.training_template import training_template
 from pipeline.training.checkpoints import checkpoint_folder, fingerprint
-from pipeline.training.preferences import PreferenceTrainer, beside_rows
+from pipeline.training.preferences import PreferenceTrainer, beside_rows, longest_sequences, sequences_of
 from pipeline.training.processes import in_processes, newest_common, on_this_machine, share_of_step
 from pipeline.training.runs import load_for_training, memory, place, save_adapter, timed
 from pipeline.training.trainer import build_trainer, training_arguments
@@ -73,8 +73,9 @@ def train_on_pairs(parameters: Parameters, train: Train, process: PartialState) 
         if parameters.align.repeat_weight:
             pairs = beside_rows(pairs, Dataset.from_file(str(TOKENS / "train.arrow")), parameters.seed)
         dtype = pick_dtype(parameters.base.compute_dtype, device)
-        arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints, model, pairs)
         align = parameters.align
+        longest = sequences_of(align) * int(longest_sequences(pairs).max())
+        arguments = training_arguments(train, parameters.seed, device, dtype, checkpoints, model.config, longest)
         trainer = build_trainer(PreferenceTrainer, arguments, train, model, tokenizer, pairs, held_out, align=align)
         cost = timed(trainer, checkpoint)
         cost |= memory(device)

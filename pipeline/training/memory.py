@@ -25,7 +25,6 @@ from pipeline.model.experts import names_of_experts
 from pipeline.model.free_memory import free_memory
 from pipeline.model.loading import (
     KEPT,
-    checkpoint_bytes,
     keeps_dequantized,
     pick_attention,
     pick_checkpointing,
@@ -81,11 +80,11 @@ def training(
         and not is_sharded(train.processes, train.strategy)
         and keeps_dequantized(train.processes * model.num_parameters(), dtype)
     )
+    base = kept_bytes(model, train, in_nf4)
     layer, of_experts = (weights * dtype.itemsize if in_nf4 else 0 for weights in most_dequantized(model))
     experts = [weight.numel() for weight in expert_weights(model)] if quantization == "nf4" else []
     loading = QUANTIZING[device.type] * max(experts, default=0) * dtype.itemsize
     files = 0 if device.type == "cuda" else model.num_parameters() * saved_dtype(folder).itemsize
-    base = kept_bytes(model, train, in_nf4)
     if in_nf4:
         quantize_on_meta(model, linear_layers(model), lora.use_dora)
     tuned = with_adapter(model, lora_config(lora, tokens))
@@ -105,8 +104,7 @@ def training(
     optimizer = pick_optimizer(train.optimizer, device)
     embeddings = {id(module.weight) for module in tuned.modules() if isinstance(module, torch.nn.Embedding)}
     checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
-    size = checkpoint_bytes(model.config, together * length, dtype)
-    offloading = pick_offloading(train.activation_offloading, checkpointing, device, size, base)
+    offloading = pick_offloading(train, model.config, together * length, device, dtype)
     buckets = train.processes > 1 and not is_sharded(train.processes, train.strategy)  # DDP's copies of gradients
     with liger_on_meta(model) if uses_liger(train.kernels, model.config, device) else nullcontext():
         step = one_step(tuned, together, length, device, checkpointing, offloading)
@@ -276,16 +274,12 @@ def beside_gpus(
     if is_sharded(train.processes, train.strategy):
         in_nf4 = quantization == "nf4"
         each += nf4_bytes(model) if in_nf4 else model.num_parameters() * model.dtype.itemsize
-    in_ram = 0
-    if only_looked_up(model) and not is_sharded(train.processes, train.strategy):
-        in_ram = model.get_input_embeddings().weight.nbytes
-    each += in_ram
-    size = checkpoint_bytes(model.config, rows * sequences * length, model.dtype)
-    checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
-    base = kept_bytes(model, train, quantization == "nf4") - in_ram
-    if pick_offloading(train.activation_offloading, checkpointing, device, size, base):
-        layers = config.num_hidden_layers
-        each += layers * 2 ** (size // layers - 1).bit_length()
+    elif only_looked_up(model):
+        each += model.get_input_embeddings().weight.nbytes
+    tokens = rows * sequences * length
+    if pick_offloading(train, model.config, tokens, device, model.dtype):
+        size = tokens * config.hidden_size * model.dtype.itemsize
+        each += config.num_hidden_layers * 2 ** (size - 1).bit_length()
     return each * train.processes
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 from pipeline.common.errors import UserError
 from pipeline.common.outputs import write_jsonl
 from pipeline.common.parameters.schema import Parameters
+from pipeline.common.paths import PAIR_TOKENS
 from pipeline.common.rows import Message, Row, read_jsonl
 from pipeline.data.pair_formats import require_method
 from pipeline.model.base import located
@@ -66,7 +67,7 @@ def write_pair_tokens(folder: Path, sides: dict[str, Path], parameters: Paramete
             )
     write_jsonl(folder / "overflow.jsonl", overflow)
     if overflow:
-        print(f"dropped: {len(overflow)} rows of data/preferences, longer than tokenize.max_length (overflow.jsonl)")
+        print(f"{PAIR_TOKENS}/overflow.jsonl lists {len(overflow)} dropped rows, longer than tokenize.max_length")
 
 
 def tokenize(
@@ -140,8 +141,8 @@ def unpaired(rows: Iterator[list[Answer]], file: Path, max_length: int) -> Itera
         other = next(alike, any_other)
         if other is None and len({answer.prompt for answer in answers}) == 1:
             raise UserError(
-                f"{file} has one prompt, and kto compares each answer with an answer to another prompt: add rows with "
-                "other prompts to data/preferences, or raise merge.valid_share (train_qlora runs again, too)"
+                f"{file} has one prompt with rows that fit in tokenize.max_length {max_length}, and kto compares each "
+                "answer with an answer to another prompt: add rows with other prompts to data/preferences"
             )
         if other is None:
             raise UserError(

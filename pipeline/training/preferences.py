@@ -49,7 +49,8 @@ class PreferenceTrainer(Trainer):
     `align.repeat_weight` times the loss of the repeated rows.
 
     The loss of a step is the same for any number of processes and batches, except that of KTO: as in TRL, KTO measures
-    the divergence from the reference on the rows that are in memory at one time.
+    the divergence from the reference on the rows that are in memory at one time. So the batches of KTO are random, and
+    of equal size.
     """
 
     section = "align"
@@ -74,9 +75,10 @@ class PreferenceTrainer(Trainer):
         self.weights = [len(train_dataset) / (2 * max(1, of)) for of in (undesirable, desirable)]
 
     def row_lengths(self) -> np.ndarray:
-        """Of the longest of the sequences that a step reads together."""
-        together = [OWN, *([] if self.align.method == "kto" else [OTHER]), *self.beside]
-        return np.maximum.reduce([lengths(self.train_dataset, ids) for ids, _ in together])
+        """Of the longest of the sequences that a step reads together; with KTO, the same for all rows."""
+        if self.align.method == "kto":
+            return np.ones(len(self.train_dataset), np.int64)
+        return longest_sequences(self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         rows = self.shared(eval_dataset or self.eval_dataset)
@@ -215,6 +217,12 @@ class MeasureReference(TrainerCallback):
             self.trainer.read_reference()
         else:
             self.trainer.measure_reference()
+
+
+def longest_sequences(rows: Dataset) -> np.ndarray:
+    """Return the number of tokens of the longest sequence of each row."""
+    columns = [ids for ids, _ in (OWN, OTHER, REPEATED) if ids in rows.column_names]
+    return np.maximum.reduce([lengths(rows, ids) for ids in columns])
 
 
 def sequences_of(align: Align) -> int:

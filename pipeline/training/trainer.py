@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     ProgressCallback,
     TrainerCallback,
@@ -28,7 +29,7 @@ from trl import SFTConfig
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.train import Train
-from pipeline.model.loading import checkpoint_bytes, pick_checkpointing, pick_offloading, pick_optimizer
+from pipeline.model.loading import pick_checkpointing, pick_offloading, pick_optimizer
 from pipeline.model.peft_internals import load_adapters_as_saved
 from pipeline.training.accelerate_internals import leave_unwrapped
 from pipeline.training.checkpoints import seal
@@ -200,7 +201,7 @@ class BatchesByLength(Sampler[list[int]]):
 
 def least_padded(rows: list[int], lengths: np.ndarray, number: int, most: int) -> list[list[int]]:
     """Cut `rows`, the longest last, into `number` batches that have, padded, as few tokens as possible together, and
-    at most `most` tokens each."""
+    at most `most` tokens each. `lengths`: their tokens, ascending; shape (rows,)."""
     start, end = np.arange(len(rows))[:, None], np.arange(1, len(rows) + 1)
     padded = np.where(start < end, (end - start) * lengths, np.inf)  # tokens of a batch of rows[start:end]
     padded[padded > most] = np.inf
@@ -280,17 +281,13 @@ def training_arguments(
     device: torch.device,
     dtype: torch.dtype,
     checkpoints: Path,
-    model: PeftModel,
-    rows: Dataset,
+    config: PreTrainedConfig,
+    longest: int,
 ) -> SFTConfig:
     """TRL's arguments for training on `device` with arithmetic in `dtype`, with checkpoints in the folder
-    `checkpoints`. `model` and `rows` are what will be trained, and what on."""
+    `checkpoints`. `config` is the model's. `longest`: tokens of the longest row, all its sequences padded."""
     batch_size, gradient_accumulation = share_of_step(train.batch_size, train.gradient_accumulation, train.processes)
-    checkpointing = pick_checkpointing(train.gradient_checkpointing, device)
-    longest = sum(int(lengths(rows, name).max()) for name in rows.column_names if name.endswith("_ids"))
-    size = checkpoint_bytes(model.config, batch_size * longest, dtype)
-    base = sum(weight.nbytes for weight in model.parameters() if weight.device.type == device.type)
-    offloading = pick_offloading(train.activation_offloading, checkpointing, device, size, base)
+    offloading = pick_offloading(train, config, batch_size * longest, device, dtype)
     return SFTConfig(
         output_dir=str(checkpoints),
         seed=seed,
@@ -309,7 +306,7 @@ def training_arguments(
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         optim=pick_optimizer(train.optimizer, device),
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=pick_checkpointing(train.gradient_checkpointing, device),
         gradient_checkpointing_kwargs={"offload": offloading},
         logging_steps=train.eval_steps,
         logging_nan_inf_filter=False,
