@@ -30,7 +30,7 @@ from pipeline.model.adapter import lora_config, with_adapter
 from pipeline.model.base import located
 from pipeline.model.chat_template import load_tokenizer
 from pipeline.training import alignment
-from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds, longest_sequences
+from pipeline.training.preferences import PreferenceTrainer, beside_rows, log_odds
 from pipeline.training.runs import save_adapter
 from pipeline.training.trainer import build_trainer, training_arguments
 from stages import align, tokenize_pairs
@@ -249,8 +249,9 @@ def test_the_loss_of_kto_is_that_of_trl(pairs: Project) -> None:
 
 
 def test_the_batches_of_kto_are_of_equal_size_and_those_of_dpo_of_like_length(pairs: Project) -> None:
-    sampler = built_trainer("dpo").get_train_dataloader().batch_sampler
-    assert list(longest_sequences(built_trainer("dpo").train_dataset)) == list(sampler.batch_sampler.lengths)
+    trainer = built_trainer("dpo")
+    sequences = [[row["input_ids"], row["other_ids"], row["repeated_ids"]] for row in trainer.train_dataset]
+    assert list(trainer.row_lengths()) == [max(map(len, of_row)) for of_row in sequences]
     pairs.set(align__method="kto")
     tokenize_pairs.main()
     assert [len(batch) for batch in built_trainer("kto").get_train_dataloader().batch_sampler] == [4] * 6 + [2]

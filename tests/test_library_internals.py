@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from importlib import import_module
@@ -61,6 +62,7 @@ from pipeline.model.transformers_internals import (
     attention_of,
     ended,
     experts_on_meta,
+    first_layers,
     forget_quantization,
     layers_of,
     loaded_into,
@@ -199,6 +201,18 @@ def test_transformers_notes_in_a_checkpoint_that_training_ended_with_it(build: B
 def test_transformers_names_the_blocks_of_a_model() -> None:
     for model in (adapted(), adapted().get_base_model()):
         assert [type(layer).__name__ for layer in layers_of(model)] == ["LlamaDecoderLayer"] * 2
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_transformers_reads_in_each_pass_how_many_layers_to_compute(name: str) -> None:
+    model = AutoModelForCausalLM.from_config(deepcopy(TINY[name]))
+    calls = Counter[int]()
+    for number, layer in enumerate(layers_of(model)):
+        layer.register_forward_hook(lambda *_, number=number: calls.update([number]))
+    with first_layers(model, 1):
+        model(torch.tensor([[5, 6]]))
+    model(torch.tensor([[5, 6]]))
+    assert calls == Counter({0: 2} | {number: 1 for number in range(1, len(layers_of(model)))})
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -17,6 +17,22 @@ def layers_of(model: Any) -> list[Any]:
     return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
 
 
+@contextmanager
+def first_layers(model: Any, number: int) -> Iterator[None]:
+    """Inside the block, `model` computes its first `number` layers alone.
+
+    Each pass reads the number of layers in the configuration:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/models/llama/modeling_llama.py
+    """
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    config.num_hidden_layers = number
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers
+
+
 def attention_of(model: Any) -> str:
     """Return the name of the model's attention implementation, such as `sdpa` or `eager`.
 

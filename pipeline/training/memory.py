@@ -7,9 +7,8 @@ device have shapes and types, but no bytes.
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -32,7 +31,7 @@ from pipeline.model.loading import (
     pick_optimizer,
 )
 from pipeline.model.skeleton import skeleton
-from pipeline.model.transformers_internals import attention_of, experts_on_meta
+from pipeline.model.transformers_internals import attention_of, experts_on_meta, first_layers, layers_of
 from pipeline.training.liger_internals import liger_on_meta, uses_liger
 from pipeline.training.lora_product import use_lora_product
 from pipeline.training.processes import is_sharded, share_of_step
@@ -199,8 +198,7 @@ def head_bytes(model: Any, tokens: int, device: torch.device) -> int:
     return int(tile + more) + copied + 4 * (tokens * model.config.get_text_config().hidden_size + trained)
 
 
-@dataclass
-class StepBytes:
+class StepBytes(NamedTuple):
     """Bytes of the tensors that a forward and a backward pass make."""
 
     saved: int  # by the forward pass, for the backward pass
@@ -211,7 +209,10 @@ class StepBytes:
 def one_step(
     model: Any, batch_size: int, length: int, device: torch.device, checkpointing: bool, offloading: bool
 ) -> StepBytes:
-    """Measure a forward and a backward pass of `model` without its head. `model` is on the meta device."""
+    """Measure a forward and a backward pass of `model` without its head. `model` is on the meta device.
+
+    If its layers repeat, only a few of them take the step: each repetition needs the same memory again.
+    """
     if attention_of(model) == "sdpa":
         flash = device.type == "cuda" and batch_size == 1 and model.dtype == torch.bfloat16
         model.set_attn_implementation("unpadded_on_meta" if flash else "fused_on_meta")
@@ -228,12 +229,37 @@ def one_step(
     mask = None
     if eager or batch_size > 1:  # a single row has no padding, and SDPA makes its mask itself
         mask = torch.ones(batch_size, 1, length, length, dtype=model.dtype if eager else torch.bool, device="meta")
-    saving = saved_tensors_hooks(moved_away, brought_back) if offloading else nullcontext()
-    with Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT) as alive, saving, experts_on_meta():
-        hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-        saved, small = alive.now, alive.small
-        torch.autograd.backward(hidden, hidden.new_empty(()).expand_as(hidden))  # which is freed at once in training
-    return StepBytes(saved, alive.peak, small)
+
+    def of_layers(number: int) -> StepBytes:
+        saving = saved_tensors_hooks(moved_away, brought_back) if offloading else nullcontext()
+        known = Alive([*model.parameters(), *model.buffers(), *gradients, ids], KEPT)
+        with first_layers(model, number), known as alive, saving, experts_on_meta():
+            hidden = model.get_base_model().base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+            saved, small = alive.now, alive.small
+            torch.autograd.backward(hidden, hidden.new_empty(()).expand_as(hidden))  # in training, freed at once
+        return StepBytes(saved, alive.peak, small)
+
+    layers, period = model.config.get_text_config().num_hidden_layers, period_of_layers(model)
+    few = max(2, period)  # the first layer alone needs less than each further one
+    if few + period >= layers:
+        return of_layers(layers)
+    repetitions = (layers - few) / period
+    first, longer = of_layers(few), of_layers(few + period)
+    return StepBytes(*(int(one + (more - one) * repetitions) for one, more in zip(first, longer, strict=True)))
+
+
+def period_of_layers(model: Any) -> int:
+    """Return after how many layers the weights' shapes and the attention repeat: 1 if all layers are alike, and their
+    number if no layers repeat."""
+    config, layers = model.config.get_text_config(), layers_of(model)
+    attention = getattr(config, "layer_types", None) or [None] * len(layers)
+    if not len(layers) == len(attention) == config.num_hidden_layers:
+        return config.num_hidden_layers
+    kinds = [
+        (kind, [(name, weight.shape) for name, weight in layer.named_parameters()])
+        for kind, layer in zip(attention, layers, strict=True)
+    ]
+    return next(period for period in range(1, len(kinds) + 1) if kinds[period:] == kinds[:-period])
 
 
 def moved_away(saved: torch.Tensor) -> torch.Tensor | Callable[[], torch.Tensor]:
