@@ -28,7 +28,7 @@ from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import pick_device, pick_dtype
+from pipeline.model.loading import CHECKPOINT_SHARE, pick_device, pick_dtype
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training import checkpoints
 from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, least_padded, training_arguments
@@ -339,20 +339,20 @@ def test_checkpoints_are_offloaded_where_they_take_much_of_a_gpu(
 ) -> None:
     config = AutoConfig.from_pretrained(TINY)
     project.set(train__batch_size=16)
-    size = config.num_hidden_layers * 16 * 100 * config.hidden_size * 4
+    large = round(config.num_hidden_layers * 16 * 100 * config.hidden_size * 4 / CHECKPOINT_SHARE)
 
-    def offloads(device: str, gpu: int = 40 * size - 1, **changed: object) -> bool:
+    def offloads(device: str, gpu: int = large - 1, **changed: object) -> bool:
         project.set(**changed)
         monkeypatch.setattr("pipeline.model.loading.gpu_memory", lambda: gpu)
         train = load("train_qlora").train  # in float32: without a GPU, Transformers refuses bfloat16
         arguments = training_arguments(train, 1, torch.device(device), torch.float32, Path("checkpoints"), config, 100)
         return bool(arguments.gradient_checkpointing_kwargs["offload"])
 
-    assert offloads("cuda") and not offloads("cpu") and not offloads("cuda", gpu=40 * size)
+    assert offloads("cuda") and not offloads("cpu") and not offloads("cuda", gpu=large)
     assert not offloads("cuda", train__gradient_checkpointing=False)
     assert not offloads("cpu", train__gradient_checkpointing=True)
     assert not offloads("cuda", train__activation_offloading=False)
-    assert offloads("cuda", gpu=40 * size, train__activation_offloading=True)
+    assert offloads("cuda", gpu=large, train__activation_offloading=True)
     assert not offloads("cpu", train__activation_offloading=True)
 
 

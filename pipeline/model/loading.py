@@ -22,7 +22,7 @@ from pipeline.model.gpus import multiplies_bfloat16, require_usable
 from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import use_own_quantizer
 
-CHECKPOINT_SHARE = 1 / 40  # of a GPU's memory: what checkpoints may take that are not offloaded
+CHECKPOINT_SHARE = 1 / 64  # of a GPU's memory: what checkpoints may take that are not offloaded
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
