@@ -22,7 +22,7 @@ test: setup $(VENV)/.dev $(if $(filter Linux,$(shell uname)),$(VENV)/.liger) $(V
 	@ruff format --check .
 	@mypy
 	@lint-imports --no-logo
-	@pytest --numprocesses 2 --dist loadfile $(PYTEST)
+	@pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 check: setup
 	@python -m tools.check $(if $(DEEP),--deep)

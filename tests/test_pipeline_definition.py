@@ -141,7 +141,7 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
     assert ignored() == set(every) - committed, "name outputs in .gitignore, but for those with cache: false"
     assert all((project.folder / path).exists() for path in committed)
     (project.folder / "data/raw/facts.csv").write_text("not,facts\nA,b\n", encoding="utf-8")
-    failed = project.run("dvc", "repro", check=False)
+    failed = project.run("dvc", "repro", "generate", check=False)
     assert failed.returncode != 0 and "facts.csv:2" in failed.stderr and "Traceback" not in failed.stderr
     assert ignored() == set(every) - committed
 
@@ -149,6 +149,6 @@ def test_every_output_is_ignored_by_git_or_committed_before_and_after_a_failed_r
 def test_a_refused_stage_leaves_the_committed_metrics_of_a_fresh_clone_in_place(project: Project) -> None:
     exam = (project.folder / "data/questions.jsonl").read_text(encoding="utf-8").splitlines()[0]
     (project.folder / "data/curated/leak.jsonl").write_text(exam + "\n", encoding="utf-8")
-    refused = project.run("dvc", "repro", "merge", check=False)
+    refused = project.run("dvc", "repro", "--single-item", "generate", "merge", check=False)
     assert refused.returncode != 0 and "asks the question" in refused.stderr and "Traceback" not in refused.stderr
     assert project.run("git", "status", "--porcelain", "metrics").stdout == ""
