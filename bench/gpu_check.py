@@ -5,7 +5,7 @@
 
 Each check (bench.gpu_check_case) is a process with a time limit, and prints one line of JSON when it ends. A check that
 fails costs no other check. A check whose limit is longer than the rest of --seconds is not run, and says so. At the end
-comes a table in Markdown for bench/README.md. Exit status 1: a check failed.
+comes a table in Markdown for bench/README.md. Exit status 1: a check failed, or was not run.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"\n{'a CPU, tiny shapes' if asked.tiny else card()}, torch {version('torch')}: ", end="")
     print(f"{time.monotonic() - started:.0f} s\n\n| check | counted | measured | result |\n| --- | --- | --- | --- |")
     print("\n".join(row for each in outcomes for row in rows(each)))
-    sys.exit(any(has_failed(each) for each in outcomes))
+    sys.exit(not all(has_passed(each) for each in outcomes))
 
 
 def has_gpu() -> bool:
@@ -108,7 +108,8 @@ def card() -> str:
     """The name of the GPU, and the version of its driver."""
     if not shutil.which("nvidia-smi"):
         return "a GPU without nvidia-smi"
-    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    asked = ["nvidia-smi", "--id", visible, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     name, driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
     return f"{name}, driver {driver}"
 
@@ -127,8 +128,8 @@ def cell(measured: object) -> str:
     return f"{measured:.4g}" if isinstance(measured, float) else str(measured)
 
 
-def has_failed(outcome: dict[str, Any]) -> bool:
-    return "failed" in outcome or any(figure["passed"] is False for figure in outcome.get("figures", []))
+def has_passed(outcome: dict[str, Any]) -> bool:
+    return "figures" in outcome and not any(figure["passed"] is False for figure in outcome["figures"])
 
 
 if __name__ == "__main__":

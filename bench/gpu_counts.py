@@ -1,6 +1,7 @@
 """Count what a training step does on a GPU, without a GPU: memory, kernels, waits and copies.
 
-    python -m bench.gpu_counts [--models MODEL ...] [--lengths TOKENS ...] [--rows N] [--layers N] [name=value ...]
+    python -m bench.gpu_counts [name=value ...] [--models MODEL ...] [--lengths TOKENS ...]
+                               [--rows N] [--processes N] [--layers N]
 
 The trainer is that of stages.train_qlora, the shape of the model is the true one, and the tensors have no bytes
 (bench.fake_gpu). `name=value` sets a parameter, such as train.activation_offloading=false. With align.method=orpo, the
@@ -46,14 +47,14 @@ STEPS = 2  # the first makes the states of the optimizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("values", nargs="*", metavar="name=value")
+    parser.add_argument("values", nargs="*", type=name_and_value, metavar="name=value")
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *TINY], default=list(MODELS), metavar="MODEL")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192], metavar="TOKENS")
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("--lengths", nargs="+", type=positive, default=[512, 2048, 8192], metavar="TOKENS")
+    parser.add_argument("--rows", type=positive, default=1)
+    parser.add_argument("--processes", type=positive, default=1)
+    parser.add_argument("--layers", type=positive)
     asked = parser.parse_args()
-    values = {name: YAML(typ="safe").load(value) for name, value in (each.split("=", 1) for each in asked.values)}
+    values = dict(asked.values)
     for model in asked.models:
         shape = copy.deepcopy((MODELS | TINY)[model])
         if asked.layers:
@@ -62,6 +63,19 @@ def main() -> None:
         for length in asked.lengths:
             case = {"model": model, "tokens": length, "rows": asked.rows, "processes": asked.processes}
             print(json.dumps(case | counts(shape, length, asked.rows, asked.processes, values)), flush=True)
+
+
+def name_and_value(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=value, such as train.activation_offloading=false")
+    return name, YAML(typ="safe").load(value)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def counts(shape: PreTrainedConfig, length: int, rows: int, processes: int, values: dict[str, Any]) -> dict[str, Any]:

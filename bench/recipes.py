@@ -42,7 +42,7 @@ def main() -> None:
             batch, length = largest(batches, card), largest(lengths, card)
             cells.append(f"{batch} × {rows // batch}, {length}" if batch else "-")
         smallest = next((card for card in CARDS if largest(batches, card) >= train.batch_size), CARDS[-1])
-        with patch("pipeline.model.loading.gpu_memory", return_value=smallest * GIB):
+        with patch("pipeline.training.gradient_checkpointing.gpu_memory", return_value=smallest * GIB):
             gib = needed(name, train, longest) / GIB
         speed = round(FLOP_PER_SECOND / flops_of_a_token(SHAPES[name], longest), -2)
         print(f"| `{name}` | {gib:.1f} | {speed:,.0f} | {' | '.join(cells)} |", flush=True)

@@ -180,7 +180,7 @@ def test_preference_training_that_does_not_fit_is_refused_by_its_own_parameters(
 @pytest.fixture
 def needed(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Bytes of training on the built-in base with some parameters changed, with a GPU of 8 GiB."""
-    monkeypatch.setattr("pipeline.model.loading.gpu_memory", lambda: 8 * GIB)
+    monkeypatch.setattr("pipeline.training.gradient_checkpointing.gpu_memory", lambda: 8 * GIB)
 
     def bytes_of(length: int = 128, device: torch.device = CPU, **changed: object) -> int:
         project.set(**changed)

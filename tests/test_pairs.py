@@ -168,14 +168,15 @@ INVALID: list[tuple[Any, str, str]] = [
     (
         {"promt": "x", "chosen": "a", "rejected": "b"},
         "unknown format",
-        "needs a prompt: add one of messages, conversations, prompt, question, instruction; this row has ['promt', '",
+        "needs a prompt: add one of messages, conversations, prompt, question, "
+        "instruction (other column names: set merge.columns); this row has ['promt', '",
     ),
     ({"chosen": [Q, GOOD], "rejected": [Q, GOOD]}, "equal answers", "nothing to compare"),
     (trl(PROMPT, "가", "\u1100\u1161"), "equal answers", "nothing to compare"),
     (trl(PROMPT, "a", " "), "empty", "the rejected answer is empty"),
     (trl(PROMPT, "a", "a \n"), "equal answers", "nothing to compare"),
     (trl(PROMPT, "a\0", "b"), "NUL", "prompt and chosen: "),
-    (trl(" ", "a", "b"), "unknown format", "a pair of answers needs a prompt"),
+    (trl(" ", "a", "b"), "unknown format", "a pair of answers needs a prompt: prompt is empty"),
     ({"prompt": PROMPT, "chosen": None, "rejected": "b"}, "empty", "the chosen answer is empty"),
     ({"prompt": PROMPT, "chosen": 7, "rejected": "b"}, "no text", "the chosen answer is neither text nor a message"),
     ({"prompt": 7, "chosen": "a", "rejected": "b"}, "no text", "its prompt cannot be read: here int"),

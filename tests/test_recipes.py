@@ -72,7 +72,7 @@ def machine(project: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
         monkeypatch.setattr("pipeline.training.processes.require_gpus", lambda *_: None)
         monkeypatch.setattr("pipeline.model.free_memory.free_memory", lambda device: free[device.type])
         monkeypatch.setattr("pipeline.training.memory.free_memory", lambda device: free[device.type])
-        monkeypatch.setattr("pipeline.model.loading.gpu_memory", lambda: card * GIB)
+        monkeypatch.setattr("pipeline.training.gradient_checkpointing.gpu_memory", lambda: card * GIB)
         monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**40))
         monkeypatch.setattr("tools.check.changed", lambda _: True)  # tests/test_check.py asks DVC, which takes seconds
         monkeypatch.setattr("tools.check.cache_types", set)

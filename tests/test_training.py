@@ -28,9 +28,10 @@ from pipeline.common.parameters.tokenize import Tokenize
 from pipeline.common.parameters.train import Train
 from pipeline.common.rows import question_and_answer
 from pipeline.model.chat_template import load_tokenizer
-from pipeline.model.loading import CHECKPOINT_SHARE, pick_device, pick_dtype
+from pipeline.model.loading import pick_device, pick_dtype
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training import checkpoints
+from pipeline.training.gradient_checkpointing import CHECKPOINT_SHARE
 from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, least_padded, training_arguments
 from stages import tokenize, train_qlora
 
@@ -343,7 +344,7 @@ def test_checkpoints_are_offloaded_where_they_take_much_of_a_gpu(
 
     def offloads(device: str, gpu: int = large - 1, **changed: object) -> bool:
         project.set(**changed)
-        monkeypatch.setattr("pipeline.model.loading.gpu_memory", lambda: gpu)
+        monkeypatch.setattr("pipeline.training.gradient_checkpointing.gpu_memory", lambda: gpu)
         train = load("train_qlora").train  # in float32: without a GPU, Transformers refuses bfloat16
         arguments = training_arguments(train, 1, torch.device(device), torch.float32, Path("checkpoints"), config, 100)
         return bool(arguments.gradient_checkpointing_kwargs["offload"])

@@ -324,7 +324,8 @@ def remedy(train: Train, device: "torch.device", needed: Any, room: int, stage: 
 def savings(train: Train, device: "torch.device") -> Iterator[dict[str, object]]:
     """Changes of train.* that save memory, each with all before. Every change keeps the rows of a step, and steps that
     the processes can share."""
-    from pipeline.model.loading import pick_checkpointing, pick_optimizer
+    from pipeline.model.loading import pick_optimizer
+    from pipeline.training.gradient_checkpointing import pick_checkpointing
 
     change: dict[str, object] = {}
     if not pick_checkpointing(train.gradient_checkpointing, device):

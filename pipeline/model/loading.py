@@ -3,7 +3,6 @@
 import ctypes
 import os
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU need it
 # Otherwise memory that is reserved in pieces of other sizes is lost to long rows:
@@ -12,17 +11,15 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import transformers
-from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from pipeline.common.errors import UserError
-from pipeline.common.parameters.train import Train
 from pipeline.model.bitsandbytes_internals import dequantize_in_use, keep_dequantized, never_repack
-from pipeline.model.free_memory import free_memory, gpu_memory
+from pipeline.model.free_memory import free_memory
 from pipeline.model.gpus import multiplies_bfloat16, require_usable
 from pipeline.model.skeleton import auto_class, skeleton
 from pipeline.model.transformers_internals import use_own_quantizer
 
-CHECKPOINT_SHARE = 1 / 64  # of a GPU's memory: what checkpoints may take that are not offloaded
 KEPT = 2**23  # bytes: during training, glibc returns only larger freed blocks to the system
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # https://man7.org/linux/man-pages/man3/mallopt.3.html
 
@@ -87,30 +84,6 @@ def pick_attention(model: PreTrainedModel, device: torch.device) -> None:
     that of plain products (torch 2.13)."""
     if device.type == "cpu" and model.dtype == torch.bfloat16:
         model.set_attn_implementation("eager")
-
-
-def pick_checkpointing(wanted: bool | Literal["auto"], device: torch.device) -> bool:
-    return device.type == "cuda" if wanted == "auto" else wanted
-
-
-def pick_offloading(
-    train: Train, config: PreTrainedConfig, tokens: int, device: torch.device, dtype: torch.dtype
-) -> bool:
-    """Whether the checkpoints of a batch with `tokens` tokens, padded, are kept in RAM beside a GPU.
-
-    Copies take time, so "auto" keeps checkpoints on the GPU that take little of its memory.
-    """
-    if device.type != "cuda" or not pick_checkpointing(train.gradient_checkpointing, device):
-        return False
-    if train.activation_offloading == "auto":
-        return checkpoint_bytes(config, tokens, dtype) > CHECKPOINT_SHARE * gpu_memory()
-    return train.activation_offloading
-
-
-def checkpoint_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes of the inputs of all layers for `tokens` tokens, which gradient checkpointing keeps."""
-    text = config.get_text_config()
-    return int(text.num_hidden_layers * tokens * text.hidden_size * dtype.itemsize)
 
 
 def load_base(

@@ -26,12 +26,11 @@ from pipeline.model.loading import (
     KEPT,
     keeps_dequantized,
     pick_attention,
-    pick_checkpointing,
-    pick_offloading,
     pick_optimizer,
 )
 from pipeline.model.skeleton import skeleton
 from pipeline.model.transformers_internals import attention_of, experts_on_meta, first_layers, layers_of
+from pipeline.training.gradient_checkpointing import pick_checkpointing, pick_offloading
 from pipeline.training.liger_internals import liger_on_meta, uses_liger
 from pipeline.training.lora_product import use_lora_product
 from pipeline.training.processes import is_sharded, share_of_step
@@ -43,7 +42,7 @@ NF4_EXPERTS = (4 + 32 / 64) / 8  # without double quantization
 # Copies of a parameter with experts while it is loaded: its experts, joined in two steps; and, on a CPU, quantized.
 # Measured on a CPU.
 QUANTIZING = {"cpu": 8, "cuda": 3}
-# Bytes of a process before it has a model: libraries, and on a GPU also the CUDA context. Measured.
+# Bytes of a process before it has a model: libraries (measured), and on a GPU the CUDA context (assumed, too high).
 PROCESS = {"cpu": 600 * 2**20, "cuda": 1400 * 2**20}
 # glibc does not give back all memory of freed tensors below KEPT bytes. Measured: it keeps this share of the bytes of
 # all such tensors that a forward pass makes.

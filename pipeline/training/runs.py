@@ -24,11 +24,11 @@ from pipeline.model.loading import (
     load_quantized,
     load_weights,
     pick_attention,
-    pick_checkpointing,
     pick_dtype,
     without_dropout,
 )
 from pipeline.model.training_template import training_template
+from pipeline.training.gradient_checkpointing import pick_checkpointing
 from pipeline.training.liger_internals import use_liger, uses_liger
 from pipeline.training.processes import is_sharded, shard
 from pipeline.training.trainer import Trainer, without_input_casts

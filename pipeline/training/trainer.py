@@ -29,10 +29,11 @@ from trl import SFTConfig
 
 from pipeline.common.errors import UserError
 from pipeline.common.parameters.train import Train
-from pipeline.model.loading import pick_checkpointing, pick_offloading, pick_optimizer
+from pipeline.model.loading import pick_optimizer
 from pipeline.model.peft_internals import load_adapters_as_saved
 from pipeline.training.accelerate_internals import leave_unwrapped
 from pipeline.training.checkpoints import seal
+from pipeline.training.gradient_checkpointing import pick_checkpointing, pick_offloading
 from pipeline.training.lora_product import use_lora_product
 from pipeline.training.processes import average_gradients, share_of_step
 from pipeline.training.trl_internals import TokenCountingTrainer, adapter_kept_as, loss_and_tokens
