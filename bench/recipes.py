@@ -5,7 +5,7 @@
 Nothing is downloaded: bench/shapes.py has the shape of each model.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -28,9 +28,14 @@ LENGTHS = [1024, 2048, 4096, 8192]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE", help=", ".join(SHAPES))
+    asked = parser.parse_args()
+    if unknown := set(asked.recipes) - set(SHAPES):
+        parser.error(f"no such recipe: {', '.join(unknown)}; there are {', '.join(SHAPES)}")
     print(f"| recipe | GiB | tokens/s | {' | '.join(f'{card} GB' for card in CARDS)} |")
     print(f"| --- | ---: | ---: |{' --- |' * len(CARDS)}")
-    for name in sys.argv[1:] or SHAPES:
+    for name in asked.recipes or SHAPES:
         train = train_of(name)
         rows = train.batch_size * train.gradient_accumulation
         longest = read_yaml(ROOT / f"recipes/{name}.yaml")["tokenize"]["max_length"]

@@ -417,8 +417,8 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
     assert checked(FOLDER)[0].startswith(f"{ROWS}:3: one answer with a label is for align.method kto")
     jsonl(trl(PROMPT, "a", "b"))
     assert checked(FOLDER) == [
-        "prompts: 0 to train on, 1 to validate with (merge.valid_share 0.3); align.method dpo needs 1 of each: add "
-        "rows with other prompts"
+        "prompts: 0 to train on, 1 to validate with (merge.valid_share 0.3); 1 is needed of each: add rows with "
+        "other prompts"
     ]
     ROWS.unlink()
     assert checked(FOLDER) == ["no pairs, and align.method is dpo: add pairs, or set align.method to none"]

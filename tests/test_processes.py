@@ -157,6 +157,7 @@ def test_a_step_is_shared_by_fewer_batches_first_and_then_by_smaller_ones() -> N
     assert share_of_step(2, 8, 4) == (2, 2)
     assert share_of_step(2, 8, 16) == (1, 1)
     assert share_of_step(4, 3, 2) == (3, 2)
+    assert share_of_step(10**11, 16, 2) == (10**11, 8)  # a slip of the keyboard, which make check refuses
     with pytest.raises(
         UserError, match=r"^train\.processes: 3 processes cannot share the 16 rows .* one of 1, 2, 4, 8, 16, or"
     ):

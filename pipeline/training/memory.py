@@ -109,12 +109,11 @@ def training(
     head = head_bytes(tuned, together * length, device)
     return {
         "base": base,
-        "adapter": sum(weight.numel() for weight in trained) * kept.itemsize + copied * dtype.itemsize,
+        "adapter": sum(weight.numel() for weight in trained) * kept.itemsize,
         "gradients": sum(weight.numel() for weight in trained) * kept.itemsize * (2 if buckets else 1),
         "optimizer": sum(moments(weight, optimizer, kept, id(weight) in embeddings) for weight in trained),
-        "activations": max(
-            step.saved + head, step.peak + identity + of_experts, files + max(layer, of_experts, loading)
-        ),
+        "activations": copied * dtype.itemsize
+        + max(step.saved + head, step.peak + identity + of_experts, files + max(layer, of_experts, loading)),
         "process": PROCESS[device.type] + (int(HOLES * step.small) if device.type == "cpu" else 0),
     }
 

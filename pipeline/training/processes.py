@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isqrt
 from pathlib import Path
 from typing import Literal
 
@@ -36,14 +37,19 @@ def share_of_step(batch_size: int, gradient_accumulation: int, processes: int, o
     """
     rows = batch_size * gradient_accumulation
     if rows % processes:
-        fitting = ", ".join(str(number) for number in range(1, rows + 1) if rows % number == 0)
+        fitting = ", ".join(map(str, divisors(rows)))
         raise UserError(
             f"train.processes: {processes} processes cannot share the {rows} rows of a step evenly: set it to one of "
             f"{fitting}, or change {of}.batch_size or {of}.gradient_accumulation"
         )
     share = rows // processes
-    at_once = max(size for size in range(1, batch_size + 1) if share % size == 0)
+    at_once = max(size for size in divisors(share) if size <= batch_size)
     return at_once, share // at_once
+
+
+def divisors(number: int) -> list[int]:
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def in_processes(stage: str, parameters: Parameters, work: Callable[[PartialState], None]) -> None:
