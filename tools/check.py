@@ -316,8 +316,10 @@ def remedy(train: Train, device: "torch.device", needed: Any, room: int, stage: 
             return "set " + ", ".join(
                 f"{'align' if key in own else 'train'}.{key} to {str(value).lower()}" for key, value in change.items()
             )
+    share_ram = "train.processes, " if device.type == "cpu" and train.processes > 1 else ""
     return (
-        "lower lora.r, or tokenize.max_length after dvc repro tokenize has counted the rows, or choose a smaller base"
+        f"lower {share_ram}lora.r, or tokenize.max_length after dvc repro tokenize has counted the rows, or choose a "
+        "smaller base"
     )
 
 
