@@ -17,9 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from bench.project import ROOT, set_parameters
+from bench.project import ROOT, name_and_value, set_parameters
 
 RECIPE = "smollm2-135m"
 FOLDER = ROOT / ".demo-real"
@@ -39,12 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", action="store_true")
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("values", nargs="*", metavar="name=value")
+    parser.add_argument("values", nargs="*", type=name_and_value, metavar="name=value")
     options = parser.parse_args()
     if options.folder == FOLDER:
         shutil.rmtree(FOLDER, ignore_errors=True)
-    values = (value.split("=", 1) for value in options.values)
-    chosen = {name: YAML(typ="safe").load(value) for name, value in values}
+    chosen = dict(options.values)
     make_demo(options.folder, TOOLS | chosen if options.tools else chosen)
     if options.tools:
         use_tools(options.folder)

@@ -106,11 +106,13 @@ def variables(name: str) -> dict[str, str]:
 
 def card() -> str:
     """The name of the GPU, and the version of its driver."""
+    import torch
+
+    name = torch.cuda.get_device_name()  # as CUDA_VISIBLE_DEVICES says, unlike nvidia-smi
     if not shutil.which("nvidia-smi"):
-        return "a GPU without nvidia-smi"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    asked = ["nvidia-smi", "--id", visible, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+        return name
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     return f"{name}, driver {driver}"
 
 

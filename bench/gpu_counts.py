@@ -25,13 +25,12 @@ from typing import Any
 from unittest.mock import patch
 
 from datasets import Dataset
-from ruamel.yaml import YAML
 from transformers import PreTrainedConfig, TrainerCallback
 
 from bench.caching_allocator import Event, OutOfMemory, reserved
 from bench.fake_processes import first_of
 from bench.gpu_case import MODELS, TINY, of_params_yaml, trainer_of
-from bench.project import ROOT, set_parameters
+from bench.project import ROOT, name_and_value, set_parameters
 from bench.transformers_internals import fake_nf4
 from pipeline.common.parameters.schema import Parameters
 from pipeline.evaluation.answers import greedy
@@ -54,7 +53,6 @@ def main() -> None:
     parser.add_argument("--processes", type=positive, default=1)
     parser.add_argument("--layers", type=positive)
     asked = parser.parse_args()
-    values = dict(asked.values)
     for model in asked.models:
         shape = copy.deepcopy((MODELS | TINY)[model])
         if asked.layers:
@@ -62,14 +60,7 @@ def main() -> None:
             shape = type(shape).from_dict(shape.to_dict())
         for length in asked.lengths:
             case = {"model": model, "tokens": length, "rows": asked.rows, "processes": asked.processes}
-            print(json.dumps(case | counts(shape, length, asked.rows, asked.processes, values)), flush=True)
-
-
-def name_and_value(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not name=value, such as train.activation_offloading=false")
-    return name, YAML(typ="safe").load(value)
+            print(json.dumps(case | counts(shape, length, asked.rows, asked.processes, dict(asked.values))), flush=True)
 
 
 def positive(text: str) -> int:

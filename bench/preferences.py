@@ -17,10 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
-from ruamel.yaml import YAML
-
 from bench.demo_real import make_demo
-from bench.project import ROOT, set_parameters
+from bench.project import ROOT, name_and_value, set_parameters
 from pipeline.common.parameters.align import Align
 
 EXAMPLE = "examples/preferences"
@@ -34,14 +32,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sampled", action="store_true")
-    parser.add_argument("values", nargs="*", metavar="name=value")
+    parser.add_argument("values", nargs="*", type=name_and_value, metavar="name=value")
     asked = parser.parse_args()
     folder = asked.folder
     if asked.real:
         make_demo(folder, {"merge.on_leak": "drop"})  # its phrasings of the facts are also those of held-out pairs
     elif not folder.exists():
         subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-    chosen = {name: YAML(typ="safe").load(value) for name, value in (each.split("=", 1) for each in asked.values)}
+    chosen = dict(asked.values)
     # What the built-in base knew is not in the handbook: the example refuses it. A real base has no such rows.
     (folder / "data/curated/replay.jsonl").unlink(missing_ok=True)
     use_example(folder, with_pairs=not asked.sampled)

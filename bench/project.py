@@ -1,5 +1,6 @@
 """Makes a folder in which the train_qlora stage can run alone: with a base, parameters and dvc.yaml."""
 
+import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ def write_base(project: Path) -> None:
     write_json(project / "models/base.json", describe(str(project / "base"), None))
     template = load_tokenizer(project / "base").get_chat_template()
     (project / "models/chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def name_and_value(text: str) -> tuple[str, Any]:
+    """Parse an argument, such as lora.r=8, for argparse."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not name=value, such as lora.r=8")
+    return name, YAML(typ="safe").load(value)
 
 
 def set_parameters(project: Path, parameters: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from architectures import CONFIGS
 from conftest import ROOT, Project
 from test_base import Hub
 from transformers import LlamaConfig
@@ -21,8 +20,7 @@ from pipeline.common.outputs import read_details
 from pipeline.common.parameters.params_yaml import check
 from pipeline.common.parameters.train import Train
 from pipeline.model.skeleton import skeleton
-from pipeline.training import memory
-from pipeline.training.memory import PROCESS, beside_gpus, training
+from pipeline.training.memory import PROCESS, beside_gpus, period_of_layers, training
 from tools import check as tool
 from tools.advice import advice
 from tools.disk import disk_needed
@@ -207,15 +205,15 @@ def test_more_of_anything_needs_more_memory(needed: Callable[..., int]) -> None:
 def test_the_first_layers_need_as_much_as_any_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, period: int
 ) -> None:
-    config, parameters = CONFIGS[family](), check(ROOT / "params.yaml")
+    config, parameters = architectures.CONFIGS[family](), check(ROOT / "params.yaml")
     if family == "lfm2":
         config.layer_types = config.layer_types * 4
     config.num_hidden_layers = 8
     config.save_pretrained(tmp_path)
     train, on = parameters.train, torch.float32
-    assert memory.period_of_layers(skeleton(tmp_path, on)) == period
+    assert period_of_layers(skeleton(tmp_path, on)) == period
     few = training(tmp_path, parameters.lora, train, [], 128, CPU, on)
-    monkeypatch.setattr(memory, "period_of_layers", lambda _: 8)
+    monkeypatch.setattr("pipeline.training.memory.period_of_layers", lambda _: 8)
     assert training(tmp_path, parameters.lora, train, [], 128, CPU, on) == few
 
 

@@ -406,7 +406,7 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
     assert checked(FOLDER) == [f"{counts}; WARNING: align.method is none, so no model learns from them"]
     assert checked(EXAM) == ["1 held-out pairs"]
     folder.set(align__method="kto")
-    needs = "prompts: 1 to train on, 1 to validate with (merge.valid_share 0.05); kto needs 2 of each: "
+    needs = "prompts: 1 to train on, 1 to validate with (merge.valid_share 0.05); align.method kto needs 2 of each: "
     assert checked(FOLDER)[0].startswith(needs)
     folder.set(merge__valid_share=0.3)
     others = [trl(f"Is it {n}?", "yes", "no") for n in range(20)]
@@ -417,8 +417,8 @@ def test_make_check_counts_pairs_and_names_a_bad_line_and_a_bad_exam(folder: Pro
     assert checked(FOLDER)[0].startswith(f"{ROWS}:3: one answer with a label is for align.method kto")
     jsonl(trl(PROMPT, "a", "b"))
     assert checked(FOLDER) == [
-        "prompts: 0 to train on, 1 to validate with (merge.valid_share 0.3); 1 is needed of each: add rows with "
-        "other prompts"
+        "prompts: 0 to train on, 1 to validate with (merge.valid_share 0.3); align.method dpo needs 1 of each: add "
+        "rows with other prompts"
     ]
     ROWS.unlink()
     assert checked(FOLDER) == ["no pairs, and align.method is dpo: add pairs, or set align.method to none"]

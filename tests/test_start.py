@@ -104,7 +104,7 @@ def test_curated_rows_alone_are_enough(started: Project, capsys: pytest.CaptureF
     ]
     Path("data/curated/chats.json").write_text(json.dumps(chats), encoding="utf-8")
     Path("data/questions.jsonl").write_text('{"id": "1", "question": "Who?", "answer": "Ada"}\n', encoding="utf-8")
-    assert lacking() == []
+    check.main()
     assert "1 questions; use 50 to 200, to distinguish progress from chance" in capsys.readouterr().out
     generate.main()
     replay.main()

@@ -31,7 +31,6 @@ from pipeline.model.chat_template import load_tokenizer
 from pipeline.model.loading import pick_device, pick_dtype
 from pipeline.model.special_tokens import trainable_tokens
 from pipeline.training import checkpoints
-from pipeline.training.gradient_checkpointing import CHECKPOINT_SHARE
 from pipeline.training.trainer import BatchesByLength, Trainer, build_trainer, least_padded, training_arguments
 from stages import tokenize, train_qlora
 
@@ -340,7 +339,7 @@ def test_checkpoints_are_offloaded_where_they_take_much_of_a_gpu(
 ) -> None:
     config = AutoConfig.from_pretrained(TINY)
     project.set(train__batch_size=16)
-    large = round(config.num_hidden_layers * 16 * 100 * config.hidden_size * 4 / CHECKPOINT_SHARE)
+    large = 64 * config.num_hidden_layers * 16 * 100 * config.hidden_size * 4
 
     def offloads(device: str, gpu: int = large - 1, **changed: object) -> bool:
         project.set(**changed)

@@ -190,7 +190,7 @@ def of_preferences(parameters: Parameters, exams: ExamIndex) -> Material:
     train = len(prompts) - valid
     if prompts and not more and min(train, valid) < least:
         share = f", or {'raise' if valid < least else 'lower'} merge.valid_share" if len(prompts) >= 2 * least else ""
-        needs = "kto needs 2" if method == "kto" else "1 is needed"
+        needs = "1 is needed" if method == "none" else f"align.method {method} needs {least}"
         missing = (
             f"prompts: {train} to train on, {valid} to validate with (merge.valid_share {merge.valid_share}); "
             f"{needs} of each: add rows with other prompts{share}"

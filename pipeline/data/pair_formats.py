@@ -99,10 +99,9 @@ def pair(content: dict[str, Any], chosen: Any, rejected: Any, used: set[str], so
     if not any(answers):
         raise nothing_to_compare()
     if not prompt:
-        empty = next((key for key in PROMPTS if key in content), None)
-        keys = f"add one of {', '.join(PROMPTS)} (other column names: set merge.columns); {its_keys(content)}"
-        explanation = f"{empty} is empty" if empty else keys
-        raise InvalidRow("unknown format", f"a pair of answers needs a prompt: {explanation}")
+        empty = next((f"{key} is empty" for key in PROMPTS if key in content and is_empty(content[key])), None)
+        missing = f"add one of {', '.join(PROMPTS)} (other column names: set merge.columns); {its_keys(content)}"
+        raise InvalidRow("unknown format", f"a pair of answers needs a prompt: {empty or missing}")
     of_prompt = {key, "input"} if key == "instruction" else {key} if key else set[str]()
     tools = "functions" if is_empty(content.get("tools")) else "tools"
     require_used("a row", content, used | of_prompt | {"system", tools}, KEYS | OTHER_KEYS)
